@@ -1,0 +1,1 @@
+//! The fio benchmark harness behind ashlar bench.

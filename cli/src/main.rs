@@ -1,0 +1,2 @@
+//! The one `ashlar` binary.
+fn main() {}

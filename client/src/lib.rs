@@ -1,0 +1,1 @@
+//! The volume as seen from outside: routing, splitting, retries; and the MDS's client.

@@ -1,0 +1,1 @@
+//! The metadata server: names, places and watches; never on the IO path.

@@ -1,0 +1,1 @@
+//! The only crate that touches the kernel's IO: ring, arena, timers, mailboxes, hosts.

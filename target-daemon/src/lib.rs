@@ -1,0 +1,1 @@
+//! The storage daemon: shards, the driver that joins them to the reactor, exports, metrics.

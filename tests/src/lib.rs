@@ -1,0 +1,1 @@
+//! Interop, model and simulation tests.

@@ -1,0 +1,1 @@
+//! Socket loops between the reactor and the sans-IO protocols.

@@ -1,0 +1,1 @@
+//! The tuning checks behind ashlar tune.
