@@ -2,6 +2,9 @@
 //!
 //! Entries are small descriptors; their payloads (block data) travel and rest beside them.
 
+// The rkyv derives make archived twins whose fields cannot carry docs.
+#![allow(missing_docs)]
+
 use crate::types::{BlockRange, ChunkId, LogIndex, MEMBERS_MAX, ShardAddr, TargetId, Term, VolumeId};
 use rkyv::{Archive, Deserialize, Serialize};
 
