@@ -5,6 +5,7 @@
 //! a typed value or a typed error; they never panic on input and never allocate
 //! more than the limits named beside them.
 
+pub mod frame;
 pub mod map;
 pub mod nbd;
 pub mod peer;

@@ -128,3 +128,10 @@ pub struct HardState {
     /// Whom it voted for in that term.
     pub vote: Option<TargetId>,
 }
+
+/// What replicas of a copyset send each other.
+#[derive(Clone, PartialEq, Debug, Archive, Serialize, Deserialize)]
+pub struct Message {
+    /// The sender's term.
+    pub term: Term,
+}

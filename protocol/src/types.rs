@@ -190,3 +190,9 @@ impl Sub<Time> for Time {
 pub fn block_crc(block: &[u8]) -> u32 {
     crc32c::crc32c(block)
 }
+
+/// A block's checksum as kept in tables at rest, where 0 means "never written, reads as
+/// zeroes": a CRC that happens to be 0 is kept as 1.
+pub fn crc_at_rest(crc: u32) -> u32 {
+    crc.max(1)
+}
