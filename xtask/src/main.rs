@@ -1,2 +1,53 @@
-//! The developer's commands.
-fn main() {}
+//! The developer's commands, run as `cargo xtask COMMAND`.
+//!
+//! `test` is the whole check: what CI runs is what a developer runs. Deliberately absent:
+//! anything that a plain `cargo` command already does well.
+
+mod arrows;
+mod packages;
+mod steps;
+mod tidy;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Ashlar's developer commands")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Everything that must hold: format, lints, arrows, tests, real clients. Sets up what it needs.
+    Test(steps::TestArgs),
+    /// What CI runs: the same as `test`.
+    Ci(steps::TestArgs),
+    /// Check which crate uses which, and the rules on unsafe and on file headers.
+    Arrows,
+    /// Install the Debian packages that the tests with real clients use, when allowed to.
+    Setup,
+    /// Format all code; with --check only say what is not formatted.
+    Fmt {
+        /// Change nothing.
+        #[arg(long)]
+        check: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Test(args) | Command::Ci(args) => steps::test(&args),
+        Command::Arrows => steps::arrows(),
+        Command::Setup => packages::ensure().map(drop),
+        Command::Fmt { check } => steps::fmt(check),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

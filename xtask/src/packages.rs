@@ -1,0 +1,119 @@
+//! The Debian packages that the tests with real clients use.
+//!
+//! Installed when this runs as root on a machine with apt; elsewhere what is missing is
+//! printed with the line to paste, and the tests that need it skip themselves, saying so.
+
+use anyhow::{Result, ensure};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// How to see that a package's part is there.
+enum Probe {
+    /// A program on PATH or in the administrator's folders.
+    Program(&'static str),
+    /// A module of python3.
+    Python(&'static str),
+}
+
+const NEEDED: &[(Probe, &str)] = &[
+    (Probe::Program("fio"), "fio"),
+    (Probe::Program("nbdinfo"), "libnbd-bin"),
+    (Probe::Program("nbdcopy"), "libnbd-bin"),
+    (Probe::Python("nbd"), "python3-libnbd"),
+    (Probe::Program("qemu-img"), "qemu-utils"),
+    (Probe::Program("qemu-io"), "qemu-utils"),
+    (Probe::Program("nbdkit"), "nbdkit"),
+    (Probe::Program("nft"), "nftables"),
+    (Probe::Program("ip"), "iproute2"),
+];
+
+/// Installs what is missing, if that is allowed here. Answers with what is missing still.
+pub fn ensure() -> Result<Vec<&'static str>> {
+    let wanted = missing(&is_there);
+    if wanted.is_empty() {
+        println!("packages: all that the tests with real clients use is installed");
+        return Ok(wanted);
+    }
+    if !is_root() || !on_path("apt-get") {
+        explain(&wanted);
+        return Ok(wanted);
+    }
+    println!("packages: installing {}", wanted.join(" "));
+    if let Err(error) = install(&wanted) {
+        println!("packages: {error:#}");
+    }
+    let left = missing(&is_there);
+    if !left.is_empty() {
+        explain(&left);
+    }
+    Ok(left)
+}
+
+fn explain(wanted: &[&str]) {
+    println!("packages: MISSING {}", wanted.join(" "));
+    println!("packages: the tests that need them are skipped; to run them too, on Debian or Ubuntu:");
+    println!("    sudo apt-get install --no-install-recommends {}", wanted.join(" "));
+}
+
+fn install(wanted: &[&str]) -> Result<()> {
+    let apt = |arguments: &[&str]| -> Result<()> {
+        let status = Command::new("apt-get")
+            .args(arguments)
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdout(Stdio::null())
+            .status()?;
+        ensure!(status.success(), "apt-get {} failed ({status})", arguments.join(" "));
+        Ok(())
+    };
+    // An index that cannot be refreshed may still do: only the install decides.
+    if let Err(error) = apt(&["update", "-qq"]) {
+        println!("packages: {error:#}; trying with the package lists as they are");
+    }
+    let mut arguments = vec!["install", "-y", "-qq", "--no-install-recommends"];
+    arguments.extend(wanted);
+    apt(&arguments)
+}
+
+fn missing(is_there: &dyn Fn(&Probe) -> bool) -> Vec<&'static str> {
+    let mut packages: Vec<_> = NEEDED.iter().filter(|(probe, _)| !is_there(probe)).map(|(_, p)| *p).collect();
+    packages.dedup();
+    packages
+}
+
+fn is_there(probe: &Probe) -> bool {
+    match probe {
+        Probe::Program(name) => on_path(name),
+        Probe::Python(module) => runs(Command::new("python3").args(["-c", &format!("import {module}")])),
+    }
+}
+
+fn on_path(program: &str) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default();
+    path.split(':').chain(["/usr/sbin", "/sbin"]).any(|folder| Path::new(folder).join(program).is_file())
+}
+
+fn runs(command: &mut Command) -> bool {
+    let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    quiet.status().is_ok_and(|status| status.success())
+}
+
+fn is_root() -> bool {
+    let id = Command::new("id").arg("-u").output();
+    id.is_ok_and(|output| output.stdout.trim_ascii() == b"0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_package_is_named_once_however_many_of_its_programs_lack() {
+        let packages = missing(&|probe| !matches!(probe, Probe::Program("qemu-img" | "qemu-io" | "fio")));
+        assert_eq!(packages, ["fio", "qemu-utils"]);
+    }
+
+    #[test]
+    fn nothing_is_asked_for_when_all_is_there() {
+        assert_eq!(missing(&|_| true), Vec::<&str>::new());
+    }
+}

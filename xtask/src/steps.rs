@@ -1,0 +1,176 @@
+//! The steps of `cargo xtask test`, in order from quick to slow.
+//!
+//! Every step runs even when an earlier one failed, so that one run tells all; the last
+//! line says how many passed and failed. A tool that is not installed is a printed skip.
+
+use crate::{arrows, packages, tidy};
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+/// The crate of the tests with real clients and whole clusters.
+const INTEROP: &str = "ashlar-tests";
+
+/// What `test` and `ci` take.
+#[derive(Args)]
+pub struct TestArgs {
+    /// Install nothing, even as root.
+    #[arg(long)]
+    no_install: bool,
+    /// Leave out the tests with real clients and whole clusters.
+    #[arg(long)]
+    no_interop: bool,
+}
+
+enum Outcome {
+    Passed,
+    Skipped(&'static str),
+}
+
+/// Runs every step and sums up; an error when any failed.
+pub fn test(args: &TestArgs) -> Result<()> {
+    let mut report = Report::default();
+    if !args.no_install {
+        report.step("packages", || packages::ensure().map(|_| Outcome::Passed));
+    }
+    report.step("fmt", || fmt(true).map(|()| Outcome::Passed));
+    report.step("arrows", || arrows().map(|()| Outcome::Passed));
+    report.step("deny", deny);
+    report.step("clippy", clippy);
+    report.step("unit tests", unit_tests);
+    if !args.no_interop {
+        report.step("release build", || release_build().map(|_| Outcome::Passed));
+        report.step("interop tests", interop_tests);
+    }
+    report.finish()
+}
+
+/// Checks the arrows between crates and the rules on source text.
+pub fn arrows() -> Result<()> {
+    let metadata = cargo(&["metadata", "--format-version", "1", "--no-deps"]).output()?;
+    ensure!(
+        metadata.status.success(),
+        "cargo metadata failed: {}",
+        String::from_utf8_lossy(&metadata.stderr)
+    );
+    let mut broken = arrows::violations(&String::from_utf8_lossy(&metadata.stdout))?;
+    broken.extend(tidy::violations(&root())?);
+    for line in &broken {
+        println!("  {line}");
+    }
+    ensure!(broken.is_empty(), "{} rules broken; ARCHITECTURE.md tells why they hold", broken.len());
+    Ok(())
+}
+
+/// Formats all code, or only checks.
+pub fn fmt(check: bool) -> Result<()> {
+    let arguments: &[&str] = if check { &["fmt", "--all", "--check"] } else { &["fmt", "--all"] };
+    run(&mut cargo(arguments)).context("to mend: cargo xtask fmt")
+}
+
+fn clippy() -> Result<Outcome> {
+    let arguments =
+        ["clippy", "--workspace", "--all-targets", "--all-features", "--quiet", "--", "-D", "warnings"];
+    run(&mut cargo(&arguments)).map(|()| Outcome::Passed)
+}
+
+fn deny() -> Result<Outcome> {
+    if !has_subcommand("deny") {
+        return Ok(Outcome::Skipped("cargo-deny is not installed; cargo install --locked cargo-deny"));
+    }
+    // Without the network the advisories cannot be fetched; the other checks need none.
+    run(&mut cargo(&["deny", "check", "bans", "licenses", "sources"])).map(|()| Outcome::Passed)
+}
+
+fn unit_tests() -> Result<Outcome> {
+    run(&mut tests(&["--workspace", "--exclude", INTEROP]))?;
+    Ok(Outcome::Passed)
+}
+
+/// The tests of whole clusters run the release binary, as a user would.
+fn interop_tests() -> Result<Outcome> {
+    let binary = target_folder().join("release/ashlar");
+    ensure!(binary.is_file(), "{} is not there: the release build failed", binary.display());
+    run(tests(&["--package", INTEROP]).env("ASHLAR_BIN", binary))?;
+    Ok(Outcome::Passed)
+}
+
+fn release_build() -> Result<()> {
+    run(&mut cargo(&["build", "--release", "--quiet", "--package", "ashlar-cli"]))
+}
+
+/// `cargo nextest run` where it is installed, else `cargo test`.
+fn tests(arguments: &[&str]) -> Command {
+    let nextest: &[&str] = &["nextest", "run", "--no-fail-fast", "--no-tests", "pass"];
+    let plain: &[&str] = &["test", "--no-fail-fast", "--quiet"];
+    let mut command = cargo(if has_subcommand("nextest") { nextest } else { plain });
+    command.args(arguments);
+    command
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments).current_dir(root());
+    command
+}
+
+fn has_subcommand(name: &str) -> bool {
+    let asked = cargo(&[name, "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    asked.is_ok_and(|status| status.success())
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    if !status.success() {
+        let arguments: Vec<_> = command.get_args().map(|a| a.to_string_lossy().into_owned()).collect();
+        bail!("cargo {} failed ({status})", arguments.join(" "));
+    }
+    Ok(())
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_owned()
+}
+
+fn target_folder() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |folder| root().join(folder))
+}
+
+#[derive(Default)]
+struct Report {
+    passed: usize,
+    skipped: usize,
+    failed: Vec<&'static str>,
+}
+
+impl Report {
+    fn step(&mut self, name: &'static str, work: impl FnOnce() -> Result<Outcome>) {
+        println!("== {name}");
+        let start = Instant::now();
+        let outcome = work();
+        let seconds = start.elapsed().as_secs_f32();
+        match outcome {
+            Ok(Outcome::Passed) => {
+                self.passed += 1;
+                println!("== {name}: passed in {seconds:.1} s");
+            }
+            Ok(Outcome::Skipped(why)) => {
+                self.skipped += 1;
+                println!("== {name}: SKIPPED, {why}");
+            }
+            Err(error) => {
+                self.failed.push(name);
+                println!("== {name}: FAILED in {seconds:.1} s: {error:#}");
+            }
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        println!("{} steps passed, {} failed, {} skipped", self.passed, self.failed.len(), self.skipped);
+        ensure!(self.failed.is_empty(), "failed: {}", self.failed.join(", "));
+        Ok(())
+    }
+}
