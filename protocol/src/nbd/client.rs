@@ -1,0 +1,1 @@
+//! A small client side, for tests and probes: encode requests, decode replies.
