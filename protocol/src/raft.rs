@@ -129,9 +129,109 @@ pub struct HardState {
     pub vote: Option<TargetId>,
 }
 
-/// What replicas of a copyset send each other.
-#[derive(Clone, PartialEq, Debug, Archive, Serialize, Deserialize)]
+/// What replicas of a copyset send each other. A message leaves only once its sender's `term` is durable.
+#[derive(Clone, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
 pub struct Message {
     /// The sender's term.
     pub term: Term,
+    /// What it says.
+    pub kind: Kind,
+}
+
+/// The messages, requests beside their replies.
+#[derive(Clone, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+pub enum Kind {
+    /// Would you vote for me in term `campaign`? Changes nothing on either side.
+    PreVote {
+        campaign: Term,
+        last_index: LogIndex,
+        last_term: Term,
+    },
+    PreVoteReply {
+        campaign: Term,
+        granted: bool,
+    },
+    /// Vote for me in the message's term. `transfer` is the round told in [`Kind::TimeoutNow`]: a
+    /// follower that heard no later round from that leader need not wait for its lease to end.
+    Vote {
+        last_index: LogIndex,
+        last_term: Term,
+        transfer: Option<u64>,
+    },
+    VoteReply {
+        granted: bool,
+    },
+    /// Entries after `prev_index`; the blocks of its `Write` entries travel beside the message.
+    Append {
+        round: Round,
+        prev_index: LogIndex,
+        prev_term: Term,
+        commit: LogIndex,
+        entries: Vec<Entry>,
+    },
+    AppendReply {
+        round: Round,
+        standing: Standing,
+        outcome: AppendOutcome,
+    },
+    /// I lead. `sleep` asks to hibernate, `install` says that the log no longer reaches back to the receiver.
+    Heartbeat {
+        round: Round,
+        commit: LogIndex,
+        sleep: bool,
+        install: bool,
+    },
+    /// `accepted`: the log is known to agree with the leader's this far, durable or not.
+    HeartbeatReply {
+        round: Round,
+        standing: Standing,
+        accepted: LogIndex,
+        last: LogIndex,
+        asleep: bool,
+    },
+    /// Campaign at once: leadership is handed over. `round` is the last one the leader sent to anybody.
+    TimeoutNow {
+        round: u64,
+    },
+    /// Asked by a replica with a damaged log: what is your term?
+    Probe {
+        nonce: u64,
+    },
+    /// The term is the message's; `last` counts only when `leads`.
+    ProbeReply {
+        nonce: u64,
+        leads: bool,
+        last: LogIndex,
+    },
+}
+
+/// Stamp of a leader's message, told back in the reply: the leader learns from it that its
+/// followers followed it at `sent`, by its own clock.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Archive, Serialize, Deserialize)]
+pub struct Round {
+    /// Counts up within the leader's term.
+    pub number: u64,
+    /// The leader's clock when it was sent, in nanoseconds.
+    pub sent_ns: u64,
+}
+
+/// For what a reply may be counted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+pub struct Standing {
+    /// Its durable entries count towards commit: the replica is whole.
+    pub counts: bool,
+    /// The round counts towards leases and read confirmations: its term can be trusted.
+    pub confirms: bool,
+    /// It takes no entries until a chunk catch-up is done.
+    pub needs_install: bool,
+}
+
+/// How an append went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+pub enum AppendOutcome {
+    /// The log agrees with the leader's up to here, and is durable.
+    Matched { up_to: LogIndex },
+    /// `prev` does not match. It may match at `hint` or before: the last entry not after
+    /// `prev` whose term is at most the asked one, `hint_term`.
+    Rejected { prev: LogIndex, hint: LogIndex, hint_term: Term },
 }
