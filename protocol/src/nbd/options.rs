@@ -135,8 +135,7 @@ impl Session {
             return Err(Violation::NotFixed(option));
         }
         // A refusal of EXPORT_NAME can only be told by closing.
-        let limit =
-            if option == opt::EXPORT_NAME { NAME_BYTES_MAX as u32 } else { OPTION_SKIP_BYTES_MAX };
+        let limit = if option == opt::EXPORT_NAME { NAME_BYTES_MAX as u32 } else { OPTION_SKIP_BYTES_MAX };
         if bytes > limit {
             return Err(Violation::OptionLength { option, bytes });
         }
