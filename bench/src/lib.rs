@@ -1,1 +1,124 @@
-//! The fio benchmark harness behind ashlar bench.
+//! The harness behind `ashlar bench`: it measures a running dev cluster with fio, beside the raw disk and qemu-nbd.
+//!
+//! Invariants: every subject of a comparison is measured in one run, on one disk, in alternating rounds, and the
+//! medians are printed; a subject is fully written before it is read; no figure is ever typed by hand, since the
+//! table, the JSON and the Markdown page all come from the same [`report::FirstReport`].
+//!
+//! Deliberately absent: an IO engine of our own. fio is the client here, because it knows nothing of Ashlar.
+
+pub mod dev;
+pub mod environment;
+pub mod fio;
+pub mod first;
+pub mod idle;
+pub mod process;
+pub mod report;
+pub mod rival;
+
+use clap::{Args, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// The exit code of a check that ran and failed, such as a missed goal under `--check`.
+pub const EXIT_CHECK_FAILED: u8 = 3;
+
+/// What `ashlar bench` can measure.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// 4 KiB random IO on the raw disk, on a volume over NBD and on qemu-nbd, in one run.
+    First(first::FirstArgs),
+    /// CPU of each process while nothing happens, and memory while it is busy.
+    Idle(idle::IdleArgs),
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// A table for people.
+    #[default]
+    Table,
+    /// The whole report with environment and fio's own output, for programs.
+    Json,
+}
+
+/// Which cluster is measured and where the scratch files lie.
+#[derive(Debug, Args)]
+pub struct ClusterArgs {
+    /// Directory of a running dev cluster; without it, one is started for the run and removed afterwards.
+    #[arg(long, value_name = "D")]
+    pub dir: Option<PathBuf>,
+    /// Where a cluster of our own and the raw files go; it must be a real disk. Default: beside --dir, or /var/tmp.
+    #[arg(long, value_name = "DIR")]
+    pub scratch: Option<PathBuf>,
+    /// Bytes of the volume, and of each raw file, that are measured.
+    #[arg(long, default_value = "1G", value_parser = parse_bytes)]
+    pub size: u64,
+    /// How results are printed.
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Output,
+    /// Directory that keeps the JSON of each run.
+    #[arg(long, value_name = "DIR", default_value = "bench/results")]
+    pub results: PathBuf,
+    /// Exit with code 3 when a goal is missed.
+    #[arg(long)]
+    pub check: bool,
+}
+
+/// Runs a benchmark and prints its result.
+///
+/// # Errors
+/// A missing tool, a cluster that cannot be reached or started, or a client that failed; the message names the fix.
+pub fn run(command: BenchCommand) -> anyhow::Result<ExitCode> {
+    match command {
+        BenchCommand::First(args) => first::run(&args),
+        BenchCommand::Idle(args) => idle::run(&args),
+    }
+}
+
+/// Reads a size such as `1G`, `512M`, `64KiB` or `4096`; the units are powers of 1,024.
+///
+/// # Errors
+/// A text that is not a number with a known unit, zero, or a size past 2^64.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let hint = || format!("`{text}` is not a size: write a number with K, M, G or T, as in 512M");
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim_end_matches("iB").trim_end_matches('B').to_ascii_uppercase().as_str() {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(hint()),
+    };
+    let number: u64 = number.parse().map_err(|_| hint())?;
+    let bytes = number.checked_mul(1 << shift).ok_or_else(hint)?;
+    if bytes == 0 { Err(hint()) } else { Ok(bytes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{FromArgMatches, Subcommand};
+
+    #[test]
+    fn sizes_are_binary_and_wrong_ones_are_refused() {
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert_eq!(parse_bytes("64KiB"), Ok(64 << 10));
+        assert_eq!(parse_bytes("512m"), Ok(512 << 20));
+        assert_eq!(parse_bytes("1G"), Ok(1 << 30));
+        for wrong in ["", "0", "G", "1.5G", "-1", "1X", "99999999999999999999", "18446744073709551615K"] {
+            assert!(parse_bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_holds_together() {
+        let command = BenchCommand::augment_subcommands(clap::Command::new("bench"));
+        command.clone().debug_assert();
+        let matches =
+            command.get_matches_from(["bench", "first", "--size", "64M", "--rounds", "1", "-o", "json"]);
+        let parsed = BenchCommand::from_arg_matches(&matches);
+        assert!(matches!(parsed, Ok(BenchCommand::First(args)) if args.cluster.size == 64 << 20));
+    }
+}

@@ -1,0 +1,114 @@
+//! Where a benchmark ran: enough to judge its figures, read from the system at the start of a run.
+//!
+//! Deliberately absent: host names, user names and paths, since results are published.
+
+use serde::Serialize;
+use std::path::Path;
+use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The machine and the versions of all that took part.
+#[derive(Clone, Debug, Serialize)]
+pub struct Environment {
+    /// UTC, as in 2026-01-31T12:00:00Z.
+    pub time: String,
+    /// Version of this program.
+    pub ashlar: String,
+    /// Whether this program was built with debug assertions, in which case its figures mean little.
+    pub debug_build: bool,
+    /// Release of the kernel.
+    pub kernel: String,
+    /// The processor's name.
+    pub cpu: String,
+    /// Processors that may be used.
+    pub cpus: usize,
+    /// Memory of the machine in MiB.
+    pub memory_mib: u64,
+    /// Type and device of the scratch files' file system.
+    pub file_system: String,
+    /// Version of fio.
+    pub fio: String,
+    /// Version of qemu-nbd; empty when it took no part.
+    pub qemu_nbd: String,
+}
+
+impl Environment {
+    /// Reads the environment of a run whose files lie in `scratch`.
+    pub fn read(scratch: &Path, fio: String, qemu_nbd: String) -> Self {
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Self {
+            time: utc(seconds),
+            ashlar: env!("CARGO_PKG_VERSION").to_owned(),
+            debug_build: cfg!(debug_assertions),
+            kernel: file_line("/proc/sys/kernel/osrelease", ""),
+            cpu: file_line("/proc/cpuinfo", "model name"),
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            memory_mib: file_line("/proc/meminfo", "MemTotal").trim_end_matches(" kB").parse().unwrap_or(0)
+                >> 10,
+            file_system: file_system(scratch),
+            fio,
+            qemu_nbd,
+        }
+    }
+
+    /// One line for people.
+    pub fn line(&self) -> String {
+        let Self { time, ashlar, kernel, cpu, cpus, memory_mib, file_system, fio, qemu_nbd, .. } = self;
+        let build = if self.debug_build { " (DEBUG BUILD)" } else { "" };
+        let qemu = if qemu_nbd.is_empty() { String::new() } else { format!(", {qemu_nbd}") };
+        format!(
+            "{time}: ashlar {ashlar}{build}, Linux {kernel}, {cpus} x {cpu}, {memory_mib} MiB, {file_system}, {fio}{qemu}"
+        )
+    }
+}
+
+/// The value of the first line that starts with `key`, or the first line when `key` is empty.
+fn file_line(path: &str, key: &str) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
+    let value = if key.is_empty() { line } else { line.split_once(':').map_or("", |(_, value)| value) };
+    value.trim().to_owned()
+}
+
+fn file_system(path: &Path) -> String {
+    let output = Command::new("df").args(["--output=fstype,source"]).arg(path).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let words: Vec<&str> = text.lines().nth(1).unwrap_or("unknown").split_whitespace().collect();
+    words.join(" on ")
+}
+
+/// Seconds since 1970 as UTC text; the calendar by Howard Hinnant's `civil_from_days`.
+fn utc(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_shifted + 2) / 5 + 1;
+    let month = if month_shifted < 10 { month_shifted + 3 } else { month_shifted - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_hold_at_leap_days_and_year_ends() {
+        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
+        assert_eq!(utc(951_827_696), "2000-02-29T12:34:56Z");
+        assert_eq!(utc(1_798_761_599), "2026-12-31T23:59:59Z");
+    }
+
+    #[test]
+    fn the_system_answers() {
+        let environment = Environment::read(Path::new("/"), "fio-3".to_owned(), String::new());
+        assert!(
+            environment.memory_mib > 0
+                && !environment.kernel.is_empty()
+                && environment.file_system != "unknown"
+        );
+        assert!(!environment.line().contains('\n'));
+    }
+}

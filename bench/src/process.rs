@@ -1,0 +1,110 @@
+//! What `/proc` says of a process: CPU time, memory, disk writes, whether it lives.
+//!
+//! Deliberately absent: any way to list or find processes. Callers name the pids they own.
+
+use anyhow::Context;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, SysconfVar, sysconf};
+use std::time::{Duration, Instant};
+
+/// Whether the process exists and is not a zombie.
+pub fn is_alive(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// Sends SIGKILL to each of these processes that still lives.
+pub fn kill_all(pids: &[i32]) {
+    for pid in pids.iter().filter(|pid| **pid > 1 && is_alive(**pid)) {
+        // A process that ended meanwhile is what we wanted.
+        let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+    }
+}
+
+/// User and system CPU seconds of a process so far, children not counted.
+///
+/// # Errors
+/// The process is gone.
+pub fn cpu_seconds(pid: i32) -> anyhow::Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .with_context(|| format!("process {pid} is gone"))?;
+    let ticks = parse_cpu_ticks(&stat).with_context(|| format!("/proc/{pid}/stat has an unknown form"))?;
+    let per_second = sysconf(SysconfVar::CLK_TCK)?.unwrap_or(100);
+    Ok(ticks as f64 / per_second as f64)
+}
+
+/// The sum of [`cpu_seconds`] over several processes; one that is gone counts as nothing.
+pub fn cpu_seconds_sum(pids: &[i32]) -> f64 {
+    pids.iter().filter_map(|pid| cpu_seconds(*pid).ok()).sum()
+}
+
+/// utime + stime; they are the 14th and 15th fields, and the second may hold spaces and parentheses.
+fn parse_cpu_ticks(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some(user + system)
+}
+
+/// Resident memory of a process in bytes.
+///
+/// # Errors
+/// The process is gone.
+pub fn rss_bytes(pid: i32) -> anyhow::Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))
+        .with_context(|| format!("process {pid} is gone"))?;
+    let kib = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    Ok(kib.with_context(|| format!("/proc/{pid}/status has no VmRSS"))? << 10)
+}
+
+/// Bytes that these processes have caused to be written to disks so far; 0 where `/proc` does not say.
+pub fn write_bytes_sum(pids: &[i32]) -> u64 {
+    let one = |pid: &i32| {
+        let io = std::fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
+        io.lines().find_map(|line| line.strip_prefix("write_bytes: ")?.parse::<u64>().ok())
+    };
+    pids.iter().filter_map(one).sum()
+}
+
+/// Waits until these processes have written nothing and used under 5 % of a core for 2 s, for at most `limit`.
+/// Returns how long it took; `None` when they were still busy at the limit.
+pub fn settle(pids: &[i32], limit: Duration) -> Option<Duration> {
+    let started = Instant::now();
+    let sample = || (write_bytes_sum(pids), cpu_seconds_sum(pids));
+    let mut before = sample();
+    while started.elapsed() < limit {
+        std::thread::sleep(Duration::from_secs(2));
+        let now = sample();
+        if now.0 == before.0 && now.1 - before.1 < 0.1 {
+            return Some(started.elapsed());
+        }
+        before = now;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_name_with_spaces_and_parentheses_does_not_shift_the_fields() {
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 1 2 3 4 150 50 9 9 20 0 1 0 100 1 1";
+        assert_eq!(parse_cpu_ticks(stat), Some(200));
+        assert_eq!(parse_cpu_ticks("7 (a) S 1"), None);
+    }
+
+    #[test]
+    fn our_own_process_lives_and_a_reaped_one_does_not() -> anyhow::Result<()> {
+        let own = std::process::id().cast_signed();
+        assert!(is_alive(own) && rss_bytes(own)? > 0 && cpu_seconds(own)? >= 0.0);
+        let mut child = std::process::Command::new("true").spawn()?;
+        let pid = child.id().cast_signed();
+        child.wait()?;
+        assert!(!is_alive(pid) && cpu_seconds(pid).is_err());
+        Ok(())
+    }
+}
