@@ -15,6 +15,9 @@
 
 pub mod api;
 pub mod arena;
+pub mod disk;
+pub mod ring;
+mod table;
 mod waker;
 
 pub use api::*;
