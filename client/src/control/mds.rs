@@ -1,0 +1,229 @@
+//! The client of the MDS.
+
+use super::{Link, Patience};
+use protocol::control::pb::mds_client::MdsClient as Stub;
+use protocol::control::{Problem, limits, map_from_pb, pb, protocol_to_pb};
+use protocol::map::{ClusterMap, ExportProtocol};
+use protocol::types::{ChunkId, VolumeId};
+use std::time::Duration;
+use tonic::transport::Channel;
+
+/// The bounds of what an MDS may ask for as the pause between heartbeats.
+const BEAT_MIN: Duration = Duration::from_millis(20);
+const BEAT_MAX: Duration = Duration::from_secs(30);
+
+/// Talks to the MDS. Clones share one connection.
+#[derive(Clone, Debug)]
+pub struct MdsClient {
+    link: Link,
+}
+
+/// The answer to a registration.
+#[derive(Clone, Debug)]
+pub struct Registered {
+    /// The cluster that the disk belongs to from now on.
+    pub cluster: [u8; 16],
+    /// The current map; the target is in it.
+    pub map: ClusterMap,
+}
+
+/// The answer to a heartbeat.
+#[derive(Clone, Debug)]
+pub struct Beat {
+    /// A map newer than the one known, if there is one.
+    pub map: Option<ClusterMap>,
+    /// When to send the next.
+    pub interval: Duration,
+}
+
+/// A volume by its name, as requests have it.
+pub fn volume_ref(name: &str) -> pb::VolumeRef {
+    pb::VolumeRef { id: 0, name: name.to_owned() }
+}
+
+impl MdsClient {
+    /// A client of the MDS at `HOST:PORT`; connects at the first call. Must be made within a
+    /// tokio runtime.
+    ///
+    /// # Errors
+    /// When the address is not of that form.
+    pub fn new(address: &str, patience: Patience) -> Result<Self, Problem> {
+        Ok(Self { link: Link::new("MDS", address, patience)? })
+    }
+
+    /// The address it was made with.
+    pub fn address(&self) -> &str {
+        &self.link.address
+    }
+
+    /// Joins the cluster, or comes back to it; see `RegisterTargetRequest`.
+    pub async fn register(&self, request: pb::RegisterTargetRequest) -> Result<Registered, Problem> {
+        let response = self
+            .link
+            .repeat(|c| {
+                let r = request.clone();
+                async move { stub(c).register_target(r).await }
+            })
+            .await?;
+        let map = self.map(response.map)?.ok_or_else(|| self.link.nonsense("no map"))?;
+        if response.cluster != map.cluster {
+            return Err(self.link.nonsense("a map of another cluster"));
+        }
+        Ok(Registered { cluster: map.cluster, map })
+    }
+
+    /// Reports what a target sees; see `HeartbeatRequest`. One attempt: the next heartbeat is the next.
+    ///
+    /// # Errors
+    /// `UnknownTarget`: register again, then go on.
+    pub async fn heartbeat(&self, request: pb::HeartbeatRequest) -> Result<Beat, Problem> {
+        let mut stub = stub(self.link.channel.clone());
+        let response = self.link.once(self.link.patience.call, stub.heartbeat(request)).await?;
+        let interval = Duration::from_millis(response.interval_ms.into()).clamp(BEAT_MIN, BEAT_MAX);
+        Ok(Beat { map: self.map(response.map)?, interval })
+    }
+
+    /// The current map if newer than `known` (0: any), and the last reported leaders.
+    pub async fn map_newer_than(
+        &self,
+        known: u64,
+    ) -> Result<(Option<ClusterMap>, Vec<pb::LeaderHint>), Problem> {
+        let request = pb::GetMapRequest { known_generation: known, wait_ms: 0 };
+        let response = self.link.repeat(|c| async move { stub(c).get_map(request).await }).await?;
+        Ok((self.map(response.map)?, response.leaders))
+    }
+
+    /// The current map.
+    pub async fn map_now(&self) -> Result<ClusterMap, Problem> {
+        self.map_newer_than(0).await?.0.ok_or_else(|| self.link.nonsense("no map"))
+    }
+
+    /// Which copyset holds a chunk, where its replicas are and who was last said to lead it.
+    pub async fn route(&self, chunk: ChunkId) -> Result<pb::GetRouteResponse, Problem> {
+        let request = pb::GetRouteRequest { volume: chunk.volume.0, chunk: chunk.index };
+        self.link.repeat(|c| async move { stub(c).get_route(request).await }).await
+    }
+
+    /// Accounts for segments of a volume at their first write; returns the bytes that the volume
+    /// has allocated. Idempotent, all or nothing.
+    ///
+    /// # Errors
+    /// `NoSpace`: refuse the write. `Unreachable`, `TimedOut`: let the write go on and ask again later.
+    pub async fn allocate(&self, volume: VolumeId, segments: &[u32]) -> Result<u64, Problem> {
+        let request = pb::AllocateSegmentsRequest { volume: volume.0, segments: segments.to_vec() };
+        let call = |c| {
+            let r = request.clone();
+            async move { stub(c).allocate_segments(r).await }
+        };
+        Ok(self.link.repeat(call).await?.allocated_bytes)
+    }
+
+    /// Creates a pool and its copysets. One attempt.
+    pub async fn create_pool(&self, request: pb::CreatePoolRequest) -> Result<pb::Pool, Problem> {
+        let mut stub = stub(self.link.channel.clone());
+        let response = self.link.once(self.link.patience.call, stub.create_pool(request)).await?;
+        response.pool.ok_or_else(|| self.link.nonsense("no pool"))
+    }
+
+    /// Creates a volume. `block_bytes` 0 means 4096, `pool` empty means "default". One attempt.
+    pub async fn create_volume(
+        &self,
+        name: &str,
+        bytes: u64,
+        block_bytes: u32,
+        pool: &str,
+    ) -> Result<pb::Volume, Problem> {
+        let request =
+            pb::CreateVolumeRequest { name: name.to_owned(), bytes, block_bytes, pool: pool.to_owned() };
+        let mut stub = stub(self.link.channel.clone());
+        let response = self.link.once(self.link.patience.call, stub.create_volume(request)).await?;
+        response.volume.ok_or_else(|| self.link.nonsense("no volume"))
+    }
+
+    /// Every volume; those being deleted too when asked for.
+    pub async fn volumes(&self, deleting: bool) -> Result<Vec<pb::Volume>, Problem> {
+        let request = pb::ListVolumesRequest { deleting };
+        Ok(self.link.repeat(|c| async move { stub(c).list_volumes(request).await }).await?.volumes)
+    }
+
+    /// One volume with its allocation.
+    pub async fn stat_volume(&self, volume: pb::VolumeRef) -> Result<pb::StatVolumeResponse, Problem> {
+        let request = pb::StatVolumeRequest { volume: Some(volume) };
+        self.link
+            .repeat(|c| {
+                let r = request.clone();
+                async move { stub(c).stat_volume(r).await }
+            })
+            .await
+    }
+
+    /// Marks a volume deleted; its targets then free its chunks. One attempt.
+    pub async fn delete_volume(&self, volume: pb::VolumeRef) -> Result<VolumeId, Problem> {
+        let request = pb::DeleteVolumeRequest { volume: Some(volume) };
+        let mut stub = stub(self.link.channel.clone());
+        let response = self.link.once(self.link.patience.call, stub.delete_volume(request)).await?;
+        Ok(VolumeId(response.id))
+    }
+
+    /// Offers a volume over a protocol, from every target. Idempotent.
+    pub async fn add_export(
+        &self,
+        volume: pb::VolumeRef,
+        protocol: ExportProtocol,
+    ) -> Result<pb::Export, Problem> {
+        let request =
+            pb::AddExportRequest { volume: Some(volume), protocol: protocol_to_pb(protocol).into() };
+        let call = |c| {
+            let r = request.clone();
+            async move { stub(c).add_export(r).await }
+        };
+        self.link.repeat(call).await?.export.ok_or_else(|| self.link.nonsense("no export"))
+    }
+
+    /// Ends the offer; connections to it are closed by the targets. One attempt.
+    pub async fn remove_export(
+        &self,
+        volume: pb::VolumeRef,
+        protocol: ExportProtocol,
+    ) -> Result<(), Problem> {
+        let protocol = protocol_to_pb(protocol).into();
+        let request = pb::RemoveExportRequest { volume: Some(volume), protocol };
+        let mut stub = stub(self.link.channel.clone());
+        self.link.once(self.link.patience.call, stub.remove_export(request)).await?;
+        Ok(())
+    }
+
+    /// The exports of one volume, or of all.
+    pub async fn exports(&self, volume: Option<pb::VolumeRef>) -> Result<Vec<pb::Export>, Problem> {
+        let request = pb::ListExportsRequest { volume };
+        let call = |c| {
+            let r = request.clone();
+            async move { stub(c).list_exports(r).await }
+        };
+        Ok(self.link.repeat(call).await?.exports)
+    }
+
+    /// The whole cluster at a glance.
+    pub async fn status(&self) -> Result<pb::StatusResponse, Problem> {
+        self.link.repeat(|c| async move { stub(c).status(pb::StatusRequest {}).await }).await
+    }
+
+    /// Opens the stream of maps newer than `known`.
+    pub(super) async fn watch(&self, known: u64) -> Result<tonic::Streaming<pb::ClusterMap>, Problem> {
+        let mut stub = stub(self.link.channel.clone());
+        let request = pb::WatchMapRequest { known_generation: known };
+        self.link.once(self.link.patience.call, stub.watch_map(request)).await
+    }
+
+    pub(super) fn problem(&self, status: &tonic::Status) -> Problem {
+        self.link.problem(status)
+    }
+
+    fn map(&self, map: Option<pb::ClusterMap>) -> Result<Option<ClusterMap>, Problem> {
+        map.as_ref().map(map_from_pb).transpose()
+    }
+}
+
+fn stub(channel: Channel) -> Stub<Channel> {
+    Stub::new(channel).max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
+}
