@@ -1,1 +1,18 @@
 //! Socket loops between the reactor and the sans-IO protocols.
+//!
+//! A connection is a value owned by its shard: the shard hands it completions and answers,
+//! then pumps it, and it appends events. Payload goes from the socket straight into arena
+//! buffers and from arena buffers straight to the socket.
+//!
+//! Deliberately absent: listening, connecting and routing (the shard does these), threads,
+//! clocks, and any knowledge of volumes.
+
+pub mod nbd;
+pub mod peer;
+pub mod stream;
+pub mod token;
+
+pub use nbd::{NbdCloseReason, NbdConn, NbdEvent, NbdLimits, ReadPart, ReadParts, ReqId};
+pub use peer::{PeerCloseReason, PeerConn, PeerEvent, PeerLimits};
+pub use stream::{Fill, Happened, Stream};
+pub use token::Owner;

@@ -81,3 +81,8 @@ pub fn block_status(cookie: u64, extents: &[(u32, bool)], out: &mut Vec<u8>) {
         out.extend_from_slice(&(if data { 0 } else { STATE_HOLE_ZERO }).to_be_bytes());
     }
 }
+
+/// Structured: the reply is over, and was a success unless an error chunk came before.
+pub fn none(cookie: u64, out: &mut Vec<u8>) {
+    header(cookie, chunk::NONE, true, 0, out);
+}

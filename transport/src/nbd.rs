@@ -1,0 +1,563 @@
+//! One NBD client: drives a session over a stream, cuts requests into pieces, gathers answers.
+//!
+//! Calling contract: hand [`NbdConn::on_completion`] every completion whose token this
+//! connection's [`Owner`] owns; answer every event that asks for it exactly once, also after
+//! [`NbdEvent::Closed`]; and call [`NbdConn::pump`] while [`NbdConn::needs_pump`] says so, best
+//! once a turn after all completions and answers, for it sends everything as one operation.
+//! Call [`NbdConn::tick`] about once a second. Drop the connection when it is
+//! [done](NbdConn::is_done).
+//!
+//! Reads and writes are cut at multiples of 128 KiB of the export, so a piece never leaves its
+//! chunk. Pieces of a write come as they arrive from the socket; pieces of a read as the
+//! budget allows.
+//!
+//! Invariants: bytes held for this client (payload under way, reads asked for and answers not
+//! yet sent) stay within [`NbdLimits::bytes_max`], or are those of a single piece; requests in
+//! flight within [`NbdLimits::requests_max`]; when either is reached nothing more is read from
+//! the socket. A reply is encoded once all events of its request are answered.
+//!
+//! Deliberately absent: volumes, retries, time-outs of requests.
+
+mod answers;
+mod reads;
+#[cfg(test)]
+mod tests;
+
+use crate::stream::{Fill, Happened, STAGING_BLOCKS, Stream};
+use crate::token::Owner;
+use protocol::nbd::wire::FEED_BYTES_MAX;
+use protocol::nbd::{Command, Event, ExportInfo, NbdError, Request, Session, Violation};
+use protocol::types::{BLOCK_BYTES, ENTRY_BYTES_MAX, Span, Time};
+use reactor::{Arena, Buf, BufMut, Completion, IoError, Reactor, Socket};
+use reads::Reading;
+use slab::Slab;
+use smallvec::SmallVec;
+use std::collections::VecDeque;
+
+const _: () = assert!(STAGING_BLOCKS * BLOCK_BYTES > FEED_BYTES_MAX);
+
+/// A request of this connection; given again once its last event is answered.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ReqId(pub u32);
+
+/// How much one client may have in flight.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NbdLimits {
+    /// Requests being worked on.
+    pub requests_max: usize,
+    /// Bytes of buffers, and of replies that are not sent.
+    pub bytes_max: usize,
+    /// Blocks of the arena that are left to others: no payload is taken while fewer are free.
+    pub arena_reserve_blocks: usize,
+    /// How long a client may haggle before it is attached.
+    pub negotiation: Span,
+    /// How long the last replies may take to be sent before the connection is cut.
+    pub linger: Span,
+}
+
+impl Default for NbdLimits {
+    fn default() -> Self {
+        Self {
+            requests_max: 256,
+            bytes_max: 16 << 20,
+            arena_reserve_blocks: 0,
+            negotiation: Span::ms(30_000),
+            linger: Span::ms(5_000),
+        }
+    }
+}
+
+/// A part of a read's answer.
+#[derive(Clone, Debug)]
+pub enum ReadPart {
+    /// Bytes `from..to` of a buffer.
+    Data {
+        /// The buffer; held until it is sent.
+        buf: Buf,
+        /// First byte.
+        from: u32,
+        /// One past the last byte.
+        to: u32,
+    },
+    /// So many zeroes.
+    Zeroes(u32),
+}
+
+impl ReadPart {
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
+        match self {
+            ReadPart::Data { from, to, .. } => (to - from) as usize,
+            ReadPart::Zeroes(bytes) => *bytes as usize,
+        }
+    }
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The answer to one piece of a read, in order.
+pub type ReadParts = SmallVec<[ReadPart; 2]>;
+
+/// What a client wants, or what became of it.
+#[derive(Debug)]
+pub enum NbdEvent {
+    /// What is offered under this name (empty: the default)? Answer: [`NbdConn::answer_export`].
+    OpenExport {
+        /// As asked.
+        name: String,
+    },
+    /// What is there? Answer: [`NbdConn::answer_list`].
+    ListExports,
+    /// The client uses this export from now on. No answer.
+    Attached(ExportInfo),
+    /// A piece of a read. Answer: [`NbdConn::read_done`].
+    Read {
+        /// The request.
+        req: ReqId,
+        /// Bytes into the export.
+        offset: u64,
+        /// At most 128 KiB, within one 128 KiB-aligned window.
+        length: u32,
+    },
+    /// A piece of a write. Answer: [`NbdConn::write_piece_done`].
+    WritePiece {
+        /// The request.
+        req: ReqId,
+        /// Bytes into the export.
+        offset: u64,
+        /// At most 128 KiB, within one 128 KiB-aligned window.
+        length: u32,
+        /// The covering blocks; the data begins at `offset % 4096`. What lies around it is stale memory.
+        buf: Buf,
+        /// To be answered only when durable.
+        fua: bool,
+    },
+    /// A trim or a write-zeroes, whole. Answer: [`NbdConn::zero_done`].
+    Zero {
+        /// The request.
+        req: ReqId,
+        /// Bytes into the export.
+        offset: u64,
+        /// Up to 4 GiB - 1.
+        length: u32,
+        /// A trim: the content need not become zeroes.
+        trim: bool,
+        /// The space is to stay allocated.
+        no_hole: bool,
+        /// To be answered only when durable.
+        fua: bool,
+    },
+    /// Which parts hold data? Answer: [`NbdConn::status_done`].
+    Status {
+        /// The request.
+        req: ReqId,
+        /// Bytes into the export.
+        offset: u64,
+        /// Up to 4 GiB - 1.
+        length: u32,
+        /// Only the first extent is wanted.
+        one: bool,
+    },
+    /// What was acknowledged is to be durable. Answer: [`NbdConn::flush_done`].
+    Flush {
+        /// The request.
+        req: ReqId,
+    },
+    /// The connection is over; comes once. No answer, but events from before still need theirs.
+    Closed {
+        /// Why.
+        reason: NbdCloseReason,
+    },
+}
+
+/// Why a connection ended.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum NbdCloseReason {
+    /// The client said so.
+    #[error("client disconnected")]
+    Disconnect,
+    /// The client closed its side without a word.
+    #[error("client vanished")]
+    Vanished,
+    /// The client broke the protocol.
+    #[error("protocol violation: {0}")]
+    Violation(#[from] Violation),
+    /// The connection broke.
+    #[error("connection failed: {0}")]
+    Io(IoError),
+    /// A read failed after its reply had begun, which can only be told by closing.
+    #[error("a read failed after its reply had begun")]
+    ReadFailed,
+    /// The client did not finish its negotiation, or did not take the last replies.
+    #[error("client was too slow")]
+    TooSlow,
+    /// [`NbdConn::close`].
+    #[error("closed by this side")]
+    Asked,
+}
+
+#[derive(Debug)]
+enum State {
+    Open,
+    /// No more is read; close when all is answered and sent.
+    Draining(NbdCloseReason),
+    /// No more is read; close when all that is queued is sent.
+    Flushing(NbdCloseReason),
+    /// Close at once.
+    Aborting(NbdCloseReason),
+    Closed,
+}
+
+struct Req {
+    request: Request,
+    /// Bytes of a read or write that were handed out as pieces or skipped.
+    emitted: u32,
+    /// Bytes that are answered or skipped.
+    answered: u32,
+    /// Events that the caller has not answered.
+    outstanding: u32,
+    error: Option<(NbdError, u64)>,
+    reading: Reading,
+}
+
+/// Payload of a write on its way in.
+struct Incoming {
+    req: ReqId,
+    offset: u64,
+    left: u32,
+    /// Length of the piece being received, 0 between pieces.
+    piece: u32,
+}
+
+/// Whether parsing can go on.
+enum Step {
+    Again,
+    NeedsBytes,
+    Blocked,
+}
+
+/// One client's connection; see the module.
+pub struct NbdConn {
+    stream: Stream,
+    session: Session,
+    state: State,
+    limits: NbdLimits,
+    requests: Slab<Req>,
+    incoming: Option<Incoming>,
+    /// Reads with pieces that are not handed out, in order.
+    unasked: VecDeque<ReqId>,
+    /// Bytes of buffers with payload of writes, received or being received.
+    writing_bytes: usize,
+    /// Bytes of reads that were asked for, and of answers that must wait for their turn.
+    reading_bytes: usize,
+    dirty: bool,
+    starved: bool,
+    attached: bool,
+    /// When negotiation, or what is left to be sent, must be over.
+    deadline: Option<Time>,
+}
+
+impl NbdConn {
+    /// A client has connected. `None` when the arena has no room for a staging buffer: close the socket.
+    pub fn new<R: Reactor>(reactor: &mut R, socket: Socket, owner: Owner, limits: NbdLimits) -> Option<Self> {
+        let staging = reactor.arena().alloc(STAGING_BLOCKS)?;
+        let mut stream = Stream::new(socket, owner, staging);
+        let session = Session::new();
+        session.greeting(stream.text());
+        Some(Self {
+            stream,
+            session,
+            state: State::Open,
+            limits,
+            requests: Slab::new(),
+            incoming: None,
+            unasked: VecDeque::new(),
+            writing_bytes: 0,
+            reading_bytes: 0,
+            dirty: true,
+            starved: false,
+            attached: false,
+            deadline: Some(reactor.now() + limits.negotiation),
+        })
+    }
+    /// Whose completions this connection takes.
+    pub fn owner(&self) -> Owner {
+        self.stream.owner()
+    }
+    /// Whether [`NbdConn::pump`] may have something to do. A connection that waits for memory says so every time.
+    pub fn needs_pump(&self) -> bool {
+        self.dirty || self.starved
+    }
+    /// Whether it waits for the arena to have room.
+    pub fn is_starved(&self) -> bool {
+        self.starved
+    }
+    /// Whether it can be dropped: closed, and every event answered.
+    pub fn is_done(&self) -> bool {
+        self.stream.is_closed() && self.requests.is_empty()
+    }
+    /// Requests in flight.
+    pub fn requests(&self) -> usize {
+        self.requests.len()
+    }
+    /// Bytes held for this client, the staging buffer left out.
+    pub fn bytes(&self) -> usize {
+        self.writing_bytes + self.reading_bytes + self.stream.tx_bytes()
+    }
+    /// The export in use.
+    pub fn export(&self) -> Option<&ExportInfo> {
+        self.session.export()
+    }
+    /// From now on every new request and option is refused, because the server is stopping.
+    pub fn stop(&mut self) {
+        self.session.stop();
+    }
+    /// Cuts the connection.
+    pub fn close<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NbdEvent>) {
+        self.shut(reactor, NbdCloseReason::Asked, events);
+    }
+    /// Checks the clock: cuts a client that haggles, or takes its last replies, too slowly.
+    pub fn tick<R: Reactor>(&mut self, reactor: &mut R, now: Time, events: &mut Vec<NbdEvent>) {
+        if self.deadline.is_some_and(|deadline| now >= deadline) {
+            self.shut(reactor, NbdCloseReason::TooSlow, events);
+        }
+    }
+    /// Takes the end of one of this connection's operations.
+    pub fn on_completion<R: Reactor>(
+        &mut self,
+        reactor: &mut R,
+        completion: Completion,
+        events: &mut Vec<NbdEvent>,
+    ) {
+        self.dirty = true;
+        match self.stream.on_completion(completion) {
+            Happened::Received | Happened::Sent | Happened::Closed => {}
+            Happened::Failed(error) => self.shut(reactor, NbdCloseReason::Io(error), events),
+            Happened::Eof => self.eof(reactor, events),
+        }
+    }
+    fn eof<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NbdEvent>) {
+        let at_boundary = self.incoming.is_none() && self.stream.staged().is_empty();
+        if !matches!(self.state, State::Open) {
+        } else if at_boundary && self.attached {
+            // It may have closed its sending side only: finish what it asked for.
+            self.drain(NbdCloseReason::Vanished);
+        } else {
+            self.shut(reactor, NbdCloseReason::Vanished, events);
+        }
+    }
+    fn drain(&mut self, reason: NbdCloseReason) {
+        self.state = State::Draining(reason);
+        self.deadline = None;
+    }
+    fn violated(&mut self, violation: Violation) {
+        self.state = State::Flushing(violation.into());
+        self.deadline = None;
+    }
+    /// Does what can be done: looks at received bytes, hands out pieces, sends, receives.
+    pub fn pump<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NbdEvent>) {
+        self.dirty = false;
+        self.starved = false;
+        while matches!(self.state, State::Open) {
+            match self.step(reactor, events) {
+                Ok(Step::Again) => {}
+                Ok(Step::NeedsBytes) => {
+                    self.stream.receive(reactor);
+                    break;
+                }
+                Ok(Step::Blocked) => break,
+                Err(violation) => self.violated(violation),
+            }
+        }
+        self.ask_reads(reactor.arena(), events);
+        if !matches!(self.state, State::Aborting(_)) {
+            self.stream.flush(reactor);
+        }
+        self.settle(reactor, events);
+    }
+    /// Closes when there is nothing left to wait for.
+    fn settle<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NbdEvent>) {
+        let (reason, finished) = match &self.state {
+            State::Open | State::Closed => return,
+            State::Draining(reason) => (reason, self.requests.is_empty()),
+            State::Flushing(reason) => (reason, true),
+            State::Aborting(reason) => return self.shut(reactor, reason.clone(), events),
+        };
+        if finished && self.stream.tx_bytes() == 0 {
+            self.shut(reactor, reason.clone(), events);
+        } else if finished {
+            self.deadline.get_or_insert(reactor.now() + self.limits.linger);
+        }
+    }
+    fn shut<R: Reactor>(&mut self, reactor: &mut R, reason: NbdCloseReason, events: &mut Vec<NbdEvent>) {
+        if matches!(self.state, State::Closed) {
+            return;
+        }
+        self.state = State::Closed;
+        self.deadline = None;
+        self.stream.close(reactor);
+        self.incoming = None;
+        self.unasked.clear();
+        self.requests.retain(|_, req| {
+            req.reading = Reading::default();
+            req.outstanding > 0
+        });
+        self.writing_bytes = 0;
+        self.reading_bytes = 0;
+        events.push(NbdEvent::Closed { reason });
+    }
+    fn step<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NbdEvent>) -> Result<Step, Violation> {
+        if self.incoming.is_some() {
+            return Ok(self.payload(reactor.arena(), events));
+        }
+        let full = self.requests.len() >= self.limits.requests_max || self.bytes() >= self.limits.bytes_max;
+        if full {
+            return Ok(Step::Blocked);
+        }
+        let (staged, text) = self.stream.staged_and_text();
+        let progress = self.session.feed(staged, text)?;
+        self.stream.consume(progress.used);
+        match progress.event {
+            Some(event) => self.on_event(event, events),
+            None if progress.used > 0 => {}
+            None if self.session.is_waiting() => return Ok(Step::Blocked),
+            None => return Ok(Step::NeedsBytes),
+        }
+        Ok(Step::Again)
+    }
+    fn on_event(&mut self, event: Event, events: &mut Vec<NbdEvent>) {
+        match event {
+            Event::Export { name } => events.push(NbdEvent::OpenExport { name }),
+            Event::List => events.push(NbdEvent::ListExports),
+            Event::Attached(export) => {
+                self.attached = true;
+                self.deadline = None;
+                events.push(NbdEvent::Attached(export));
+            }
+            Event::Disconnect => self.drain(NbdCloseReason::Disconnect),
+            Event::Request(request) => self.begin(request, events),
+        }
+    }
+    fn begin(&mut self, request: Request, events: &mut Vec<NbdEvent>) {
+        let Request { command, offset, length, fua, cookie } = request;
+        if command == Command::Cache {
+            // A hint; every read is served from where the data is.
+            return protocol::nbd::reply::done(cookie, self.stream.text());
+        }
+        let outstanding = u32::from(!matches!(command, Command::Read { .. } | Command::Write));
+        let reading = Reading::default();
+        let req = Req { request, emitted: 0, answered: 0, outstanding, error: None, reading };
+        let req = ReqId(self.requests.insert(req) as u32);
+        match command {
+            Command::Read { .. } => self.unasked.push_back(req),
+            Command::Write => {
+                self.incoming = Some(Incoming { req, offset, left: length, piece: 0 });
+            }
+            Command::Flush => events.push(NbdEvent::Flush { req }),
+            Command::Trim => {
+                events.push(NbdEvent::Zero { req, offset, length, trim: true, no_hole: false, fua });
+            }
+            Command::WriteZeroes { no_hole, .. } => {
+                events.push(NbdEvent::Zero { req, offset, length, trim: false, no_hole, fua });
+            }
+            Command::BlockStatus { one } => events.push(NbdEvent::Status { req, offset, length, one }),
+            Command::Cache => unreachable!("answered above"),
+        }
+    }
+    /// Takes in the payload of the write that has begun.
+    fn payload(&mut self, arena: &Arena, events: &mut Vec<NbdEvent>) -> Step {
+        let incoming = self.incoming.as_ref().expect("the caller asked");
+        if incoming.piece == 0 {
+            if self.requests[incoming.req.0 as usize].error.is_some() {
+                return self.skip_payload();
+            }
+            if !self.begin_piece(arena) {
+                return Step::Blocked;
+            }
+        }
+        match self.stream.poll_fill() {
+            Some(buf) => {
+                self.end_piece(buf, events);
+                Step::Again
+            }
+            None => Step::NeedsBytes,
+        }
+    }
+    /// A write of which a piece failed already: nobody needs the rest.
+    fn skip_payload(&mut self) -> Step {
+        let incoming = self.incoming.as_mut().expect("the caller asked");
+        let bytes = self.stream.staged().len().min(incoming.left as usize);
+        if bytes == 0 {
+            return Step::NeedsBytes;
+        }
+        self.stream.consume(bytes);
+        incoming.left -= bytes as u32;
+        let (id, left) = (incoming.req, incoming.left);
+        let req = &mut self.requests[id.0 as usize];
+        req.emitted += bytes as u32;
+        req.answered += bytes as u32;
+        if left == 0 {
+            self.incoming = None;
+            self.finish_write(id);
+        }
+        Step::Again
+    }
+    /// Finds room for the next piece, if the budget and the arena have it.
+    fn begin_piece(&mut self, arena: &Arena) -> bool {
+        let incoming = self.incoming.as_ref().expect("the caller asked");
+        let length = piece_length(incoming.offset, incoming.left);
+        let lead = (incoming.offset % BLOCK_BYTES as u64) as usize;
+        let blocks = (lead + length as usize).div_ceil(BLOCK_BYTES);
+        let charge = piece_charge(incoming.offset, length);
+        if !self.has_budget(charge) {
+            return false;
+        }
+        let Some(buf) = self.alloc(arena, blocks) else {
+            self.starved = true;
+            return false;
+        };
+        self.writing_bytes += charge;
+        self.stream.expect(Fill { buf, at: lead, end: lead + length as usize });
+        self.incoming.as_mut().expect("as above").piece = length;
+        true
+    }
+    fn end_piece(&mut self, buf: BufMut, events: &mut Vec<NbdEvent>) {
+        let incoming = self.incoming.as_mut().expect("a piece was under way");
+        let (req, offset, length) = (incoming.req, incoming.offset, incoming.piece);
+        incoming.offset += u64::from(length);
+        incoming.left -= length;
+        incoming.piece = 0;
+        if incoming.left == 0 {
+            self.incoming = None;
+        }
+        let entry = &mut self.requests[req.0 as usize];
+        entry.emitted += length;
+        entry.outstanding += 1;
+        let fua = entry.request.fua;
+        events.push(NbdEvent::WritePiece { req, offset, length, buf: buf.freeze(), fua });
+    }
+    /// Whether so many bytes more may be held; a single piece always may.
+    fn has_budget(&self, bytes: usize) -> bool {
+        self.bytes() == 0 || self.bytes() + bytes <= self.limits.bytes_max
+    }
+    fn has_room(&self, arena: &Arena, blocks: usize) -> bool {
+        arena.used_blocks() + blocks + self.limits.arena_reserve_blocks <= arena.capacity_blocks()
+    }
+    fn alloc(&self, arena: &Arena, blocks: usize) -> Option<BufMut> {
+        self.has_room(arena, blocks).then(|| arena.alloc(blocks)).flatten()
+    }
+}
+
+/// How long a piece is that begins at `offset` of the export, of so many bytes that are left.
+fn piece_length(offset: u64, left: u32) -> u32 {
+    let window = ENTRY_BYTES_MAX as u64;
+    u64::from(left).min(window - offset % window) as u32
+}
+
+/// What a write's piece is charged with.
+fn piece_charge(offset: u64, length: u32) -> usize {
+    let lead = (offset % BLOCK_BYTES as u64) as usize;
+    (lead + length as usize).div_ceil(BLOCK_BYTES).next_power_of_two() * BLOCK_BYTES
+}
