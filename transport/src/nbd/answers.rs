@@ -116,9 +116,10 @@ fn extents(runs: &[(u64, bool)], length: u32, one: bool) -> Vec<(u32, bool)> {
             continue;
         }
         left -= bytes;
+        let full = extents.len() == most;
         match extents.last_mut() {
             Some(last) if last.1 == data => last.0 += bytes,
-            Some(_) if extents.len() == most => break,
+            Some(_) if full => break,
             _ => extents.push((bytes, data)),
         }
     }
