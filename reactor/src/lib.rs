@@ -15,9 +15,13 @@
 
 pub mod api;
 pub mod arena;
+pub mod clock;
 pub mod disk;
+pub mod host;
+pub mod mailbox;
 pub mod ring;
 mod table;
+pub mod timers;
 mod waker;
 
 pub use api::*;

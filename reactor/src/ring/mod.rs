@@ -27,6 +27,7 @@ use protocol::types::Time;
 
 use crate::api::{Addr, Completion, Disk, File, IoError, Listener, Op, OpenOptions, Reactor, Stats, Waker};
 use crate::arena::Arena;
+use crate::clock::monotonic_now;
 use crate::disk::HostDisk;
 use crate::table::Table;
 use net::{ListenEntry, SocketEntry};
@@ -89,14 +90,6 @@ pub struct Ring {
 struct Spin {
     max_ns: u64,
     budget_ns: u64,
-}
-
-/// The monotonic clock, as [`Reactor::now`] of every ring reads it.
-pub fn monotonic_now() -> Time {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is to a timespec of ours; CLOCK_MONOTONIC always exists.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
-    Time(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64)
 }
 
 impl Ring {
