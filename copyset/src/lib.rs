@@ -12,7 +12,17 @@
 //! generator seeded in [`Config`]), payloads, and any knowledge of chunks.
 
 mod api;
+mod election;
+mod follow;
+mod health;
+mod log;
+mod membership;
+mod progress;
+mod queue;
+mod read;
 mod replica;
+mod replication;
+mod rng;
 
 pub use api::{Action, Config, Health, Lag, ReadGrant, Recovered, Refused, Role};
 pub use protocol::raft::{Body, Entry, HardState, Kind, Member, Members, Message};

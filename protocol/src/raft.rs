@@ -181,11 +181,13 @@ pub enum Kind {
         sleep: bool,
         install: bool,
     },
-    /// `accepted`: the log is known to agree with the leader's this far, durable or not.
+    /// `accepted`: the log is known to agree with the leader's this far; `durable`: and is durable
+    /// this far; `last`: it goes on, agreeing or not, this far.
     HeartbeatReply {
         round: Round,
         standing: Standing,
         accepted: LogIndex,
+        durable: LogIndex,
         last: LogIndex,
         asleep: bool,
     },
