@@ -108,6 +108,8 @@ pub struct DevOptions {
     pub size: String,
     /// Whether a target that dies is started again.
     pub restart: bool,
+    /// Further arguments of `ashlar dev`.
+    pub extra: Vec<String>,
     /// Most open files of the supervisor and its children; `None` leaves the limit alone.
     pub nofile: Option<u32>,
     /// How long READY may take.
@@ -122,6 +124,7 @@ impl DevOptions {
             dir: dir.to_owned(),
             size: size.to_owned(),
             restart: true,
+            extra: Vec::new(),
             nofile: None,
             limit: Duration::from_secs(60),
         }
@@ -146,6 +149,7 @@ impl DevOptions {
         if !self.restart {
             command.arg("--no-restart");
         }
+        command.args(&self.extra);
         command
     }
 }

@@ -55,6 +55,13 @@ impl Cluster {
         let scratch =
             scratch.with_context(|| format!("no scratch directory can be made in {}", base.display()))?;
         if let Some(dir) = &args.dir {
+            let dead = DevFile::read(dir)?.pids().into_iter().find(|pid| !process::is_alive(*pid));
+            ensure!(
+                dead.is_none(),
+                "process {} of the cluster in {} is gone; start `ashlar dev` again",
+                dead.unwrap_or(0),
+                dir.display()
+            );
             return Ok(Self { dir: dir.clone(), scratch, process: None });
         }
         let bin = std::env::current_exe().context("the path of this program is unknown")?;
@@ -197,7 +204,7 @@ fn one(
 fn publish(args: &FirstArgs, report: &FirstReport) -> anyhow::Result<ExitCode> {
     let kept = crate::report::keep(&args.cluster.results, "first", &report.environment.time, report)?;
     match args.cluster.output {
-        Output::Table => println!("{}", report.text()),
+        Output::Text => println!("{}", report.text()),
         Output::Json => println!("{}", serde_json::to_string_pretty(report)?),
     }
     eprintln!("kept in {}", kept.display());

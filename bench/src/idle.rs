@@ -155,7 +155,7 @@ fn publish(args: &IdleArgs, report: &IdleReport) -> anyhow::Result<ExitCode> {
     let kept = keep(&args.cluster.results, "idle", &report.environment.time, report)?;
     match args.cluster.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(report)?),
-        Output::Table => {
+        Output::Text => {
             println!("{}\n{}\n\n{}", report.environment.line(), table(report), goal_lines(&report.goals, ""))
         }
     }

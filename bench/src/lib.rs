@@ -36,7 +36,7 @@ pub enum BenchCommand {
 pub enum Output {
     /// A table for people.
     #[default]
-    Table,
+    Text,
     /// The whole report with environment and fio's own output, for programs.
     Json,
 }
