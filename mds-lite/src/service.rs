@@ -1,0 +1,347 @@
+//! The gRPC service: messages to commands and back. What arrives was written by anyone: every
+//! field is checked here or in the state; a refusal is one line that says what, why and what to do.
+
+use crate::owner::Handle;
+use crate::record::{Endpoints, Uuid};
+use crate::state::{Command, Heartbeat, Registration, Replica, Reply, Usage, VolumeRef};
+use crate::view;
+use protocol::control::pb::mds_server::Mds;
+use protocol::control::{Problem, ProblemKind, limits, pb, protocol_from_pb};
+use protocol::types::{ChunkId, CopysetId, LogIndex, TargetId, Term, VolumeId};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+/// The longest that GetMap waits.
+const MAP_WAIT_MAX: Duration = Duration::from_secs(30);
+
+pub(crate) struct Service {
+    owner: Handle,
+    /// Turns true when the server stops: whoever waits for a map is let go.
+    stopping: watch::Receiver<bool>,
+}
+
+impl Service {
+    pub(crate) fn new(owner: Handle, stopping: watch::Receiver<bool>) -> Self {
+        Self { owner, stopping }
+    }
+
+    /// The map if newer than known.
+    fn newer(&self, known: u64) -> Option<pb::ClusterMap> {
+        newer(&self.owner.map(), known).map(|map| (*map).clone())
+    }
+
+    async fn volume_id(&self, volume: Option<pb::VolumeRef>) -> Result<VolumeId, Problem> {
+        let volume = volume_ref(volume)?;
+        self.owner.query(move |state, _| state.find_volume(&volume).map(|(id, _)| id)).await
+    }
+}
+
+fn newer(map: &watch::Receiver<Arc<pb::ClusterMap>>, known: u64) -> Option<Arc<pb::ClusterMap>> {
+    let map = map.borrow();
+    (map.generation > known).then(|| map.clone())
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+fn answer<T>(value: T) -> Answer<T> {
+    Ok(Response::new(value))
+}
+
+#[tonic::async_trait]
+impl Mds for Service {
+    async fn register_target(
+        &self,
+        request: Request<pb::RegisterTargetRequest>,
+    ) -> Answer<pb::RegisterTargetResponse> {
+        let registration = registration(request.into_inner())?;
+        let id = registration.id;
+        let command = Command::Register(registration);
+        let cluster = self.owner.command(command, |_, state, _| Ok(state.cluster())).await;
+        let cluster = cluster
+            .inspect_err(|problem| tracing::warn!(target_id = id.0, %problem, "registration refused"))?;
+        tracing::info!(target_id = id.0, "target registered");
+        answer(pb::RegisterTargetResponse { cluster: cluster.0.to_vec(), map: self.newer(0) })
+    }
+
+    async fn heartbeat(&self, request: Request<pb::HeartbeatRequest>) -> Answer<pb::HeartbeatResponse> {
+        let beat = heartbeat(request.into_inner())?;
+        let known = beat.known_generation;
+        let interval = |_: Reply, state: &crate::state::State, _| Ok(state.policy().heartbeat.0 / 1_000_000);
+        let interval_ms = self.owner.command(Command::Heartbeat(beat), interval).await? as u32;
+        answer(pb::HeartbeatResponse { map: self.newer(known), interval_ms })
+    }
+
+    async fn get_map(&self, request: Request<pb::GetMapRequest>) -> Answer<pb::GetMapResponse> {
+        let pb::GetMapRequest { known_generation: known, wait_ms } = request.into_inner();
+        let wait = Duration::from_millis(wait_ms.into()).min(MAP_WAIT_MAX);
+        let (mut map, mut stopping) = (self.owner.map(), self.stopping.clone());
+        if !wait.is_zero() && known != 0 {
+            tokio::select! {
+                _ = map.wait_for(|map| map.generation > known) => {}
+                _ = stopping.wait_for(|stopping| *stopping) => {}
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+        let leaders = self.owner.query(|state, now| Ok(view::leaders(state, now))).await?;
+        answer(pb::GetMapResponse { map: self.newer(known), leaders })
+    }
+
+    type WatchMapStream = ReceiverStream<Result<pb::ClusterMap, Status>>;
+
+    async fn watch_map(&self, request: Request<pb::WatchMapRequest>) -> Answer<Self::WatchMapStream> {
+        let known = request.into_inner().known_generation;
+        let (send, receive) = mpsc::channel(1);
+        tokio::spawn(feed(self.owner.map(), self.stopping.clone(), known, send));
+        answer(ReceiverStream::new(receive))
+    }
+
+    async fn get_route(&self, request: Request<pb::GetRouteRequest>) -> Answer<pb::GetRouteResponse> {
+        let pb::GetRouteRequest { volume, chunk } = request.into_inner();
+        let chunk = ChunkId { volume: VolumeId(volume), index: chunk };
+        answer(self.owner.query(move |state, now| view::route(state, now, chunk)).await?)
+    }
+
+    async fn allocate_segments(
+        &self,
+        request: Request<pb::AllocateSegmentsRequest>,
+    ) -> Answer<pb::AllocateSegmentsResponse> {
+        let pb::AllocateSegmentsRequest { volume, segments } = request.into_inner();
+        within("segments", segments.len(), limits::SEGMENTS_MAX as usize)?;
+        let command = Command::Allocate { volume: VolumeId(volume), segments };
+        let bytes = |reply, _: &_, _| match reply {
+            Reply::Allocated(bytes) => Ok(bytes),
+            other => unreachable!("an allocation is answered by its bytes, not {other:?}"),
+        };
+        let allocated_bytes = self.owner.command(command, bytes).await?;
+        answer(pb::AllocateSegmentsResponse { allocated_bytes })
+    }
+
+    async fn create_pool(&self, request: Request<pb::CreatePoolRequest>) -> Answer<pb::CreatePoolResponse> {
+        let pb::CreatePoolRequest { name, replicas, copysets, targets } = request.into_inner();
+        within("targets", targets.len(), limits::TARGETS_MAX)?;
+        let targets = targets.into_iter().map(TargetId).collect();
+        let command = Command::CreatePool { name, replicas, copysets, targets };
+        let view = |reply, state: &_, _| match reply {
+            Reply::Pool(id) => Ok(view::pool(state, id)),
+            other => unreachable!("a pool is answered by its id, not {other:?}"),
+        };
+        answer(pb::CreatePoolResponse { pool: Some(self.owner.command(command, view).await?) })
+    }
+
+    async fn create_volume(
+        &self,
+        request: Request<pb::CreateVolumeRequest>,
+    ) -> Answer<pb::CreateVolumeResponse> {
+        let pb::CreateVolumeRequest { name, bytes, block_bytes, pool } = request.into_inner();
+        let block_bytes = if block_bytes == 0 { 4096 } else { block_bytes };
+        let command = Command::CreateVolume { name, bytes, block_bytes, pool };
+        let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
+        answer(pb::CreateVolumeResponse { volume: Some(self.owner.command(command, view).await?) })
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<pb::ListVolumesRequest>,
+    ) -> Answer<pb::ListVolumesResponse> {
+        let deleting = request.into_inner().deleting;
+        let volumes = self.owner.query(move |state, _| Ok(view::volumes(state, deleting))).await?;
+        answer(pb::ListVolumesResponse { volumes })
+    }
+
+    async fn stat_volume(&self, request: Request<pb::StatVolumeRequest>) -> Answer<pb::StatVolumeResponse> {
+        let id = self.volume_id(request.into_inner().volume).await?;
+        answer(self.owner.query(move |state, _| view::stat(state, id)).await?)
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<pb::DeleteVolumeRequest>,
+    ) -> Answer<pb::DeleteVolumeResponse> {
+        let command = Command::DeleteVolume(volume_ref(request.into_inner().volume)?);
+        let id = self.owner.command(command, |reply, _, _| Ok(volume_in(&reply))).await?;
+        answer(pb::DeleteVolumeResponse { id: id.0 })
+    }
+
+    async fn add_export(&self, request: Request<pb::AddExportRequest>) -> Answer<pb::AddExportResponse> {
+        let pb::AddExportRequest { volume, protocol } = request.into_inner();
+        let protocol = protocol_from_pb(protocol)?;
+        let command = Command::AddExport(volume_ref(volume)?, protocol);
+        let view = move |reply, state: &_, now| view::export(state, now, volume_in(&reply), protocol);
+        answer(pb::AddExportResponse { export: Some(self.owner.command(command, view).await?) })
+    }
+
+    async fn remove_export(
+        &self,
+        request: Request<pb::RemoveExportRequest>,
+    ) -> Answer<pb::RemoveExportResponse> {
+        let pb::RemoveExportRequest { volume, protocol } = request.into_inner();
+        let command = Command::RemoveExport(volume_ref(volume)?, protocol_from_pb(protocol)?);
+        self.owner.command(command, |_, _, _| Ok(())).await?;
+        answer(pb::RemoveExportResponse {})
+    }
+
+    async fn list_exports(
+        &self,
+        request: Request<pb::ListExportsRequest>,
+    ) -> Answer<pb::ListExportsResponse> {
+        let of = match request.into_inner().volume {
+            None => None,
+            volume => Some(self.volume_id(volume).await?),
+        };
+        let exports = self.owner.query(move |state, now| view::exports(state, now, of)).await?;
+        answer(pb::ListExportsResponse { exports })
+    }
+
+    async fn status(&self, _: Request<pb::StatusRequest>) -> Answer<pb::StatusResponse> {
+        answer(self.owner.query(|state, now| Ok(view::status(state, now))).await?)
+    }
+}
+
+/// Sends each newer map until the watcher leaves or the server stops.
+async fn feed(
+    mut map: watch::Receiver<Arc<pb::ClusterMap>>,
+    mut stopping: watch::Receiver<bool>,
+    mut known: u64,
+    send: mpsc::Sender<Result<pb::ClusterMap, Status>>,
+) {
+    loop {
+        tokio::select! {
+            changed = map.wait_for(|map| map.generation > known) => if changed.is_err() { return },
+            _ = stopping.wait_for(|stopping| *stopping) => return,
+            () = send.closed() => return,
+        }
+        let Some(newer) = newer(&map, known) else { continue };
+        known = newer.generation;
+        if send.send(Ok((*newer).clone())).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn volume_in(reply: &Reply) -> VolumeId {
+    match reply {
+        Reply::Volume(id) => *id,
+        other => unreachable!("this command is answered by a volume, not {other:?}"),
+    }
+}
+
+fn volume_ref(volume: Option<pb::VolumeRef>) -> Result<VolumeRef, Problem> {
+    match volume {
+        Some(pb::VolumeRef { id: 0, name }) if !name.is_empty() => Ok(VolumeRef::Name(name)),
+        Some(pb::VolumeRef { id, .. }) if id != 0 => Ok(VolumeRef::Id(VolumeId(id))),
+        _ => Err(invalid("no volume named", "the request leaves it out", "name a volume or give its id")),
+    }
+}
+
+fn registration(request: pb::RegisterTargetRequest) -> Result<Registration, Problem> {
+    within("shards", request.peers.len(), limits::SHARDS_MAX)?;
+    let cluster = match request.cluster.as_slice() {
+        [] => None,
+        bytes => Some(uuid("cluster id", bytes)?),
+    };
+    let peers = request.peers.iter().map(|peer| address("peer", peer)).collect::<Result<_, _>>()?;
+    Ok(Registration {
+        id: TargetId(request.id),
+        cluster,
+        disk_uuid: uuid("disk uuid", &request.disk_uuid)?,
+        peers,
+        endpoints: endpoints(request.endpoints.unwrap_or_default())?,
+        capacity_bytes: request.capacity_bytes,
+    })
+}
+
+fn endpoints(endpoints: pb::Endpoints) -> Result<Endpoints, Problem> {
+    let optional = |noun: &str, text: &str| match text {
+        "" => Ok(None),
+        text => address(noun, text).map(Some),
+    };
+    let path = &endpoints.nbd_unix;
+    if path.len() > limits::UNIX_PATH_BYTES_MAX || (!path.is_empty() && !path.starts_with('/')) {
+        return Err(invalid(
+            format!("path of a Unix socket {path:?} refused"),
+            format!("it is not absolute, or longer than {} bytes", limits::UNIX_PATH_BYTES_MAX),
+            "use a shorter, absolute path",
+        ));
+    }
+    Ok(Endpoints {
+        admin: optional("admin", &endpoints.admin)?,
+        metrics: optional("metrics", &endpoints.metrics)?,
+        nbd_tcp: optional("NBD", &endpoints.nbd_tcp)?,
+        nvme_tcp: optional("NVMe", &endpoints.nvme_tcp)?,
+        nbd_unix: endpoints.nbd_unix,
+    })
+}
+
+fn heartbeat(request: pb::HeartbeatRequest) -> Result<Heartbeat, Problem> {
+    within("replicas", request.replicas.len(), limits::COPYSETS_MAX)?;
+    within("freed volumes", request.freed_volumes.len(), limits::VOLUMES_MAX)?;
+    let usage = request.usage.unwrap_or_default();
+    Ok(Heartbeat {
+        target: TargetId(request.target),
+        disk_uuid: uuid("disk uuid", &request.disk_uuid)?,
+        known_generation: request.known_generation,
+        usage: Usage {
+            capacity: usage.capacity_bytes,
+            used: usage.used_bytes,
+            formatted: usage.formatted_bytes,
+        },
+        replicas: request.replicas.iter().map(replica).collect::<Result<_, _>>()?,
+        freed: request.freed_volumes.into_iter().map(VolumeId).collect(),
+    })
+}
+
+fn replica(status: &pb::ReplicaStatus) -> Result<Replica, Problem> {
+    let shard = u16::try_from(status.shard).map_err(|_| {
+        invalid(
+            format!("shard {} refused", status.shard),
+            "the target is of another version",
+            "run the same version everywhere",
+        )
+    })?;
+    Ok(Replica {
+        copyset: CopysetId(status.copyset),
+        shard,
+        term: Term(status.term),
+        role: status.role,
+        leader: (status.leader != 0).then_some(TargetId(status.leader)),
+        commit: LogIndex(status.commit_index),
+        applied: LogIndex(status.applied_index),
+        health: status.health,
+    })
+}
+
+fn uuid(noun: &str, bytes: &[u8]) -> Result<Uuid, Problem> {
+    bytes.try_into().map(Uuid).map_err(|_| {
+        invalid(
+            format!("{noun} of {} bytes refused", bytes.len()),
+            "an identity has 16; the caller is no target or of another version",
+            "run the same version everywhere",
+        )
+    })
+}
+
+fn address(noun: &str, text: &str) -> Result<SocketAddr, Problem> {
+    text.parse().map_err(|_| {
+        invalid(
+            format!("{noun} address {text:?} refused"),
+            "it is not of the form IP:PORT",
+            "write it as 192.0.2.1:7401 or [2001:db8::1]:7401",
+        )
+    })
+}
+
+fn within(noun: &str, count: usize, most: usize) -> Result<(), Problem> {
+    if count <= most {
+        return Ok(());
+    }
+    let what = format!("{count} {noun} in one request refused");
+    Err(Problem::new(ProblemKind::Limit, what, format!("the limit is {most}"), "send fewer"))
+}
+
+fn invalid(what: impl Into<String>, cause: impl Into<String>, fix: impl Into<String>) -> Problem {
+    Problem::new(ProblemKind::Invalid, what, cause, fix)
+}

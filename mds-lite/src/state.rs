@@ -1,0 +1,501 @@
+//! The MDS's decisions: state + command -> changes + reply. Pure: no IO, no clock, no randomness.
+//!
+//! Calling contract: [`State::decide`] alters only what heartbeats tell (kept in memory); the
+//! caller makes the decision's changes durable in one transaction, then hands them to
+//! [`State::apply`], then lets the reply out. When the transaction fails, nothing was changed and
+//! the reply must not go out. Invariants: ids are never given out twice; generation grows with
+//! each change that the map shows; every reference among records resolves.
+
+mod error;
+mod targets;
+mod volumes;
+
+use crate::record::{
+    Allocated, CopysetRecord, Counters, Endpoints, ExportKey, PoolId, PoolRecord, TargetRecord, Uuid,
+    VolumeRecord,
+};
+use protocol::control::{Problem, limits, map_from_pb, map_to_pb};
+use protocol::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
+use protocol::types::{CopysetId, LogIndex, ShardAddr, Span, TargetId, Term, Time, VolumeId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// The pool that is created by itself, and used when none is named.
+pub const POOL_DEFAULT: &str = "default";
+
+/// How this MDS decides; not part of what is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// Replicas of the default pool, 1 to 7.
+    pub replicas: u32,
+    /// Copysets of the default pool; 0: it is not created by itself.
+    pub copysets: u32,
+    /// The default pool is created when this many targets have registered.
+    pub targets_expected: u32,
+    /// How often targets are to send heartbeats.
+    pub heartbeat: Span,
+    /// A target is offline when its last heartbeat is older.
+    pub offline_after: Span,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            replicas: 3,
+            copysets: 12,
+            targets_expected: 3,
+            heartbeat: Span::ms(500),
+            offline_after: Span::ms(2500),
+        }
+    }
+}
+
+/// One durable change; a transaction is a list of them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// The counters now are these.
+    Counters(Counters),
+    /// A target is new or changed.
+    Target(TargetId, TargetRecord),
+    /// A pool is new.
+    Pool(PoolId, PoolRecord),
+    /// A copyset is new.
+    Copyset(CopysetId, CopysetRecord),
+    /// A volume is new or changed.
+    Volume(VolumeId, VolumeRecord),
+    /// A deleted volume has no chunk left: forget it and its allocation.
+    VolumePurged(VolumeId),
+    /// A volume's allocation is now this.
+    Allocated(VolumeId, Allocated),
+    /// A volume is offered.
+    Export(ExportKey),
+    /// The offer ends.
+    ExportRemoved(ExportKey),
+}
+
+/// A volume as requests name it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum VolumeRef {
+    /// By id.
+    Id(VolumeId),
+    /// By name, among those not deleted.
+    Name(String),
+}
+
+/// What the MDS is told or asked to do.
+#[derive(Clone, Debug)]
+pub enum Command {
+    /// A target starts.
+    Register(Registration),
+    /// A target lives.
+    Heartbeat(Heartbeat),
+    /// Segments are about to be written first.
+    Allocate {
+        /// The volume.
+        volume: VolumeId,
+        /// Indexes; twice the same is harmless.
+        segments: Vec<u32>,
+    },
+    /// Create a pool and its copysets.
+    CreatePool {
+        /// Unique.
+        name: String,
+        /// Replicas a copyset.
+        replicas: u32,
+        /// How many copysets.
+        copysets: u32,
+        /// On which targets; empty: all.
+        targets: Vec<TargetId>,
+    },
+    /// Create a volume.
+    CreateVolume {
+        /// Unique among those not deleted.
+        name: String,
+        /// Size.
+        bytes: u64,
+        /// 512 or 4096.
+        block_bytes: u32,
+        /// Name of its pool.
+        pool: String,
+    },
+    /// Mark a volume deleted.
+    DeleteVolume(VolumeRef),
+    /// Offer a volume.
+    AddExport(VolumeRef, ExportProtocol),
+    /// End the offer.
+    RemoveExport(VolumeRef, ExportProtocol),
+}
+
+/// A target that starts.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// Chosen by the operator.
+    pub id: TargetId,
+    /// What its disk says; `None` for a disk that never joined.
+    pub cluster: Option<Uuid>,
+    /// Identity of its disk.
+    pub disk_uuid: Uuid,
+    /// One address a shard.
+    pub peers: Vec<SocketAddr>,
+    /// Where else it is reached.
+    pub endpoints: Endpoints,
+    /// What its chunk slots may take up.
+    pub capacity_bytes: u64,
+}
+
+/// A target that lives.
+#[derive(Clone, Debug)]
+pub struct Heartbeat {
+    /// Which.
+    pub target: TargetId,
+    /// Identity of its disk.
+    pub disk_uuid: Uuid,
+    /// The map that it has.
+    pub known_generation: u64,
+    /// Its space.
+    pub usage: Usage,
+    /// Its replicas.
+    pub replicas: Vec<Replica>,
+    /// Deleted volumes of which it holds nothing any more.
+    pub freed: Vec<VolumeId>,
+}
+
+/// Space on a target, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Usage {
+    /// What chunk slots may take up.
+    pub capacity: u64,
+    /// Slots in use.
+    pub used: u64,
+    /// Slots preformatted.
+    pub formatted: u64,
+}
+
+/// One replica as its target reports it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Replica {
+    /// Of which copyset.
+    pub copyset: CopysetId,
+    /// On which shard.
+    pub shard: u16,
+    /// Its term.
+    pub term: Term,
+    /// `ReplicaRole` as on the wire.
+    pub role: i32,
+    /// Whom it follows in that term.
+    pub leader: Option<TargetId>,
+    /// Its commit index.
+    pub commit: LogIndex,
+    /// Its applied index.
+    pub applied: LogIndex,
+    /// `ReplicaHealth` as on the wire.
+    pub health: i32,
+}
+
+/// What the last heartbeat of a target told.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// When it came.
+    pub at: Time,
+    /// The map that the target had.
+    pub known_generation: u64,
+    /// Its space.
+    pub usage: Usage,
+    /// Its replicas of copysets that place one there.
+    pub replicas: BTreeMap<CopysetId, Replica>,
+}
+
+/// What is answered once the changes are durable.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Reply {
+    /// To a registration, a heartbeat, the end of an offer.
+    Done,
+    /// The volume's allocated bytes.
+    Allocated(u64),
+    /// The pool created.
+    Pool(PoolId),
+    /// The volume created, deleted or offered.
+    Volume(VolumeId),
+}
+
+/// Changes to make durable and apply, then the reply to let out.
+#[derive(Clone, Debug)]
+pub struct Decision {
+    /// In order; empty when there is nothing to write.
+    pub changes: Vec<Change>,
+    /// The reply.
+    pub reply: Reply,
+}
+
+impl Decision {
+    fn unchanged(reply: Reply) -> Self {
+        Self { changes: Vec::new(), reply }
+    }
+}
+
+/// Who was last said to lead a copyset.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Leader {
+    /// Who.
+    pub target: TargetId,
+    /// In which term.
+    pub term: Term,
+}
+
+/// Everything the MDS knows.
+#[derive(Debug)]
+pub struct State {
+    policy: Policy,
+    cluster: Uuid,
+    counters: Counters,
+    pub(crate) targets: BTreeMap<TargetId, TargetRecord>,
+    pub(crate) pools: BTreeMap<PoolId, PoolRecord>,
+    pub(crate) copysets: BTreeMap<CopysetId, CopysetRecord>,
+    pub(crate) volumes: BTreeMap<VolumeId, VolumeRecord>,
+    pub(crate) allocated: BTreeMap<VolumeId, Allocated>,
+    pub(crate) exports: BTreeSet<ExportKey>,
+    /// Names of volumes that are not deleted.
+    names: BTreeMap<String, VolumeId>,
+    /// The records as the map shows them.
+    map: Arc<ClusterMap>,
+    /// In memory only.
+    seen: BTreeMap<TargetId, Seen>,
+    /// In memory only: who has freed which deleted volume.
+    freed: BTreeMap<VolumeId, BTreeSet<TargetId>>,
+}
+
+impl State {
+    /// The state that a store's records make.
+    ///
+    /// # Errors
+    /// `Storage` when they contradict each other.
+    pub fn restore(policy: Policy, cluster: Uuid, records: Vec<Change>) -> Result<Self, Problem> {
+        let mut state = Self {
+            policy,
+            cluster,
+            counters: Counters::default(),
+            targets: BTreeMap::new(),
+            pools: BTreeMap::new(),
+            copysets: BTreeMap::new(),
+            volumes: BTreeMap::new(),
+            allocated: BTreeMap::new(),
+            exports: BTreeSet::new(),
+            names: BTreeMap::new(),
+            map: Arc::default(),
+            seen: BTreeMap::new(),
+            freed: BTreeMap::new(),
+        };
+        for change in records {
+            state.apply_one(change);
+        }
+        state.check()?;
+        state.map = Arc::new(state.make_map());
+        Ok(state)
+    }
+
+    /// Decides on a command. Alters only what is kept in memory; see the module's contract.
+    pub fn decide(&mut self, now: Time, command: Command) -> Result<Decision, Problem> {
+        match command {
+            Command::Register(registration) => self.register(now, registration),
+            Command::Heartbeat(heartbeat) => self.heartbeat(now, heartbeat),
+            Command::Allocate { volume, segments } => self.allocate(volume, &segments),
+            Command::CreatePool { name, replicas, copysets, targets } => {
+                self.create_pool(&name, replicas, copysets, &targets)
+            }
+            Command::CreateVolume { name, bytes, block_bytes, pool } => {
+                self.create_volume(name, bytes, block_bytes, &pool)
+            }
+            Command::DeleteVolume(volume) => self.delete_volume(&volume),
+            Command::AddExport(volume, protocol) => self.add_export(&volume, protocol),
+            Command::RemoveExport(volume, protocol) => self.remove_export(&volume, protocol),
+        }
+    }
+
+    /// Takes over changes that are durable.
+    pub fn apply(&mut self, changes: Vec<Change>) {
+        let generation = self.counters.generation;
+        for change in changes {
+            self.apply_one(change);
+        }
+        assert!(self.counters.generation >= generation, "generation never goes back");
+        if self.counters.generation != generation {
+            self.map = Arc::new(self.make_map());
+        }
+    }
+
+    fn apply_one(&mut self, change: Change) {
+        match change {
+            Change::Counters(counters) => self.counters = counters,
+            Change::Target(id, record) => drop(self.targets.insert(id, record)),
+            Change::Pool(id, record) => drop(self.pools.insert(id, record)),
+            Change::Copyset(id, record) => drop(self.copysets.insert(id, record)),
+            Change::Volume(id, record) => {
+                if record.deleted {
+                    self.names.retain(|_, named| *named != id);
+                } else {
+                    self.names.insert(record.name.clone(), id);
+                }
+                self.volumes.insert(id, record);
+            }
+            Change::VolumePurged(id) => {
+                self.volumes.remove(&id);
+                self.allocated.remove(&id);
+                self.freed.remove(&id);
+            }
+            Change::Allocated(id, allocated) => drop(self.allocated.insert(id, allocated)),
+            Change::Export(key) => drop(self.exports.insert(key)),
+            Change::ExportRemoved(key) => drop(self.exports.remove(&key)),
+        }
+    }
+
+    /// The current map.
+    pub fn map(&self) -> &Arc<ClusterMap> {
+        &self.map
+    }
+
+    /// The cluster's id.
+    pub fn cluster(&self) -> Uuid {
+        self.cluster
+    }
+
+    /// How this MDS decides.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// The volume that a request names.
+    ///
+    /// # Errors
+    /// `NotFound`. A volume being deleted is found by its id only.
+    pub fn find_volume(&self, volume: &VolumeRef) -> Result<(VolumeId, &VolumeRecord), Problem> {
+        let id = match volume {
+            VolumeRef::Id(id) => Some(*id),
+            VolumeRef::Name(name) => self.names.get(name).copied(),
+        };
+        let found = id.and_then(|id| self.volumes.get(&id).map(|record| (id, record)));
+        found.ok_or_else(|| error::no_volume(volume))
+    }
+
+    /// The allocation of a volume.
+    pub fn allocation(&self, volume: VolumeId) -> Allocated {
+        self.allocated.get(&volume).cloned().unwrap_or_default()
+    }
+
+    /// What a pool's volumes may take up, before replication: the room of whichever target fills
+    /// up first when every copyset takes its equal share.
+    pub fn pool_capacity(&self, pool: &PoolRecord) -> u64 {
+        let mut held: BTreeMap<TargetId, u128> = BTreeMap::new();
+        for member in pool.copysets.iter().flat_map(|id| &self.copysets[id].members) {
+            *held.entry(member.target).or_default() += 1;
+        }
+        let copysets = pool.copysets.len() as u128;
+        let room = |(target, held): (&TargetId, &u128)| {
+            u128::from(self.targets[target].capacity_bytes) * copysets / held
+        };
+        held.iter().map(room).min().map_or(0, |bytes| u64::try_from(bytes).unwrap_or(u64::MAX))
+    }
+
+    /// What a pool's volumes take up, before replication, those being deleted included.
+    pub fn pool_allocated(&self, pool: PoolId) -> u64 {
+        let of = |id: &VolumeId, volume: &VolumeRecord| {
+            self.allocated.get(id).map_or(0, |allocated| allocated.bytes_of(volume))
+        };
+        self.volumes.iter().filter(|(_, v)| v.pool == pool).map(|(id, v)| of(id, v)).sum()
+    }
+
+    /// The last heartbeat of a target since the start.
+    pub fn seen(&self, target: TargetId) -> Option<&Seen> {
+        self.seen.get(&target)
+    }
+
+    /// Whether a target's last heartbeat is recent.
+    pub fn is_online(&self, target: TargetId, now: Time) -> bool {
+        self.seen.get(&target).is_some_and(|seen| now - seen.at <= self.policy.offline_after)
+    }
+
+    /// Who leads a copyset by the highest term that any of its online targets reported.
+    pub fn leader(&self, copyset: CopysetId, now: Time) -> Option<Leader> {
+        let record = self.copysets.get(&copyset)?;
+        let reports = record.members.iter().filter(|m| self.is_online(m.target, now));
+        let hints = reports.filter_map(|m| {
+            let replica = self.seen[&m.target].replicas.get(&copyset)?;
+            let target = replica.leader?;
+            let member = record.members.iter().any(|m| m.target == target);
+            member.then_some(Leader { target, term: replica.term })
+        });
+        hints.max_by_key(|hint| (hint.term, hint.target))
+    }
+
+    /// Targets that have not yet said that they freed a deleted volume.
+    pub fn freeing(&self, volume: VolumeId) -> BTreeSet<TargetId> {
+        let Some(record) = self.volumes.get(&volume).filter(|v| v.deleted) else { return BTreeSet::new() };
+        let freed = self.freed.get(&volume);
+        let holders = self.holders(record).map(|member| member.target);
+        holders.filter(|target| freed.is_none_or(|freed| !freed.contains(target))).collect()
+    }
+
+    fn holders<'a>(&'a self, volume: &'a VolumeRecord) -> impl Iterator<Item = ShardAddr> + 'a {
+        volume.copysets.iter().flat_map(|id| self.copysets[id].members.iter().copied())
+    }
+
+    /// Counters for a transaction that the map shows.
+    fn next_generation(&self) -> Counters {
+        Counters { generation: self.counters.generation + 1, ..self.counters }
+    }
+
+    fn make_map(&self) -> ClusterMap {
+        let target = |record: &TargetRecord| TargetEntry { peers: record.peers.clone() };
+        let copyset = |record: &CopysetRecord| CopysetEntry { members: record.members.clone() };
+        let volume = |record: &VolumeRecord| VolumeEntry {
+            name: record.name.clone(),
+            bytes: record.bytes,
+            block_bytes: record.block_bytes,
+            copysets: record.copysets.clone(),
+            deleted: record.deleted,
+        };
+        ClusterMap {
+            cluster: self.cluster.0,
+            generation: self.counters.generation,
+            targets: self.targets.iter().map(|(id, record)| (*id, target(record))).collect(),
+            copysets: self.copysets.iter().map(|(id, record)| (*id, copyset(record))).collect(),
+            volumes: self.volumes.iter().map(|(id, record)| (*id, volume(record))).collect(),
+            exports: self
+                .exports
+                .iter()
+                .map(|(volume, protocol)| ExportEntry { volume: *volume, protocol: *protocol })
+                .collect(),
+        }
+    }
+
+    /// Whether the records agree with each other, as whoever receives the map will ask.
+    fn check(&self) -> Result<(), Problem> {
+        map_from_pb(&map_to_pb(&self.make_map())).map_err(|problem| error::contradiction(&problem.what))?;
+        let counters = &self.counters;
+        let above = |most: Option<u32>, next: u32| most.is_none_or(|most| most < next);
+        let ids_fresh = above(self.pools.keys().last().copied(), counters.next_pool)
+            && above(self.copysets.keys().last().map(|id| id.0), counters.next_copyset)
+            && above(self.volumes.keys().last().map(|id| id.0), counters.next_volume);
+        let pools_resolve = self
+            .pools
+            .values()
+            .all(|p| !p.copysets.is_empty() && p.copysets.iter().all(|id| self.copysets.contains_key(id)));
+        let volumes_resolve = self.volumes.values().all(|v| self.pools.contains_key(&v.pool));
+        let copysets_resolve = self.copysets.values().all(|c| self.pools.contains_key(&c.pool));
+        let allocation_resolves = self.allocated.iter().all(|(id, allocated)| {
+            self.volumes
+                .get(id)
+                .is_some_and(|v| allocated.as_bytes().len() <= v.segments().div_ceil(8) as usize)
+        });
+        let rows = [
+            (ids_fresh, "an id at or above its counter"),
+            (pools_resolve && volumes_resolve && copysets_resolve, "a pool or copyset that is not there"),
+            (allocation_resolves, "an allocation of no volume or beyond its end"),
+            (self.pools.len() <= limits::POOLS_MAX, "too many pools"),
+        ];
+        match rows.iter().find(|(fine, _)| !fine) {
+            Some((_, what)) => Err(error::contradiction(what)),
+            None => Ok(()),
+        }
+    }
+}

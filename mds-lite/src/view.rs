@@ -1,0 +1,241 @@
+//! The state as answers show it. Pure.
+
+use crate::record::{Endpoints, PoolId, TargetRecord, VolumeRecord};
+use crate::state::{Leader, Replica, State, Usage};
+use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb, shard_to_pb};
+use protocol::map::ExportProtocol;
+use protocol::types::{ChunkId, CopysetId, TargetId, Time, VolumeId};
+
+pub(crate) fn volume(state: &State, id: VolumeId) -> Result<pb::Volume, Problem> {
+    let (_, record) = state.find_volume(&crate::state::VolumeRef::Id(id))?;
+    Ok(volume_of(state, id, record))
+}
+
+fn volume_of(state: &State, id: VolumeId, record: &VolumeRecord) -> pb::Volume {
+    let allocated = state.allocation(id);
+    let exports = state.exports.iter().filter(|(volume, _)| *volume == id);
+    pb::Volume {
+        id: id.0,
+        name: record.name.clone(),
+        bytes: record.bytes,
+        block_bytes: record.block_bytes,
+        pool: state.pools[&record.pool].name.clone(),
+        copysets: record.copysets.iter().map(|id| id.0).collect(),
+        deleting: record.deleted,
+        segments: record.segments(),
+        allocated_segments: allocated.count(),
+        allocated_bytes: allocated.bytes_of(record),
+        exports: exports.map(|(_, protocol)| protocol_to_pb(*protocol).into()).collect(),
+    }
+}
+
+pub(crate) fn volumes(state: &State, deleting: bool) -> Vec<pb::Volume> {
+    let wanted = state.volumes.iter().filter(|(_, record)| deleting || !record.deleted);
+    wanted.map(|(id, record)| volume_of(state, *id, record)).collect()
+}
+
+pub(crate) fn stat(state: &State, id: VolumeId) -> Result<pb::StatVolumeResponse, Problem> {
+    Ok(pb::StatVolumeResponse {
+        volume: Some(volume(state, id)?),
+        allocated: state.allocation(id).as_bytes().to_vec(),
+        freeing: state.freeing(id).into_iter().map(|target| target.0).collect(),
+    })
+}
+
+pub(crate) fn pool(state: &State, id: PoolId) -> pb::Pool {
+    let record = &state.pools[&id];
+    pb::Pool {
+        id,
+        name: record.name.clone(),
+        replicas: record.replicas,
+        copysets: record.copysets.iter().map(|id| id.0).collect(),
+        capacity_bytes: state.pool_capacity(record),
+        allocated_bytes: state.pool_allocated(id),
+    }
+}
+
+pub(crate) fn export(
+    state: &State,
+    now: Time,
+    volume: VolumeId,
+    protocol: ExportProtocol,
+) -> Result<pb::Export, Problem> {
+    let (_, record) = state.find_volume(&crate::state::VolumeRef::Id(volume))?;
+    let place = |(id, target): (&TargetId, &TargetRecord)| {
+        let (tcp, unix) = match protocol {
+            ExportProtocol::Nbd => (target.endpoints.nbd_tcp, target.endpoints.nbd_unix.clone()),
+            ExportProtocol::Nvme => (target.endpoints.nvme_tcp, String::new()),
+        };
+        let online = state.is_online(*id, now);
+        pb::ExportPlace { target: id.0, tcp: tcp.map_or_else(String::new, |a| a.to_string()), unix, online }
+    };
+    Ok(pb::Export {
+        volume: volume.0,
+        name: record.name.clone(),
+        protocol: protocol_to_pb(protocol).into(),
+        places: state.targets.iter().map(place).collect(),
+    })
+}
+
+pub(crate) fn exports(state: &State, now: Time, of: Option<VolumeId>) -> Result<Vec<pb::Export>, Problem> {
+    let wanted = state.exports.iter().filter(|(volume, _)| of.is_none_or(|of| of == *volume));
+    wanted.map(|(volume, protocol)| export(state, now, *volume, *protocol)).collect()
+}
+
+pub(crate) fn leader_hint(copyset: CopysetId, leader: Leader) -> pb::LeaderHint {
+    pb::LeaderHint { copyset: copyset.0, leader: leader.target.0, term: leader.term.0 }
+}
+
+pub(crate) fn leaders(state: &State, now: Time) -> Vec<pb::LeaderHint> {
+    let hint = |id: &CopysetId| state.leader(*id, now).map(|leader| leader_hint(*id, leader));
+    state.copysets.keys().filter_map(hint).collect()
+}
+
+pub(crate) fn route(state: &State, now: Time, chunk: ChunkId) -> Result<pb::GetRouteResponse, Problem> {
+    let (_, record) = state.find_volume(&crate::state::VolumeRef::Id(chunk.volume))?;
+    if chunk.index >= record.chunks() {
+        return Err(Problem::new(
+            ProblemKind::Invalid,
+            format!("chunk {} of volume {:?} refused", chunk.index, record.name),
+            format!("the volume has {}", record.chunks()),
+            "use an index below that",
+        ));
+    }
+    let Some((copyset, entry)) = state.map().route(chunk) else {
+        return Err(Problem::new(
+            ProblemKind::NotFound,
+            format!("volume {:?} is being deleted", record.name),
+            "somebody deleted it",
+            "see `ashlar volume ls`",
+        ));
+    };
+    Ok(pb::GetRouteResponse {
+        copyset: copyset.0,
+        members: entry.members.iter().copied().map(shard_to_pb).collect(),
+        leader: state.leader(copyset, now).map(|leader| leader_hint(copyset, leader)),
+    })
+}
+
+pub(crate) fn status(state: &State, now: Time) -> pb::StatusResponse {
+    let targets: Vec<_> = state.targets.iter().map(|(id, record)| target(state, now, *id, record)).collect();
+    let copysets: Vec<_> = state.copysets.keys().map(|id| copyset(state, now, *id)).collect();
+    let mut usage = pb::Usage::default();
+    for of in targets.iter().filter(|target| target.online).filter_map(|target| target.usage) {
+        usage.capacity_bytes = usage.capacity_bytes.saturating_add(of.capacity_bytes);
+        usage.used_bytes = usage.used_bytes.saturating_add(of.used_bytes);
+        usage.formatted_bytes = usage.formatted_bytes.saturating_add(of.formatted_bytes);
+    }
+    let warnings = warnings(state, &targets, &copysets);
+    pb::StatusResponse {
+        cluster: state.cluster().0.to_vec(),
+        generation: state.map().generation,
+        targets,
+        copysets,
+        pools: state.pools.keys().map(|id| pool(state, *id)).collect(),
+        volumes: volumes(state, true),
+        usage: Some(usage),
+        warnings,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}
+
+fn target(state: &State, now: Time, id: TargetId, record: &TargetRecord) -> pb::TargetStatus {
+    let seen = state.seen(id);
+    let placed = state.copysets.values().filter(|c| c.members.iter().any(|m| m.target == id)).count();
+    let leads = |copyset: &&CopysetId| state.leader(**copyset, now).is_some_and(|l| l.target == id);
+    pb::TargetStatus {
+        id: id.0,
+        disk_uuid: record.disk_uuid.0.to_vec(),
+        peers: record.peers.iter().map(ToString::to_string).collect(),
+        endpoints: Some(endpoints(&record.endpoints)),
+        online: state.is_online(id, now),
+        heartbeat_age_ms: seen.map(|seen| (now - seen.at).0 / 1_000_000),
+        usage: seen.map(|seen| usage(seen.usage)),
+        replicas: placed as u32,
+        leaders: state.copysets.keys().filter(leads).count() as u32,
+        known_generation: seen.map_or(0, |seen| seen.known_generation),
+    }
+}
+
+fn copyset(state: &State, now: Time, id: CopysetId) -> pb::CopysetStatus {
+    let record = &state.copysets[&id];
+    let leader = state.leader(id, now);
+    let mut whole = 0;
+    let mut replicas = Vec::new();
+    for member in &record.members {
+        let online = state.is_online(member.target, now);
+        let Some(report) = state.seen(member.target).and_then(|seen| seen.replicas.get(&id)) else {
+            continue;
+        };
+        whole += usize::from(online && report.health == i32::from(pb::ReplicaHealth::Whole));
+        replicas.push(pb::MemberStatus { target: member.target.0, online, replica: Some(replica(report)) });
+    }
+    let led = leader.is_some_and(|leader| state.is_online(leader.target, now));
+    pb::CopysetStatus {
+        id: id.0,
+        pool: state.pools[&record.pool].name.clone(),
+        members: record.members.iter().copied().map(shard_to_pb).collect(),
+        leader: leader.map(|leader| leader_hint(id, leader)),
+        replicas,
+        degraded: whole < record.members.len(),
+        unavailable: !led || whole <= record.members.len() / 2,
+    }
+}
+
+fn warnings(state: &State, targets: &[pb::TargetStatus], copysets: &[pb::CopysetStatus]) -> Vec<String> {
+    let mut lines = Vec::new();
+    if state.pools.is_empty() {
+        let policy = state.policy();
+        let expected = policy.targets_expected.max(policy.replicas);
+        lines.push(format!("no pool yet: {} of {expected} targets have registered", targets.len()));
+    }
+    for target in targets {
+        match target.heartbeat_age_ms {
+            _ if target.online => {}
+            Some(age) => lines.push(format!("target {} offline: last heartbeat {age} ms ago", target.id)),
+            None => lines.push(format!("target {} offline: not heard of since the MDS started", target.id)),
+        }
+        if target.replicas == 0 && !state.pools.is_empty() {
+            lines.push(format!(
+                "target {} holds no copyset: it registered after the pools were made",
+                target.id
+            ));
+        }
+    }
+    let mut count = |what: &str, count: usize| {
+        if count > 0 {
+            lines.push(format!("{count} of {} copysets {what}", copysets.len()));
+        }
+    };
+    count("unavailable", copysets.iter().filter(|c| c.unavailable).count());
+    count("degraded", copysets.iter().filter(|c| c.degraded).count());
+    lines
+}
+
+fn replica(replica: &Replica) -> pb::ReplicaStatus {
+    pb::ReplicaStatus {
+        copyset: replica.copyset.0,
+        shard: replica.shard.into(),
+        term: replica.term.0,
+        role: replica.role,
+        leader: replica.leader.map_or(0, |leader| leader.0),
+        commit_index: replica.commit.0,
+        applied_index: replica.applied.0,
+        health: replica.health,
+    }
+}
+
+fn usage(usage: Usage) -> pb::Usage {
+    pb::Usage { capacity_bytes: usage.capacity, used_bytes: usage.used, formatted_bytes: usage.formatted }
+}
+
+fn endpoints(endpoints: &Endpoints) -> pb::Endpoints {
+    let address = |address: Option<std::net::SocketAddr>| address.map_or_else(String::new, |a| a.to_string());
+    pb::Endpoints {
+        admin: address(endpoints.admin),
+        metrics: address(endpoints.metrics),
+        nbd_tcp: address(endpoints.nbd_tcp),
+        nbd_unix: endpoints.nbd_unix.clone(),
+        nvme_tcp: address(endpoints.nvme_tcp),
+    }
+}
