@@ -157,8 +157,8 @@ impl Replica {
         self.heard = self.heard.max(round);
         self.leader_commit = self.leader_commit.max(commit);
         self.follow_commit();
-        if install && self.install == Install::No {
-            self.install = Install::Wanted;
+        if install {
+            self.want_install();
         }
         self.ask_install(from);
         if sleep && self.heard == round && self.may_sleep(commit) {

@@ -175,6 +175,15 @@ impl Replica {
         self.damage = None;
     }
 
+    /// The leader's log no longer reaches back to this one.
+    pub(crate) fn want_install(&mut self) {
+        self.install = match self.install {
+            Install::No | Install::Wanted => Install::Wanted,
+            // The leader compacted past the last catch-up: a new one.
+            Install::Running | Install::CatchUp(_) => Install::Running,
+        };
+    }
+
     /// Tells the shard, now and then, that it must fetch chunks from the leader.
     pub(crate) fn ask_install(&mut self, leader: ShardAddr) {
         if !self.standing().needs_install {
@@ -202,31 +211,36 @@ impl Replica {
         }
     }
 
+    /// Whether a catch-up to this floor may be finished here; to be asked before the floor is made
+    /// durable. Otherwise the leader was behind this replica: the catch-up must begin again.
+    pub fn install_fits(&self, floor: (LogIndex, Term)) -> bool {
+        let agrees = self.log.term_at(floor.0) == Some(floor.1);
+        self.install == Install::Running && (agrees || floor.0 > self.commit)
+    }
+
     /// The chunks hold everything up to `floor`, an applied entry of the leader, and parts of entries
-    /// up to `whole_at`; both floor and `members`, the membership as of the floor, are durable.
-    /// The log goes on after the floor; entries after it that were in the log stay, if the log has
-    /// the floor's entry. Applied goes (back) to the floor. The replica is whole once it has applied
-    /// `whole_at`. False, and the catch-up must begin again, when the floor lies before this log's.
+    /// up to `whole_at`; floor and `members`, the membership as of the floor, are durable.
+    ///
+    /// The log goes on after the floor. Entries after it that were in the log stay if the log has the
+    /// floor's very entry, else the log is empty; a replay of the shard's floor record must do the
+    /// same. Applied goes (back) to the floor. The replica is whole once it has applied `whole_at`.
     pub fn install_finish(
         &mut self,
         floor: (LogIndex, Term),
         members: Members,
         whole_at: LogIndex,
         now: Time,
-    ) -> bool {
-        assert!(self.install == Install::Running, "finishes a catch-up that was not begun");
+    ) {
+        assert!(self.install_fits(floor), "finishes a catch-up that does not fit");
         assert!(whole_at >= floor.0);
         self.observe(now);
-        if floor.0 < self.log.floor().0 || floor.1 > self.hard.term {
-            return false;
+        if floor.1 > self.hard.term {
+            self.become_follower(floor.1, None);
         }
         if self.log.term_at(floor.0) == Some(floor.1) {
             self.log.compact(floor.0);
-        } else if floor.0 > self.commit {
-            self.log.restart(floor);
         } else {
-            self.violations += 1;
-            return false;
+            self.log.restart(floor);
         }
         self.base_members = members;
         self.scan_members();
@@ -236,7 +250,6 @@ impl Replica {
         self.verified = self.verified.min(self.log.last().0).max(self.commit);
         self.install = Install::CatchUp(whole_at);
         self.install_told = None;
-        self.step_health();
-        true
+        self.settle();
     }
 }

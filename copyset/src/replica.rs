@@ -109,7 +109,6 @@ impl Replica {
         let log = Log::new(floor, entries);
         let last = log.last();
         assert!(floor.0 <= applied && applied <= last.0, "applied outside of the log");
-        assert!(last.1 <= hard.term || health == Health::Damaged, "the log is ahead of the hard state");
         let term = hard.term.max(last.1);
         let hard = if term == hard.term { hard } else { HardState { term, vote: None } };
         let rng = Rng::new(config.seed ^ (u64::from(config.me.0) << 40) ^ u64::from(config.id.0));
@@ -326,6 +325,7 @@ impl Replica {
     /// by chunk catch-up.
     pub fn compact(&mut self, floor: LogIndex) {
         assert!(floor <= self.applied, "compaction beyond what is applied");
+        assert!(self.install != Install::Running, "compaction amid a catch-up");
         if floor > self.log.floor().0 {
             self.compact_members(floor);
             self.log.compact(floor);
@@ -398,7 +398,7 @@ impl Replica {
     }
 
     /// Restores what must hold after each event.
-    fn settle(&mut self) {
+    pub(crate) fn settle(&mut self) {
         if self.role == Role::Leader {
             self.step_transfer();
             self.step_reads();
