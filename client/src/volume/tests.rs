@@ -26,7 +26,9 @@ fn map(copysets: u32) -> ClusterMap {
     };
     ClusterMap {
         generation: 1,
-        copysets: (1..=copysets).map(|id| (CopysetId(id), CopysetEntry { members: members.clone() })).collect(),
+        copysets: (1..=copysets)
+            .map(|id| (CopysetId(id), CopysetEntry { members: members.clone() }))
+            .collect(),
         volumes: BTreeMap::from([(VOLUME, volume)]),
         ..ClusterMap::default()
     }
@@ -103,7 +105,8 @@ impl Bench {
     }
     fn done(&mut self) -> Vec<(u64, Result<(), IoError>)> {
         let told = self.told.drain(..);
-        let done = told.filter_map(|a| if let Action::Done { id, result } = a { Some((id, result)) } else { None });
+        let done =
+            told.filter_map(|a| if let Action::Done { id, result } = a { Some((id, result)) } else { None });
         done.collect()
     }
     fn sent_ops(&mut self) -> Vec<IoOp> {
@@ -282,7 +285,7 @@ fn a_refused_segment_fails_writes_and_is_reported_again_later() {
     let first_write = Action::FirstWrite { volume: VOLUME, segment: 0 };
     bench.write(1, 0);
     bench.write(2, 4096);
-    assert_eq!(bench.told.drain(..).collect::<Vec<_>>(), [first_write.clone()]);
+    assert_eq!(bench.told.drain(..).collect::<Vec<_>>(), std::slice::from_ref(&first_write));
     bench.io.segment_refused(VOLUME, 0);
     bench.write(3, 0);
     assert_eq!(bench.done(), [(3, Err(IoError::NoSpace))]);
@@ -300,7 +303,8 @@ fn requests_that_cannot_be_are_refused_and_leave_nothing_behind() {
     let mut bench = Bench::new(Config { requests_max: 1, ..Config::default() });
     let read = |offset, length| Request::<Vec<u64>>::Read { volume: VOLUME, offset, length };
     let mut submit = |request| bench.io.submit(1, request, Time(0));
-    let write = |offset, length| Request::WritePiece { volume: VOLUME, offset, length, crc: 0, payload: vec![] };
+    let write =
+        |offset, length| Request::WritePiece { volume: VOLUME, offset, length, crc: 0, payload: vec![] };
     assert_eq!(submit(read(0, 0)), Err(SubmitError::OutOfRange));
     assert_eq!(submit(read(32 << 30, 512)), Err(SubmitError::OutOfRange));
     assert_eq!(submit(read(u64::MAX - 511, 512)), Err(SubmitError::OutOfRange));

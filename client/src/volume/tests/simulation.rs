@@ -40,16 +40,41 @@ struct Asked {
 }
 
 enum Event {
-    Arrive { at: u32, asked: Asked },
-    Answer { client: usize, from: u32, link: u64, reply: IoReply, payload: Vec<u64> },
+    Arrive {
+        at: u32,
+        asked: Asked,
+    },
+    Answer {
+        client: usize,
+        from: u32,
+        link: u64,
+        reply: IoReply,
+        payload: Vec<u64>,
+    },
     /// The leader of the term commits its oldest uncommitted entry.
-    Commit { copyset: usize, term: u64 },
-    Elect { copyset: usize },
+    Commit {
+        copyset: usize,
+        term: u64,
+    },
+    Elect {
+        copyset: usize,
+    },
     /// A replica hears of the present term.
-    Hear { copyset: usize, shard: u32 },
-    Break { client: usize, shard: u32 },
-    Mend { client: usize, shard: u32 },
-    Submit { client: usize },
+    Hear {
+        copyset: usize,
+        shard: u32,
+    },
+    Break {
+        client: usize,
+        shard: u32,
+    },
+    Mend {
+        client: usize,
+        shard: u32,
+    },
+    Submit {
+        client: usize,
+    },
 }
 
 /// One replica's belief.
@@ -260,8 +285,13 @@ impl World {
         let old = self.copysets[at].leader;
         let pending = self.copysets[at].replicas.get(&old).map_or(0, |r| r.pending.len());
         let survive = self.rng.below(pending as u64 + 1) as usize;
-        let survivors: Vec<Asked> =
-            self.copysets[at].replicas.get(&old).into_iter().flat_map(|r| r.pending.iter().take(survive)).cloned().collect();
+        let survivors: Vec<Asked> = self.copysets[at]
+            .replicas
+            .get(&old)
+            .into_iter()
+            .flat_map(|r| r.pending.iter().take(survive))
+            .cloned()
+            .collect();
         for asked in &survivors {
             apply(&mut self.copysets[at].blocks, asked);
         }
@@ -410,7 +440,9 @@ impl World {
                 assert!(allowed.contains(value), "read {id} of {block:?} saw {value}, not of {allowed:?}");
             } else {
                 let writes = self.writes.get_mut(&block).unwrap();
-                let same = |w: &&mut Written| w.value == *value && w.submitted == op.submitted && w.answered.is_none();
+                let same = |w: &&mut Written| {
+                    w.value == *value && w.submitted == op.submitted && w.answered.is_none()
+                };
                 writes.iter_mut().find(same).unwrap().answered = Some(self.now);
             }
         }
@@ -422,7 +454,8 @@ impl World {
         let writes = &self.writes[&block];
         let replaced = |old: &Written| {
             writes.iter().any(|new| {
-                old.answered.is_some_and(|end| end < new.submitted) && new.answered.is_some_and(|end| end < submitted)
+                old.answered.is_some_and(|end| end < new.submitted)
+                    && new.answered.is_some_and(|end| end < submitted)
             })
         };
         writes.iter().filter(|old| !replaced(old)).map(|old| old.value).collect()
