@@ -11,7 +11,22 @@
 
 mod api;
 mod batch;
+mod checkpoint;
+mod driver;
+mod flush;
+mod log;
+mod pool;
+mod preformat;
+mod read;
+mod recover;
+mod round;
 mod store;
+mod superblock;
+mod table;
+mod tables;
+mod walk;
+mod wire;
 
 pub use api::*;
-pub use store::*;
+pub use recover::*;
+pub use store::Store;

@@ -1,181 +1,598 @@
-//! The store of one shard.
+//! The store of one shard: its state, what is staged, what is committed, and the calls of its driver.
+//!
+//! Invariants: an entry is in `Copyset::entries` iff it is above the floor; a chunk is in
+//! `chunks` iff it has a slot, an overlay or entries waiting to be applied; a block in the
+//! overlay outranks its slot; only durable blocks are flushed.
+
 use crate::api::*;
-use protocol::types::{BlockRange, ChunkId, CopysetId, LogIndex, Time};
+use crate::flush::Flush;
+use crate::log::Log;
+use crate::pool::Pool;
+use crate::preformat::Preformat;
+use crate::read::{Pending, Reads};
+use crate::round::Round;
+use crate::tables::Tables;
+use protocol::raft::{Body, Entry, HardState, Members};
+use protocol::types::{BlockRange, ChunkId, CopysetId, LogIndex, Term, Time, VolumeId, crc_at_rest};
+use rustc_hash::FxBuildHasher;
+use smallvec::SmallVec;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// What recovery found.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct RecoveryReport {
-    /// LSN of the last batch found.
-    pub last_lsn: Lsn,
-    /// Batches replayed.
-    pub batches: u64,
-    /// Batches cut off as a torn tail.
-    pub torn_batches: u64,
-    /// What was damaged, in words with places.
-    pub damages: Vec<String>,
+pub(crate) type Map<K, V> = hashbrown::HashMap<K, V, FxBuildHasher>;
+
+/// An entry above the floor.
+pub(crate) struct EntryMeta<P> {
+    pub entry: Entry,
+    pub lsn: u64,
+    pub at: u32,
+    pub crcs: SmallVec<[u32; 8]>,
+    pub ram: Option<P>,
 }
 
-/// Why a disk cannot be used.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum RecoverError {
-    /// No superblock: not formatted.
-    #[error("the disk is not formatted: no superblock")]
-    NotFormatted,
-    /// The superblock fails its checksum or makes no sense.
-    #[error("the superblock is damaged: {0}")]
-    Superblock(&'static str),
-    /// Neither checkpoint can be read.
-    #[error("both checkpoints are damaged: {0}; the replicas of this disk must be rebuilt from their peers")]
-    Checkpoint(&'static str),
-    /// IO failed.
-    #[error("{0:?}: {1}")]
-    Io(FileId, IoError),
+/// A replica.
+pub(crate) struct Copyset<P> {
+    pub hard: HardState,
+    pub members: Members,
+    pub floor: LogIndex,
+    pub floor_term: Term,
+    pub born: u64,
+    pub damaged: bool,
+    pub installing: bool,
+    pub applied: LogIndex,
+    pub entries: VecDeque<EntryMeta<P>>,
+    pub chunks: BTreeSet<ChunkId>,
 }
 
-/// Why a disk cannot be formatted.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum FormatError {
-    /// There is a superblock already.
-    #[error("the disk is formatted already")]
-    AlreadyFormatted,
-    /// The sizes cannot work.
-    #[error("bad layout: {0}")]
-    Layout(&'static str),
-    /// IO failed.
-    #[error("{0:?}: {1}")]
-    Io(FileId, IoError),
+impl<P> Copyset<P> {
+    pub(crate) fn new(members: Members, born: u64) -> Self {
+        Self {
+            hard: HardState::default(),
+            members,
+            floor: LogIndex(0),
+            floor_term: Term(0),
+            born,
+            damaged: false,
+            installing: false,
+            applied: LogIndex(0),
+            entries: VecDeque::new(),
+            chunks: BTreeSet::new(),
+        }
+    }
+    pub(crate) fn get(&self, index: LogIndex) -> Option<&EntryMeta<P>> {
+        self.entries.get(index.0.checked_sub(self.floor.0 + 1)? as usize)
+    }
+    pub(crate) fn get_mut(&mut self, index: LogIndex) -> Option<&mut EntryMeta<P>> {
+        self.entries.get_mut(index.0.checked_sub(self.floor.0 + 1)? as usize)
+    }
+    pub(crate) fn last(&self) -> LogIndex {
+        LogIndex(self.floor.0 + self.entries.len() as u64)
+    }
+    pub(crate) fn health(&self) -> Health {
+        match (self.damaged, self.installing) {
+            (true, _) => Health::Damaged,
+            (_, true) => Health::Installing,
+            _ => Health::Whole,
+        }
+    }
+    pub(crate) fn set_health(&mut self, health: Health) {
+        self.damaged = health == Health::Damaged;
+        self.installing = health == Health::Installing || (self.installing && health == Health::Damaged);
+    }
 }
 
-/// Formats an empty disk: superblock, checkpoint, the first log segments.
-pub fn format<M: Media + ?Sized>(
-    media: &mut M,
-    layout: &Layout,
-    identity: &Identity,
-) -> Result<(), FormatError> {
-    let _ = (media, layout, identity);
-    Err(FormatError::AlreadyFormatted)
+/// A block whose latest content is not in its slot.
+#[derive(Clone)]
+pub(crate) struct OverlayBlock<P> {
+    pub lsn: u64,
+    /// Of the entry; 0 for an installed block.
+    pub index: LogIndex,
+    pub at: u32,
+    /// At rest; 0: zeroes.
+    pub crc: u32,
+    pub ram: Option<(P, usize)>,
 }
 
-/// What recovery gives.
-pub type Recovered<P> = (Store<P>, Vec<RecoveredCopyset>, RecoveryReport);
+/// A chunk that is not all zeroes, or was not.
+pub(crate) struct Chunk<P> {
+    pub copyset: CopysetId,
+    pub slot: Option<u32>,
+    pub overlay: BTreeMap<u16, OverlayBlock<P>>,
+    /// Write entries that are not applied yet.
+    pub refs: u32,
+    /// Counts the writes to the slot.
+    pub flushes: u64,
+}
 
-/// Opens a disk: superblock, last checkpoint, log replay. `limits` gives the layout's not fixed part.
-pub fn recover<P: Payload, M: Media + ?Sized>(
-    media: &mut M,
-    limits: &Layout,
-) -> Result<Recovered<P>, RecoverError> {
-    let _ = (media, limits);
-    Err(RecoverError::NotFormatted)
+/// Payload in memory, oldest first.
+pub(crate) struct RamItem {
+    pub copyset: CopysetId,
+    pub index: LogIndex,
+    pub lsn: u64,
+    pub chunk: ChunkId,
+    pub range: BlockRange,
 }
 
 /// The storage of one shard. See the crate's docs for the calling contract.
 pub struct Store<P> {
-    stats: Stats,
-    events: Vec<Event<P>>,
+    pub(crate) layout: Layout,
+    pub(crate) identity: Identity,
+    pub(crate) now: Time,
+    pub(crate) failed: Option<Failure>,
+    pub(crate) stats: Stats,
+    pub(crate) events: VecDeque<Event<P>>,
+    pub(crate) ops: VecDeque<Op<P>>,
+    pub(crate) pending: Map<u64, (FileId, Pending)>,
+    pub(crate) next_ticket: u64,
+    pub(crate) log: Log<P>,
+    /// LSN up to which the log was read at recovery.
+    pub(crate) recovered: u64,
+    pub(crate) copysets: BTreeMap<CopysetId, Copyset<P>>,
+    pub(crate) chunks: Map<ChunkId, Chunk<P>>,
+    /// Chunks with an overlay.
+    pub(crate) dirty: BTreeSet<ChunkId>,
+    pub(crate) overlay_blocks: u64,
+    pub(crate) ram: VecDeque<RamItem>,
+    pub(crate) ram_blocks: usize,
+    pub(crate) pool: Pool,
+    pub(crate) tables: Tables,
+    pub(crate) reads: Reads<P>,
+    pub(crate) flush: Flush<P>,
+    pub(crate) round: Round,
+    pub(crate) preformat: Preformat,
+    pub(crate) last_stage: Time,
+    pub(crate) stopping: bool,
 }
 
 impl<P: Payload> Store<P> {
     /// Whose disk it is.
     pub fn identity(&self) -> Identity {
-        Identity::default()
+        self.identity
     }
     /// Sizes and limits in force.
     pub fn layout(&self) -> Layout {
-        Layout::default()
+        self.layout
     }
     /// Appends a record to the batch being filled; `crcs`: one CRC-32C (`block_crc`) a payload block.
+    /// The blocks are the first ones of `payload`.
+    ///
+    /// # Panics
+    /// When payload, CRCs and record disagree in length, when an entry leaves a gap, or when the
+    /// copyset is unknown (or known already, for `Create`).
     pub fn stage(&mut self, record: Record, payload: Option<P>, crcs: &[u32]) {
-        let _ = (record, payload, crcs);
+        let blocks = crate::batch::payload_blocks(&record);
+        assert_eq!(crcs.len(), blocks, "one CRC a payload block");
+        assert!(payload.as_ref().map_or(0, Payload::blocks) >= blocks, "the payload holds the blocks");
+        self.last_stage = self.now;
+        let extra = self.extra(&record);
+        let in_log = payload.as_ref().filter(|_| blocks > 0).map(|p| (p.clone(), blocks));
+        let (lsn, at) = self.log.stage(record, extra, in_log, crcs);
+        let placed = Placed { lsn: lsn.0, at, extra, payload: payload.filter(|_| blocks > 0), crcs };
+        self.take_in(record, placed);
+        if self.ram_blocks > self.layout.ram_blocks_max {
+            self.evict(self.ram_blocks - self.layout.ram_blocks_max);
+        }
     }
-    /// LSN of the batch which holds everything staged so far; `Event::Durable` of it or a later one means all is durable.
+    /// LSN of the batch which holds everything staged so far; once `durable` reaches it, all is durable.
     pub fn seal(&mut self) -> Lsn {
-        Lsn(0)
+        Lsn(self.log.staged())
+    }
+    /// Every batch up to this one is durable.
+    pub fn durable(&self) -> Lsn {
+        Lsn(self.log.durable)
     }
     /// Whether an entry of `blocks` payload blocks may be staged now. Hard states and other small
     /// records always may; hold back entries and installs (leader and follower alike) while false.
     pub fn can_stage(&self, blocks: usize) -> bool {
-        let _ = blocks;
-        false
+        self.failed.is_none() && self.log.room() as usize > blocks + 2 * self.layout.batches_in_flight_max
     }
-    /// Makes the entries up to `up_to` visible to reads.
+    /// Makes the entries up to `up_to` visible to reads. Indices beyond the log are an error of the caller.
     pub fn commit(&mut self, copyset: CopysetId, up_to: LogIndex) {
-        let _ = (copyset, up_to);
-    }
-    /// Reads blocks; answered by `Event::Read`, maybe at once.
-    pub fn read(&mut self, token: u64, chunk: ChunkId, range: BlockRange) {
-        let _ = (token, chunk, range);
+        while let Some(state) = self.copysets.get_mut(&copyset) {
+            if state.applied >= up_to || state.applied >= state.last() {
+                break;
+            }
+            state.applied = state.applied.next();
+            let index = state.applied;
+            let Some(meta) = state.get(index) else { continue };
+            let (body, lsn, at) = (meta.entry.body, meta.lsn, meta.at);
+            let (crcs, ram) = (meta.crcs.clone(), meta.ram.clone());
+            self.apply(copyset, index, body, Placed { lsn, at, extra: 0, payload: ram, crcs: &crcs });
+        }
     }
     /// The payload of an entry that is in the log.
     pub fn entry_payload(&self, copyset: CopysetId, index: LogIndex) -> EntryPayload<P> {
-        let _ = (copyset, index);
-        EntryPayload::Gone
-    }
-    /// Reads an entry's payload back; answered by `Event::Entry`.
-    pub fn load_entry(&mut self, token: u64, copyset: CopysetId, index: LogIndex) {
-        let _ = (token, copyset, index);
-    }
-    /// Which blocks hold data; answered by `Event::Status`.
-    pub fn status(&mut self, token: u64, chunk: ChunkId, range: BlockRange) {
-        let _ = (token, chunk, range);
-    }
-    /// The CRCs of a chunk, overlay included; answered by `Event::Table`.
-    pub fn table(&mut self, token: u64, chunk: ChunkId) {
-        let _ = (token, chunk);
+        match self.copysets.get(&copyset).and_then(|c| c.get(index)) {
+            None => EntryPayload::Gone,
+            Some(meta) if meta.crcs.is_empty() => EntryPayload::Ram(None, SmallVec::new()),
+            Some(EntryMeta { ram: Some(ram), crcs, .. }) => {
+                EntryPayload::Ram(Some(ram.clone()), crcs.clone())
+            }
+            Some(_) => EntryPayload::NeedsLoad,
+        }
     }
     /// The chunks of a copyset that hold (or held) data, in order.
     pub fn chunks_of(&self, copyset: CopysetId) -> Vec<ChunkId> {
-        let _ = copyset;
-        Vec::new()
+        self.copysets.get(&copyset).map(|c| c.chunks.iter().copied().collect()).unwrap_or_default()
     }
     /// Whether `n` chunks that have no slot yet can get one.
     pub fn can_allocate(&self, n: usize) -> bool {
-        let _ = n;
-        false
+        self.free_slots() >= n
     }
     /// Slots that can still be given out.
     pub fn free_slots(&self) -> usize {
-        0
+        let promised = self.chunks.len() - self.pool.used;
+        self.pool.capacity().saturating_sub(self.pool.used + self.pool.retired.len() + promised)
     }
     /// Whether the chunk has a slot, or one promised to it.
     pub fn has_slot(&self, chunk: ChunkId) -> bool {
-        let _ = chunk;
-        false
+        self.chunks.contains_key(&chunk)
     }
-    /// Replaces a bad block by good content (told by `Corrupt`); false when the content is not what is
-    /// expected (any more), and then nothing is done. `block` counts within `payload` from 0.
+    /// Replaces a bad block by good content (told by `Corrupt`): block `block` of the chunk by the
+    /// first of `payload`. False when the content is not what is expected (any more); then nothing is done.
     pub fn repair(&mut self, chunk: ChunkId, block: u16, payload: P) -> bool {
-        let _ = (chunk, block, payload);
-        false
+        let crc = protocol::types::block_crc(payload.block(0));
+        let Some(state) = self.chunks.get_mut(&chunk) else { return false };
+        let copyset = state.copyset;
+        let fits = match (state.overlay.get(&block), state.slot) {
+            (Some(over), _) => over.crc == crc_at_rest(crc),
+            (None, Some(slot)) => self
+                .tables
+                .get(slot)
+                .is_some_and(|t| t.expected(block.into()).is_none_or(|e| e == crc_at_rest(crc))),
+            (None, None) => false,
+        };
+        if fits {
+            self.stats.repaired_blocks += 1;
+            let range = BlockRange { first: block, count: 1 };
+            self.stage(Record::InstallBlocks { copyset, chunk, range }, Some(payload), &[crc]);
+            self.wake_flush(chunk);
+        }
+        fits
     }
-    /// Drops the oldest payload handles of durable entries, about `blocks` blocks; they are log-backed from then on.
+    /// Drops the oldest payload handles of durable entries, about `blocks` blocks of them; they are
+    /// log-backed from then on. Tells how many were dropped.
     pub fn evict(&mut self, blocks: usize) -> usize {
-        blocks * 0
+        let mut dropped = 0;
+        while dropped < blocks && self.ram.front().is_some_and(|item| item.lsn <= self.log.durable) {
+            let item = self.ram.pop_front().expect("looked at");
+            self.forget_ram(&item);
+            dropped += usize::from(item.range.count);
+            self.stats.evictions += 1;
+        }
+        dropped
     }
-    /// The next operation to run. Takes the time because batches are framed here.
-    pub fn poll_op(&mut self, now: Time) -> Option<Op<P>> {
-        let _ = now;
-        None
+    /// Begins the graceful end: flush, checkpoint, `Event::Stopped`.
+    pub fn stop(&mut self) {
+        self.stopping = true;
     }
-    /// An operation ended. `Ok(Some(payload))` for reads, `Ok(None)` for the others.
-    pub fn completed(&mut self, ticket: u64, result: Result<Option<P>, IoError>, now: Time) {
-        let _ = (ticket, result, now);
+    /// Why the store refuses work, if it does.
+    pub fn failure(&self) -> Option<Failure> {
+        self.failed
     }
     /// The next event.
     pub fn poll_event(&mut self) -> Option<Event<P>> {
-        self.events.pop()
-    }
-    /// When to call `poll_op` again though nothing happened.
-    pub fn next_timeout(&self) -> Option<Time> {
-        None
-    }
-    /// Begins the graceful end: flush, checkpoint, `Event::Stopped`.
-    pub fn stop(&mut self) {}
-    /// Why the store refuses work, if it does.
-    pub fn failure(&self) -> Option<Failure> {
-        None
+        self.events.pop_front()
     }
     /// Counters.
-    pub fn stats(&self) -> &Stats {
-        &self.stats
+    pub fn stats(&self) -> Stats {
+        Stats {
+            free_slots: self.free_slots() as u64,
+            used_slots: self.pool.used as u64,
+            segments_used: self.log.uses.len() as u64,
+            segments_ready: self.log.ready.into(),
+            overlay_blocks: self.overlay_blocks,
+            ram_blocks: self.ram_blocks as u64,
+            ..self.stats
+        }
+    }
+
+    pub(crate) fn forget_ram(&mut self, item: &RamItem) {
+        self.ram_blocks -= usize::from(item.range.count);
+        if let Some(meta) = self.copysets.get_mut(&item.copyset).and_then(|c| c.get_mut(item.index))
+            && meta.lsn == item.lsn
+        {
+            meta.ram = None;
+        }
+        if let Some(chunk) = self.chunks.get_mut(&item.chunk) {
+            let range = item.range.first..=(item.range.end() - 1) as u16;
+            chunk.overlay.range_mut(range).filter(|(_, b)| b.lsn == item.lsn).for_each(|(_, b)| b.ram = None);
+        }
+    }
+}
+
+/// A record's place in the log, and its payload.
+pub(crate) struct Placed<'a, P> {
+    pub lsn: u64,
+    pub at: u32,
+    pub extra: u64,
+    pub payload: Option<P>,
+    pub crcs: &'a [u32],
+}
+
+/// What records do to the state, at staging and at replay alike.
+impl<P: Payload> Store<P> {
+    /// What a record's replay must know that only this moment knows.
+    fn extra(&self, record: &Record) -> u64 {
+        match record {
+            Record::InstallBegin { copyset } => self.copysets.get(copyset).map_or(0, |c| c.applied.0),
+            Record::InstallEnd { copyset, floor, floor_term, .. } => {
+                let keeps = |c: &Copyset<P>| match c.get(*floor) {
+                    Some(meta) => meta.entry.term == *floor_term,
+                    None => c.floor == *floor && c.floor_term == *floor_term,
+                };
+                self.copysets.get(copyset).is_some_and(keeps).into()
+            }
+            _ => 0,
+        }
+    }
+
+    fn take_in(&mut self, record: Record, placed: Placed<'_, P>) {
+        if let Record::Entry { copyset, entry } = record {
+            return self.append(copyset, entry, placed);
+        }
+        if let Record::Truncate { copyset, from } = record {
+            return self.truncate(copyset, from);
+        }
+        if let Record::Create { copyset, .. } = record {
+            assert!(!self.copysets.contains_key(&copyset), "the copyset exists already");
+        }
+        if let Record::InstallEnd { copyset, floor, .. } = record {
+            self.drop_entries(copyset, floor, placed.extra == 1);
+        }
+        self.take_in_metadata(record, placed);
+    }
+
+    /// Every record but entries and truncations, and but for the entries that `InstallEnd` drops.
+    pub(crate) fn take_in_metadata(&mut self, record: Record, placed: Placed<'_, P>) {
+        match record {
+            Record::Create { copyset, members } => {
+                self.copysets.insert(copyset, Copyset::new(members, placed.lsn));
+            }
+            Record::Remove { copyset } => self.remove(copyset),
+            Record::Hard { copyset, hard } => self.copyset(copyset).hard = hard,
+            Record::Health { copyset, health } => self.copyset(copyset).set_health(health),
+            Record::InstallBegin { copyset } => self.copyset(copyset).installing = true,
+            Record::InstallBlocks { copyset, chunk, range } => {
+                self.keep_ram(copyset, LogIndex(0), chunk, range, &placed);
+                self.overlay_write(copyset, LogIndex(0), chunk, range, &placed);
+            }
+            Record::InstallZero { copyset, chunk, range } => {
+                self.overlay_zero(copyset, LogIndex(0), chunk, range, placed.lsn);
+            }
+            Record::InstallDrop { chunk, .. } => self.drop_chunk(chunk),
+            Record::InstallEnd { copyset, floor, floor_term, members } => {
+                let state = self.copyset(copyset);
+                state.installing = false;
+                if floor >= state.floor {
+                    (state.floor, state.floor_term, state.members) = (floor, floor_term, members);
+                    state.applied = state.applied.max(floor);
+                }
+            }
+            Record::Entry { .. } | Record::Truncate { .. } => unreachable!("handled by the callers"),
+        }
+    }
+
+    fn copyset(&mut self, id: CopysetId) -> &mut Copyset<P> {
+        self.copysets.get_mut(&id).expect("the copyset was created")
+    }
+
+    fn append(&mut self, copyset: CopysetId, entry: Entry, placed: Placed<'_, P>) {
+        let state = self.copysets.get(&copyset).expect("the copyset was created");
+        assert!(entry.index > state.floor && entry.index <= state.last().next(), "an entry follows the last");
+        if entry.index <= state.last() {
+            let same = state.get(entry.index).is_some_and(|m| m.entry.term == entry.term);
+            if same {
+                return self.place_again(copyset, entry.index, placed);
+            }
+            self.truncate(copyset, entry.index);
+        }
+        if let Body::Write { chunk, range } = entry.body {
+            self.keep_ram(copyset, entry.index, chunk, range, &placed);
+            self.chunk(copyset, chunk).refs += 1;
+        }
+        let meta = EntryMeta {
+            entry,
+            lsn: placed.lsn,
+            at: placed.at,
+            crcs: placed.crcs.into(),
+            ram: placed.payload,
+        };
+        self.copyset(copyset).entries.push_back(meta);
+    }
+
+    /// The same entry once more: it lies where its newest copy lies.
+    fn place_again(&mut self, copyset: CopysetId, index: LogIndex, placed: Placed<'_, P>) {
+        let meta = self.copyset(copyset).get_mut(index).expect("in the log");
+        let (old, body) = (meta.lsn, meta.entry.body);
+        (meta.lsn, meta.at) = (placed.lsn, placed.at);
+        meta.ram = placed.payload.clone();
+        let Body::Write { chunk, range } = body else { return };
+        self.keep_ram(copyset, index, chunk, range, &placed);
+        let Some(state) = self.chunks.get_mut(&chunk) else { return };
+        for (nth, block) in range.blocks().enumerate() {
+            if let Some(over) =
+                state.overlay.get_mut(&(block as u16)).filter(|b| b.lsn == old && b.index == index)
+            {
+                (over.lsn, over.at) = (placed.lsn, placed.at + nth as u32);
+                over.ram = placed.payload.clone().map(|p| (p, nth));
+            }
+        }
+    }
+
+    fn truncate(&mut self, copyset: CopysetId, from: LogIndex) {
+        assert!(from > self.copyset(copyset).applied, "applied entries are never truncated");
+        while self.copyset(copyset).last() >= from {
+            let meta = self.copyset(copyset).entries.pop_back().expect("above the floor");
+            self.entry_left(meta.entry.body);
+        }
+    }
+
+    /// Drops the entries up to `floor`, and if not `keep` the others too.
+    pub(crate) fn drop_entries(&mut self, copyset: CopysetId, floor: LogIndex, keep: bool) {
+        loop {
+            let state = self.copyset(copyset);
+            if state.entries.is_empty() || (keep && state.floor >= floor) {
+                break;
+            }
+            let applied = state.floor < state.applied;
+            let meta = state.entries.pop_front().expect("not empty");
+            // Counting by the floor keeps `get` right while the front goes away.
+            (state.floor, state.floor_term) = (meta.entry.index, meta.entry.term);
+            if let Body::Members(members) = meta.entry.body {
+                state.members = members;
+            }
+            if !applied {
+                self.entry_left(meta.entry.body);
+            }
+        }
+        let state = self.copyset(copyset);
+        if !keep {
+            state.floor = state.floor.min(floor);
+            state.applied = state.floor;
+        }
+        state.applied = state.applied.max(state.floor);
+    }
+
+    /// An entry will not be applied any more, or has just been.
+    fn entry_left(&mut self, body: Body) {
+        if let Body::Write { chunk, .. } = body
+            && let Some(state) = self.chunks.get_mut(&chunk)
+        {
+            state.refs = state.refs.saturating_sub(1);
+            self.tidy_chunk(chunk);
+        }
+    }
+
+    fn remove(&mut self, copyset: CopysetId) {
+        let Some(state) = self.copysets.remove(&copyset) else { return };
+        for chunk in state.chunks {
+            if let Some(state) = self.chunks.get_mut(&chunk) {
+                state.refs = 0;
+            }
+            self.drop_chunk(chunk);
+        }
+    }
+
+    pub(crate) fn apply(&mut self, copyset: CopysetId, index: LogIndex, body: Body, placed: Placed<'_, P>) {
+        match body {
+            Body::Write { chunk, range } => {
+                self.overlay_write(copyset, index, chunk, range, &placed);
+                self.entry_left(body);
+            }
+            Body::Zero { chunk, range } => self.overlay_zero(copyset, index, chunk, range, placed.lsn),
+            Body::DropVolume { volume } => self.drop_volume(copyset, volume),
+            Body::Noop | Body::Members(_) => {}
+        }
+    }
+
+    fn drop_volume(&mut self, copyset: CopysetId, volume: VolumeId) {
+        let (first, last) = (ChunkId { volume, index: 0 }, ChunkId { volume, index: u32::MAX });
+        let chunks: Vec<ChunkId> = self.copyset(copyset).chunks.range(first..=last).copied().collect();
+        chunks.into_iter().for_each(|chunk| self.drop_chunk(chunk));
+    }
+
+    fn keep_ram(
+        &mut self,
+        copyset: CopysetId,
+        index: LogIndex,
+        chunk: ChunkId,
+        range: BlockRange,
+        placed: &Placed<'_, P>,
+    ) {
+        if placed.payload.is_some() {
+            self.ram_blocks += usize::from(range.count);
+            self.ram.push_back(RamItem { copyset, index, lsn: placed.lsn, chunk, range });
+        }
+    }
+
+    /// The chunk's state, made if there is none.
+    pub(crate) fn chunk(&mut self, copyset: CopysetId, chunk: ChunkId) -> &mut Chunk<P> {
+        if let Some(state) = self.copysets.get_mut(&copyset) {
+            state.chunks.insert(chunk);
+        }
+        self.chunks.entry(chunk).or_insert_with(|| Chunk {
+            copyset,
+            slot: None,
+            overlay: BTreeMap::new(),
+            refs: 0,
+            flushes: 0,
+        })
+    }
+
+    fn overlay_write(
+        &mut self,
+        copyset: CopysetId,
+        index: LogIndex,
+        chunk: ChunkId,
+        range: BlockRange,
+        placed: &Placed<'_, P>,
+    ) {
+        let state = self.chunk(copyset, chunk);
+        let before = state.overlay.len();
+        for (nth, block) in range.blocks().enumerate() {
+            let ram = placed.payload.clone().map(|p| (p, nth));
+            let (at, crc) = (placed.at + nth as u32, crc_at_rest(placed.crcs[nth]));
+            state.overlay.insert(block as u16, OverlayBlock { lsn: placed.lsn, index, at, crc, ram });
+        }
+        let added = state.overlay.len() - before;
+        self.overlay_blocks += added as u64;
+        self.dirty.insert(chunk);
+    }
+
+    fn overlay_zero(
+        &mut self,
+        copyset: CopysetId,
+        index: LogIndex,
+        chunk: ChunkId,
+        range: BlockRange,
+        lsn: u64,
+    ) {
+        let Some(state) = self.chunks.get_mut(&chunk) else { return };
+        debug_assert_eq!(state.copyset, copyset);
+        let table = state.slot.and_then(|slot| self.tables.get(slot));
+        let before = state.overlay.len();
+        for block in range.blocks() {
+            let zero_below = state.slot.is_none() || table.is_some_and(|t| t.expected(block) == Some(0));
+            let over = OverlayBlock { lsn, index, at: 0, crc: 0, ram: None };
+            match state.overlay.get_mut(&(block as u16)) {
+                Some(present) => *present = over,
+                None if zero_below => {}
+                None => {
+                    state.overlay.insert(block as u16, over);
+                }
+            }
+        }
+        self.overlay_blocks += (state.overlay.len() - before) as u64;
+        if !state.overlay.is_empty() {
+            self.dirty.insert(chunk);
+        }
+    }
+
+    /// Forgets a chunk's content and frees its slot.
+    pub(crate) fn drop_chunk(&mut self, chunk: ChunkId) {
+        let Some(state) = self.chunks.get_mut(&chunk) else { return };
+        self.overlay_blocks -= state.overlay.len() as u64;
+        state.overlay.clear();
+        state.flushes += 1;
+        if let Some(slot) = state.slot.take() {
+            self.tables.forget(slot);
+            self.pool.retire(slot);
+        }
+        self.tidy_chunk(chunk);
+    }
+
+    /// Restores the invariants of `dirty` and `chunks`.
+    pub(crate) fn tidy_chunk(&mut self, chunk: ChunkId) {
+        let Some(state) = self.chunks.get(&chunk) else { return };
+        if !state.overlay.is_empty() {
+            return;
+        }
+        self.dirty.remove(&chunk);
+        if state.refs == 0 && state.slot.is_none() {
+            if let Some(owner) = self.copysets.get_mut(&state.copyset) {
+                owner.chunks.remove(&chunk);
+            }
+            self.chunks.remove(&chunk);
+        }
     }
 }

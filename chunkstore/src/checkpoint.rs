@@ -1,0 +1,207 @@
+//! The checkpoint: all metadata at one moment, and where replay begins. Two files take turns.
+
+use crate::api::{FileId, IoError, Layout, Media, Side};
+use crate::batch::{MEMBERS_BYTES, get_members, put_members};
+use crate::table::PAGES;
+use crate::wire::{Get, Put, crc_with_hole, fill_crc, pad_to_block};
+use protocol::raft::{HardState, Members};
+use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, LogIndex, TargetId, Term};
+
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"ASHCHECK");
+const VERSION: u32 = 1;
+const CRC_AT: usize = 12;
+/// Bytes before the copysets.
+pub(crate) const HEAD_BYTES: usize = 96;
+/// Bytes of a copyset.
+pub(crate) const COPYSET_BYTES: usize = 48 + MEMBERS_BYTES;
+/// Bytes of a slot.
+pub(crate) const SLOT_BYTES: usize = 44;
+/// Copysets that the files have room for from the start (they grow if there are more).
+const COPYSETS_EXPECTED: u64 = 1024;
+
+/// A checkpoint in memory.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub(crate) struct Checkpoint {
+    pub seq: u64,
+    pub disk_tag: u64,
+    /// The log is known to be durable up to here.
+    pub durable_lsn: u64,
+    /// Metadata records below this are contained.
+    pub covers_lsn: u64,
+    pub replay_segment: u32,
+    pub replay_epoch: u64,
+    /// LSN of the first batch of the replay segment.
+    pub replay_lsn: u64,
+    pub segments_ready: u32,
+    pub slots_ready: u32,
+    pub copysets: Vec<CopysetImage>,
+    pub slots: Vec<SlotImage>,
+}
+
+/// A copyset in a checkpoint.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct CopysetImage {
+    pub id: CopysetId,
+    pub hard: HardState,
+    pub members: Members,
+    pub floor: LogIndex,
+    pub floor_term: Term,
+    /// Records of lower LSN belong to an earlier replica of the same id.
+    pub born: u64,
+    pub damaged: bool,
+    pub installing: bool,
+}
+
+/// A slot in use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct SlotImage {
+    pub slot: u32,
+    pub copyset: CopysetId,
+    pub chunk: ChunkId,
+    pub generation: u64,
+    pub seq: [u32; PAGES],
+}
+
+/// Which file holds a checkpoint.
+pub(crate) fn side_of(seq: u64) -> FileId {
+    FileId::Checkpoint(if seq % 2 == 1 { Side::A } else { Side::B })
+}
+
+/// Bytes to allocate for a checkpoint file.
+pub(crate) fn file_bytes(layout: &Layout) -> u64 {
+    let bytes = HEAD_BYTES as u64
+        + COPYSETS_EXPECTED * COPYSET_BYTES as u64
+        + u64::from(layout.slots_max) * SLOT_BYTES as u64;
+    bytes.next_multiple_of(BLOCK_BYTES as u64)
+}
+
+impl Checkpoint {
+    /// Whole blocks.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let bytes = HEAD_BYTES + self.copysets.len() * COPYSET_BYTES + self.slots.len() * SLOT_BYTES;
+        let mut out = Vec::with_capacity(bytes.next_multiple_of(BLOCK_BYTES));
+        out.u64(MAGIC);
+        out.u32(VERSION);
+        out.u32(0);
+        out.u64(self.seq);
+        out.u64(self.disk_tag);
+        out.u64(self.durable_lsn);
+        out.u64(self.covers_lsn);
+        out.u64(self.replay_epoch);
+        out.u64(self.replay_lsn);
+        out.u32(self.replay_segment);
+        out.u32(self.segments_ready);
+        out.u32(self.slots_ready);
+        out.u32(self.copysets.len() as u32);
+        out.u32(self.slots.len() as u32);
+        out.zeroes(HEAD_BYTES - out.len());
+        self.copysets.iter().for_each(|c| put_copyset(&mut out, c));
+        self.slots.iter().for_each(|s| put_slot(&mut out, s));
+        pad_to_block(&mut out);
+        fill_crc(&mut out, CRC_AT);
+        out
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let mut get = Get(&bytes[16..]);
+        let mut it = Self { seq: get.u64()?, disk_tag: get.u64()?, ..Self::default() };
+        it.durable_lsn = get.u64()?;
+        it.covers_lsn = get.u64()?;
+        it.replay_epoch = get.u64()?;
+        it.replay_lsn = get.u64()?;
+        it.replay_segment = get.u32()?;
+        it.segments_ready = get.u32()?;
+        it.slots_ready = get.u32()?;
+        let (copysets, slots) = (get.u32()?, get.u32()?);
+        let mut get = Get(&bytes[HEAD_BYTES..]);
+        for _ in 0..copysets {
+            it.copysets.push(get_copyset(&mut get)?);
+        }
+        for _ in 0..slots {
+            it.slots.push(get_slot(&mut get)?);
+        }
+        Some(it)
+    }
+}
+
+fn put_copyset(out: &mut Vec<u8>, it: &CopysetImage) {
+    out.u32(it.id.0);
+    out.u8(it.damaged.into());
+    out.u8(it.installing.into());
+    out.u16(it.hard.vote.is_some().into());
+    out.u64(it.hard.term.0);
+    out.u32(it.hard.vote.map_or(0, |t| t.0));
+    out.u32(0);
+    out.u64(it.floor.0);
+    out.u64(it.floor_term.0);
+    out.u64(it.born);
+    put_members(out, &it.members);
+}
+
+fn get_copyset(get: &mut Get<'_>) -> Option<CopysetImage> {
+    let id = CopysetId(get.u32()?);
+    let (damaged, installing, voted) = (get.u8()? != 0, get.u8()? != 0, get.u16()? != 0);
+    let term = Term(get.u64()?);
+    let vote = TargetId(get.u32()?);
+    get.u32()?;
+    let (floor, floor_term, born) = (LogIndex(get.u64()?), Term(get.u64()?), get.u64()?);
+    let hard = HardState { term, vote: voted.then_some(vote) };
+    let members = get_members(get)?;
+    Some(CopysetImage { id, hard, members, floor, floor_term, born, damaged, installing })
+}
+
+fn put_slot(out: &mut Vec<u8>, it: &SlotImage) {
+    out.u32(it.slot);
+    out.u32(it.copyset.0);
+    out.u64(it.chunk.pack());
+    out.u64(it.generation);
+    it.seq.iter().for_each(|seq| out.u32(*seq));
+}
+
+fn get_slot(get: &mut Get<'_>) -> Option<SlotImage> {
+    let (slot, copyset) = (get.u32()?, CopysetId(get.u32()?));
+    let (chunk, generation) = (ChunkId::unpack(get.u64()?), get.u64()?);
+    let mut seq = [0; PAGES];
+    for one in &mut seq {
+        *one = get.u32()?;
+    }
+    Some(SlotImage { slot, copyset, chunk, generation, seq })
+}
+
+/// Reads one side: `Ok(Err(why))` when it holds no good checkpoint.
+pub(crate) fn read<M: Media + ?Sized>(
+    media: &mut M,
+    side: Side,
+    disk_tag: u64,
+) -> Result<Result<Checkpoint, &'static str>, IoError> {
+    let file = FileId::Checkpoint(side);
+    let Some(len) = media.len(file)? else { return Ok(Err("there is no such file")) };
+    let mut head = vec![0; BLOCK_BYTES];
+    media.read(file, 0, &mut head)?;
+    let mut get = Get(&head);
+    let (magic, version) = (get.u64(), get.u32());
+    if magic != Some(MAGIC) {
+        return Ok(Err("never written"));
+    }
+    if version != Some(VERSION) {
+        return Ok(Err("its format version is not known to this program"));
+    }
+    let mut get = Get(&head[76..]);
+    let counts = [get.u32(), get.u32()].map(|c| u64::from(c.unwrap_or(0)));
+    let bytes = HEAD_BYTES as u64 + counts[0] * COPYSET_BYTES as u64 + counts[1] * SLOT_BYTES as u64;
+    let bytes = bytes.next_multiple_of(BLOCK_BYTES as u64);
+    if bytes > len {
+        return Ok(Err("it is cut short"));
+    }
+    let mut all = vec![0; bytes as usize];
+    media.read(file, 0, &mut all)?;
+    let crc = u32::from_le_bytes([all[12], all[13], all[14], all[15]]);
+    if crc != crc_with_hole(&all, CRC_AT) {
+        return Ok(Err("its checksum is wrong"));
+    }
+    Ok(match Checkpoint::decode(&all) {
+        Some(it) if it.disk_tag != disk_tag => Err("it belongs to another disk"),
+        Some(it) => Ok(it),
+        None => Err("it makes no sense"),
+    })
+}

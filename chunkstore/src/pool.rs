@@ -1,0 +1,90 @@
+//! Chunk slots: which are ready, free, in use, and freed but not yet reusable.
+
+use crate::table::Pages;
+use protocol::types::{ChunkId, CopysetId};
+use std::collections::BTreeSet;
+
+/// A slot in use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot {
+    pub chunk: ChunkId,
+    pub copyset: CopysetId,
+    /// Differs each time a slot is given out, so that pages of its former life are told apart.
+    pub generation: u64,
+    pub pages: Pages,
+}
+
+/// All slots of a shard.
+#[derive(Default)]
+pub(crate) struct Pool {
+    pub slots: Vec<Option<Slot>>,
+    /// Slots 0 to `ready` - 1 are preformatted.
+    pub ready: u32,
+    pub max: u32,
+    /// Set while the file system is full.
+    pub limited: bool,
+    free: BTreeSet<u32>,
+    /// Freed, but named by the last checkpoint.
+    pub retired: Vec<u32>,
+    pub used: usize,
+    /// Slots whose pages were written since the last checkpoint.
+    pub touched: BTreeSet<u32>,
+    count: u64,
+}
+
+impl Pool {
+    pub(crate) fn new(ready: u32, max: u32) -> Self {
+        let mut pool = Self { max, ..Self::default() };
+        pool.grow(ready);
+        pool
+    }
+    /// So many slots are ready now.
+    pub(crate) fn grow(&mut self, ready: u32) {
+        self.free.extend(self.ready..ready);
+        self.slots.resize_with(ready as usize, || None);
+        self.ready = ready;
+    }
+    /// Puts a slot in use as a checkpoint tells; false when that cannot be.
+    pub(crate) fn adopt(&mut self, number: u32, slot: Slot) -> bool {
+        let fits = self.free.remove(&number);
+        if fits {
+            self.slots[number as usize] = Some(slot);
+            self.used += 1;
+        }
+        fits
+    }
+    pub(crate) fn has_free(&self) -> bool {
+        !self.free.is_empty()
+    }
+    pub(crate) fn free_ready(&self) -> usize {
+        self.free.len()
+    }
+    /// Slots that can ever be given out as things stand.
+    pub(crate) fn capacity(&self) -> usize {
+        if self.limited { self.ready as usize } else { self.max as usize }
+    }
+    pub(crate) fn take(&mut self, chunk: ChunkId, copyset: CopysetId, durable_lsn: u64) -> Option<u32> {
+        let number = self.free.pop_first()?;
+        self.count += 1;
+        let generation = (durable_lsn << 20) | (self.count & 0xf_ffff);
+        self.slots[number as usize] = Some(Slot { chunk, copyset, generation, pages: Pages::NONE });
+        self.used += 1;
+        Some(number)
+    }
+    /// Frees a slot, to be reused after the next checkpoint.
+    pub(crate) fn retire(&mut self, number: u32) {
+        self.slots[number as usize] = None;
+        self.used -= 1;
+        self.retired.push(number);
+    }
+    /// Slots that no checkpoint names any more.
+    pub(crate) fn release(&mut self, numbers: Vec<u32>) {
+        self.free.extend(numbers);
+    }
+    pub(crate) fn get(&self, number: u32) -> Option<&Slot> {
+        self.slots.get(number as usize)?.as_ref()
+    }
+    pub(crate) fn get_mut(&mut self, number: u32) -> Option<&mut Slot> {
+        self.slots.get_mut(number as usize)?.as_mut()
+    }
+}

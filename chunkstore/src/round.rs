@@ -1,0 +1,426 @@
+//! Rounds: flush, copy forward, sync, checkpoint, recycle.
+//!
+//! A checkpoint is written when every block that its replay would not bring back is in its slot
+//! and synced, and every record that it takes for granted is durable. No flush job runs between
+//! the snapshot and its durability, so the snapshot's table pages are the ones on disk.
+
+use crate::api::*;
+use crate::checkpoint::{self, Checkpoint, CopysetImage, SlotImage};
+use crate::read::Pending;
+use crate::store::Store;
+use protocol::raft::Body;
+use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, LogIndex, Span, Term, Time};
+use smallvec::SmallVec;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Bytes of one checkpoint write at most.
+const WRITE_BYTES: usize = 1 << 20;
+/// How long after a round that could not begin it is tried again.
+const RETRY: Span = Span::ms(100);
+/// Entries being copied forward at a time.
+const COPIES_MAX: usize = 16;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Phase {
+    #[default]
+    Idle,
+    Flush,
+    Sync,
+    Write,
+}
+
+/// The state of the round in progress, and what lasts from round to round.
+#[derive(Default)]
+pub(crate) struct Round {
+    phase: Phase,
+    /// Replay begins here afterwards.
+    target: u64,
+    /// Blocks of lower LSN are flushed.
+    below: u64,
+    covers: u64,
+    /// Highest index to be flushed whatever its LSN.
+    flush_to: BTreeMap<CopysetId, LogIndex>,
+    floors: BTreeMap<CopysetId, (LogIndex, Term)>,
+    copies: VecDeque<(CopysetId, LogIndex)>,
+    copying: usize,
+    copy_bad: bool,
+    outstanding: usize,
+    image: Vec<u8>,
+    needs_lsn: u64,
+    retired: Vec<u32>,
+    /// Files written since their last sync.
+    dirty_files: BTreeSet<FileId>,
+    /// Of the last durable checkpoint.
+    pub seq: u64,
+    pub last_covers: u64,
+    retry_at: Option<Time>,
+    /// The log is damaged below this: replay must begin here or later, soon.
+    pub past_damage: Option<u64>,
+    stop_done: bool,
+    /// Segments or slots ready at the last checkpoint.
+    last_ready: (u32, u32),
+}
+
+impl Round {
+    pub(crate) fn wants(&self, copyset: CopysetId, lsn: u64, index: LogIndex) -> bool {
+        lsn < self.below
+            || (lsn < self.covers && self.flush_to.get(&copyset).is_some_and(|to| index <= *to))
+            || (index.0 > 0 && self.floors.get(&copyset).is_some_and(|(floor, _)| index <= *floor))
+    }
+    /// Goes on from a checkpoint.
+    pub(crate) fn resume(&mut self, seq: u64, covers: u64, ready: (u32, u32)) {
+        (self.seq, self.last_covers, self.last_ready) = (seq, covers, ready);
+    }
+    pub(crate) fn touch(&mut self, file: FileId) {
+        self.dirty_files.insert(file);
+    }
+}
+
+impl<P: Payload> Store<P> {
+    /// Moves the round on as far as it goes.
+    pub(crate) fn drive_round(&mut self) {
+        if self.round.phase == Phase::Idle {
+            self.begin_round();
+        }
+        if self.round.phase == Phase::Flush {
+            self.start_jobs();
+            self.copy_forward();
+            self.end_flush();
+        }
+        if self.round.phase == Phase::Sync
+            && self.round.outstanding == 0
+            && self.log.durable >= self.round.needs_lsn
+        {
+            self.write_checkpoint();
+        }
+    }
+
+    pub(crate) fn round_due(&self) -> Option<Time> {
+        if self.round.phase != Phase::Idle {
+            return None;
+        }
+        let idle = Time(self.last_stage.0.saturating_add(self.layout.flush_idle_ns));
+        let pressure = self.pressed() || self.round.past_damage.is_some();
+        let at = match () {
+            () if pressure => Some(self.round.retry_at.unwrap_or(self.now)),
+            () if self.overlay_blocks > 0 || !self.pool.retired.is_empty() => Some(idle),
+            () if self.preformat.idle() && (self.log.ready, self.pool.ready) != self.round.last_ready => {
+                Some(idle)
+            }
+            () => None,
+        };
+        at.map(|at| at.max(self.round.retry_at.unwrap_or(at)))
+    }
+
+    pub(crate) fn round_timeout(&self) -> Option<Time> {
+        match self.round.phase {
+            Phase::Idle => self.round_due(),
+            Phase::Flush => self.round.retry_at,
+            Phase::Sync | Phase::Write => None,
+        }
+    }
+
+    fn pressed(&self) -> bool {
+        self.log.uses.len() > 1 && self.log.uses.len() * 2 > self.log.ready as usize
+    }
+
+    /// Begins a round if there is a reason: the end, a log that fills, damage behind, or idleness.
+    fn begin_round(&mut self) {
+        let due = self.round_due().is_some_and(|at| self.now >= at);
+        let stop = self.stopping && !self.round.stop_done;
+        if self.log.uses.is_empty() || self.log.durable <= self.recovered || !(due || stop) {
+            return;
+        }
+        let uses = &self.log.uses;
+        let keep = match self.round.past_damage {
+            Some(lsn) => uses.iter().position(|u| u.first_lsn >= lsn).unwrap_or(0),
+            None if self.pressed() => (uses.len() / 2).max(1),
+            None => 0,
+        };
+        let target = uses[keep].first_lsn;
+        if keep > 0 && (target > self.log.durable + 1 || self.too_much_to_copy(target)) {
+            self.round.retry_at = Some(self.now + RETRY);
+            if !stop && self.pool.retired.is_empty() {
+                return;
+            }
+            return self.open_round(self.log.uses[0].first_lsn, stop);
+        }
+        self.open_round(target, stop || keep == 0);
+    }
+
+    /// Copying much forward would only churn: wait until more is applied.
+    fn too_much_to_copy(&self, target: u64) -> bool {
+        let waiting =
+            self.copysets.values().flat_map(|c| c.entries.iter().filter(|e| e.entry.index > c.applied));
+        let blocks: usize = waiting.filter(|e| e.lsn < target).map(|e| e.crcs.len() + 1).sum();
+        blocks > (self.log.segment_blocks / 4) as usize
+    }
+
+    fn open_round(&mut self, target: u64, flush_all: bool) {
+        self.log.close();
+        let round = &mut self.round;
+        round.phase = Phase::Flush;
+        round.retry_at = None;
+        round.target = target;
+        round.covers = self.log.next_lsn();
+        round.below = if flush_all { round.covers } else { target };
+        round.copy_bad = false;
+        round.floors.clear();
+        round.flush_to.clear();
+        round.copies.clear();
+        for (id, copyset) in &self.copysets {
+            let old = copyset.entries.iter().filter(|e| e.lsn < target);
+            let floor = old.clone().filter(|e| e.entry.index <= copyset.applied).next_back();
+            if let Some(floor) = floor {
+                round.floors.insert(*id, (floor.entry.index, floor.entry.term));
+            }
+            let waiting = old.filter(|e| e.entry.index > copyset.applied);
+            round.copies.extend(waiting.map(|e| (*id, e.entry.index)));
+            // What is installed, or was before an install, comes back by no entry.
+            let to = if copyset.installing { LogIndex(u64::MAX) } else { copyset.floor };
+            round.flush_to.insert(*id, to);
+        }
+        let mut chunks: Vec<(u64, ChunkId)> = Vec::new();
+        for chunk in &self.dirty {
+            let state = &self.chunks[chunk];
+            let wanted = state.overlay.values().filter(|b| self.round.wants(state.copyset, b.lsn, b.index));
+            chunks.extend(wanted.map(|b| b.lsn).min().map(|lsn| (lsn, *chunk)));
+        }
+        chunks.sort_unstable();
+        self.flush.queue = chunks.into_iter().map(|(_, chunk)| chunk).collect();
+        self.flush.slotless.clear();
+        self.flush.spoilt.clear();
+    }
+
+    fn copy_forward(&mut self) {
+        while self.round.copying < COPIES_MAX {
+            let Some((copyset, index)) = self.round.copies.pop_front() else { return };
+            let Some(meta) = self.copysets.get(&copyset).and_then(|c| c.get(index)) else { continue };
+            if meta.lsn >= self.round.target {
+                continue;
+            }
+            let (lsn, ram, empty) = (meta.lsn, meta.ram.clone(), meta.crcs.is_empty());
+            self.round.copying += 1;
+            if ram.is_some() || empty {
+                self.copy_loaded(Some((copyset, index, lsn, ram)));
+            } else {
+                self.load_copy(copyset, index, lsn);
+            }
+        }
+    }
+
+    /// An entry to be copied forward is at hand; `None`: it is gone or bad.
+    pub(crate) fn copy_loaded(&mut self, loaded: Option<(CopysetId, LogIndex, u64, Option<P>)>) {
+        self.round.copying -= 1;
+        let Some((copyset, index, lsn, payload)) = loaded else {
+            self.round.copy_bad = true;
+            return;
+        };
+        let Some(meta) = self.copysets.get(&copyset).and_then(|c| c.get(index)).filter(|m| m.lsn == lsn)
+        else {
+            return;
+        };
+        let (entry, crcs) = (meta.entry, meta.crcs.clone());
+        self.stats.copied_forward += 1;
+        let staged = self.last_stage;
+        self.stage(Record::Entry { copyset, entry }, payload, &crcs);
+        self.last_stage = staged;
+    }
+
+    /// Ends the flush phase when everything wanted is done, or when it cannot go on without a checkpoint.
+    fn end_flush(&mut self) {
+        let waits = self.flush.busy() || self.round.copying > 0 || !self.round.copies.is_empty();
+        if waits || !self.flush.queue.is_empty() {
+            return;
+        }
+        let stuck = !self.flush.slotless.is_empty() || !self.flush.spoilt.is_empty() || self.round.copy_bad;
+        // Blocks that were not durable when their chunk's turn came.
+        let left = || self.wanted_chunks();
+        if !stuck {
+            let left = left();
+            if !left.is_empty() {
+                self.flush.queue.extend(left);
+                return;
+            }
+        } else if self.pool.retired.is_empty() && !self.stopping {
+            return self.reconsider();
+        } else {
+            self.reduce();
+        }
+        self.snapshot();
+    }
+
+    /// A round that waits for a repair or for a slot: try again now and then.
+    fn reconsider(&mut self) {
+        match self.round.retry_at {
+            Some(at) if self.now >= at => {
+                self.round.retry_at = Some(self.now + RETRY);
+                self.round.phase = Phase::Idle;
+            }
+            Some(_) => {}
+            None => self.round.retry_at = Some(self.now + RETRY),
+        }
+    }
+
+    fn wanted_chunks(&self) -> Vec<ChunkId> {
+        let wants = |chunk: &&ChunkId| {
+            let state = &self.chunks[*chunk];
+            state.overlay.values().any(|b| self.round.wants(state.copyset, b.lsn, b.index))
+        };
+        let durable = |chunk: &&ChunkId| {
+            let state = &self.chunks[*chunk];
+            let mut wanted =
+                state.overlay.values().filter(|b| self.round.wants(state.copyset, b.lsn, b.index));
+            wanted.any(|b| b.lsn <= self.log.durable)
+        };
+        let wanted: Vec<ChunkId> = self.dirty.iter().filter(wants).copied().collect();
+        // Those not durable yet keep the round open; they are looked at again at the next turn.
+        if wanted.iter().any(|c| durable(&c)) {
+            wanted.into_iter().filter(|c| durable(&c)).collect()
+        } else {
+            wanted
+        }
+    }
+
+    /// A checkpoint that promises no more than the last one did.
+    fn reduce(&mut self) {
+        self.round.target = self.log.uses[0].first_lsn;
+        self.round.covers = self.round.last_covers;
+        self.round.floors.clear();
+    }
+
+    fn snapshot(&mut self) {
+        self.log.close();
+        self.round.needs_lsn = self.log.staged();
+        self.round.retired = std::mem::take(&mut self.pool.retired);
+        self.round.image = self.checkpoint_image().encode();
+        self.round.phase = Phase::Sync;
+        self.round.last_ready = (self.log.ready, self.pool.ready);
+        let files = std::mem::take(&mut self.round.dirty_files);
+        self.round.outstanding = files.len();
+        for file in files {
+            let ticket = self.ticket(file, Pending::Sync);
+            self.ops.push_back(Op::Sync { ticket, file });
+        }
+    }
+
+    fn checkpoint_image(&self) -> Checkpoint {
+        let round = &self.round;
+        let start =
+            self.log.uses.iter().rev().find(|u| u.first_lsn <= round.target).unwrap_or(&self.log.uses[0]);
+        let slots = self.pool.slots.iter().enumerate().filter_map(|(number, slot)| {
+            let slot = slot.as_ref()?;
+            Some(SlotImage {
+                slot: number as u32,
+                copyset: slot.copyset,
+                chunk: slot.chunk,
+                generation: slot.generation,
+                seq: slot.pages.seq,
+            })
+        });
+        Checkpoint {
+            seq: round.seq + 1,
+            disk_tag: self.log.disk_tag,
+            durable_lsn: self.log.durable,
+            covers_lsn: round.covers,
+            replay_segment: start.segment,
+            replay_epoch: start.epoch,
+            replay_lsn: start.first_lsn,
+            segments_ready: self.log.ready,
+            slots_ready: self.pool.ready,
+            copysets: self.copysets.iter().map(|(id, _)| self.copyset_image(*id)).collect(),
+            slots: slots.collect(),
+        }
+    }
+
+    fn copyset_image(&self, id: CopysetId) -> CopysetImage {
+        let state = &self.copysets[&id];
+        let (mut floor, mut floor_term, mut members) = (state.floor, state.floor_term, state.members);
+        if let Some((to, term)) = self.round.floors.get(&id).filter(|(to, _)| *to > floor) {
+            (floor, floor_term) = (*to, *term);
+            let gone = state.entries.iter().take_while(|e| e.entry.index <= *to);
+            for meta in gone {
+                if let Body::Members(new) = meta.entry.body {
+                    members = new;
+                }
+            }
+        }
+        CopysetImage {
+            id,
+            hard: state.hard,
+            members,
+            floor,
+            floor_term,
+            born: state.born,
+            damaged: state.damaged,
+            installing: state.installing,
+        }
+    }
+
+    fn write_checkpoint(&mut self) {
+        self.round.phase = Phase::Write;
+        let image = std::mem::take(&mut self.round.image);
+        let file = checkpoint::side_of(self.round.seq + 1);
+        for (nth, bytes) in image.chunks(WRITE_BYTES).enumerate() {
+            debug_assert!(bytes.len().is_multiple_of(BLOCK_BYTES));
+            let ticket = self.ticket(file, Pending::Checkpoint);
+            let pieces = SmallVec::from_iter([Piece::Bytes(bytes.to_vec())]);
+            let offset = (nth * WRITE_BYTES) as u64;
+            self.ops.push_back(Op::Write { ticket, file, offset, pieces, dsync: true });
+            self.round.outstanding += 1;
+        }
+    }
+
+    pub(crate) fn synced(&mut self) {
+        self.round.outstanding -= 1;
+    }
+
+    pub(crate) fn checkpoint_written(&mut self) {
+        self.round.outstanding -= 1;
+        if self.round.outstanding > 0 {
+            return;
+        }
+        self.stats.checkpoints += 1;
+        self.round.phase = Phase::Idle;
+        self.round.seq += 1;
+        self.round.last_covers = self.round.covers;
+        for slot in std::mem::take(&mut self.pool.touched) {
+            if let Some(slot) = self.pool.get_mut(slot) {
+                slot.pages.durable = slot.pages.current;
+            }
+        }
+        let retired = std::mem::take(&mut self.round.retired);
+        self.pool.release(retired);
+        for (copyset, (floor, term)) in std::mem::take(&mut self.round.floors) {
+            self.raise_floor(copyset, floor, term);
+        }
+        self.stats.segments_recycled += self.log.recycle(self.round.target);
+        self.drop_old_ram();
+        if self.round.past_damage.is_some_and(|lsn| lsn <= self.log.uses[0].first_lsn) {
+            self.round.past_damage = None;
+        }
+        if self.pressed() || self.round.past_damage.is_some() {
+            self.round.retry_at = Some(self.now + RETRY);
+        }
+        if self.stopping && !self.round.stop_done {
+            self.round.stop_done = true;
+            self.events.push_back(Event::Stopped);
+        }
+    }
+
+    fn raise_floor(&mut self, copyset: CopysetId, floor: LogIndex, term: Term) {
+        if self.copysets.get(&copyset).is_some_and(|c| c.floor < floor && c.last() >= floor) {
+            self.drop_entries(copyset, floor, true);
+            self.events.push_back(Event::Compactable { copyset, floor, term });
+        }
+    }
+
+    /// Handles of what the log does not hold any more.
+    fn drop_old_ram(&mut self) {
+        let first = self.log.uses[0].first_lsn;
+        while self.ram.front().is_some_and(|item| item.lsn < first) {
+            let item = self.ram.pop_front().expect("looked at");
+            self.forget_ram(&item);
+        }
+    }
+}

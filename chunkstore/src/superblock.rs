@@ -1,0 +1,84 @@
+//! The superblock: whose disk it is and the sizes that never change. Two identical copies.
+
+use crate::api::{FileId, Identity, IoError, Layout, Media};
+use crate::wire::{Get, Put, crc_with_hole, fill_crc, pad_to_block};
+use protocol::types::BLOCK_BYTES;
+
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"ASHSUPER");
+pub(crate) const VERSION: u32 = 1;
+const CRC_AT: usize = 12;
+
+/// The superblock in one block.
+pub(crate) fn encode(layout: &Layout, identity: &Identity) -> Vec<u8> {
+    let mut out = Vec::with_capacity(BLOCK_BYTES);
+    out.u64(MAGIC);
+    out.u32(VERSION);
+    out.u32(0);
+    out.raw(&identity.cluster);
+    out.raw(&identity.disk);
+    out.u32(identity.target);
+    out.u16(identity.shard);
+    out.u16(0);
+    out.u32(layout.segment_bytes);
+    out.u32(layout.log_segments);
+    out.u32(layout.slots_per_file);
+    out.u32(layout.slots_max);
+    pad_to_block(&mut out);
+    fill_crc(&mut out, CRC_AT);
+    out
+}
+
+/// Reads a superblock into `limits`' fixed part.
+pub(crate) fn decode(block: &[u8], limits: &Layout) -> Result<(Layout, Identity), &'static str> {
+    let mut get = Get(block);
+    let fields = || -> Option<(u64, u32, u32)> { Some((get.u64()?, get.u32()?, get.u32()?)) };
+    let mut fields = fields;
+    let (magic, version, crc) = fields().ok_or("too short")?;
+    if magic != MAGIC {
+        return Err("not a superblock");
+    }
+    if crc != crc_with_hole(block, CRC_AT) {
+        return Err("its checksum is wrong");
+    }
+    if version != VERSION {
+        return Err("its format version is not known to this program");
+    }
+    let mut get = Get(&block[16..]);
+    let mut parse = || -> Option<(Layout, Identity)> {
+        let identity =
+            Identity { cluster: get.array()?, disk: get.array()?, target: get.u32()?, shard: get.u16()? };
+        get.u16()?;
+        let layout = Layout {
+            segment_bytes: get.u32()?,
+            log_segments: get.u32()?,
+            slots_per_file: get.u32()?,
+            slots_max: get.u32()?,
+            format_segments: 2,
+            ..*limits
+        };
+        Some((layout, identity))
+    };
+    let (layout, identity) = parse().ok_or("too short")?;
+    match layout.problem() {
+        Some(problem) => Err(problem),
+        None => Ok((layout, identity)),
+    }
+}
+
+/// Reads the first good copy.
+pub(crate) fn read<M: Media + ?Sized>(
+    media: &mut M,
+    limits: &Layout,
+) -> Result<Result<(Layout, Identity), &'static str>, IoError> {
+    let mut block = vec![0; BLOCK_BYTES];
+    let mut why = "not a superblock";
+    for copy in 0..2u64 {
+        media.read(FileId::Superblock, copy * BLOCK_BYTES as u64, &mut block)?;
+        match decode(&block, limits) {
+            Ok(found) => return Ok(Ok(found)),
+            Err(problem) if problem != "not a superblock" => why = problem,
+            Err(_) => {}
+        }
+    }
+    Ok(Err(why))
+}
