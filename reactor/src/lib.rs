@@ -20,6 +20,7 @@ pub mod disk;
 pub mod host;
 pub mod mailbox;
 pub mod ring;
+pub mod sim;
 mod table;
 pub mod timers;
 mod waker;

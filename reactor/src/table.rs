@@ -40,6 +40,11 @@ impl<T> Table<T> {
         Some(value)
     }
 
+    /// All entries with their keys, in order of index.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = ((u32, u32), &T)> {
+        self.entries.iter().enumerate().filter_map(|(i, e)| Some(((i as u32, e.0), e.1.as_ref()?)))
+    }
+
     pub(crate) fn len(&self) -> u32 {
         self.len
     }

@@ -62,6 +62,11 @@ impl Waker {
         self.0.state.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
+    /// Awake again after a sleep; a wake that came meanwhile stays noted.
+    pub(crate) fn end_sleep(&self) {
+        let _ = self.0.state.compare_exchange(ASLEEP, AWAKE, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
     /// Whether a wake came since the last [`Waker::clear`].
     pub(crate) fn is_notified(&self) -> bool {
         self.0.state.load(Ordering::SeqCst) == NOTIFIED

@@ -193,6 +193,7 @@ impl Ring {
             }
         };
         check_enter(result);
+        self.waker.end_sleep();
         if self.spin.max_ns > 0 && (monotonic_now() - now).0 < self.spin.max_ns {
             self.spin.budget_ns = self.spin.max_ns;
         }
