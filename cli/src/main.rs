@@ -1,2 +1,145 @@
-//! The one `ashlar` binary.
-fn main() {}
+//! The one `ashlar` binary: every process of a cluster and every command of its operator.
+//!
+//! Each group of commands is one module that parses its part, asks the cluster or runs the
+//! process, prints, and answers with an [`Exit`] or a [`Problem`]. Deliberately absent:
+//! anything a cluster does; that lives in the libraries beneath.
+
+mod cluster;
+mod daemon;
+mod dev;
+mod disk;
+mod export;
+mod mds;
+mod output;
+mod problem;
+mod size;
+mod status;
+mod target;
+mod volume;
+
+use clap::{Parser, Subcommand};
+use problem::{Exit, Outcome, Problem};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(
+    name = "ashlar",
+    version,
+    about = "Replicated block volumes on stock Linux",
+    after_help = "Exit codes: 0 ok, 1 failed, 2 usage, 3 a check or a regression failed.\n\
+                  Start here: ashlar dev"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a whole cluster on this machine: an MDS, three targets, a volume to use.
+    Dev(dev::DevArgs),
+    /// The storage daemon.
+    #[command(subcommand)]
+    Target(target::TargetCommand),
+    /// The metadata server.
+    #[command(subcommand)]
+    Mds(mds::MdsCommand),
+    /// Volumes: create, list, show, remove, check.
+    #[command(subcommand)]
+    Volume(volume::VolumeCommand),
+    /// Which volumes are offered to hosts, and how.
+    #[command(subcommand)]
+    Export(export::ExportCommand),
+    /// The cluster at a glance.
+    Status(status::StatusArgs),
+    /// What lies on a disk.
+    #[command(subcommand)]
+    Disk(disk::DiskCommand),
+    /// Measure, compare, keep results.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+    /// Is this machine set up well?
+    #[command(subcommand)]
+    Tune(tuning::TuneCommand),
+}
+
+fn main() -> ExitCode {
+    // Clap itself exits with 2 when a command makes no sense.
+    run(Cli::parse().command).unwrap_or_else(|problem| {
+        eprintln!("ashlar: {problem}");
+        problem.exit().into()
+    })
+}
+
+fn run(command: Command) -> Result<ExitCode, Problem> {
+    let exit = match command {
+        Command::Dev(args) => block_on(dev::run(args))?,
+        Command::Target(command) => target::run(command)?,
+        Command::Mds(command) => mds::run(command)?,
+        Command::Volume(command) => block_on(volume::run(command))?,
+        Command::Export(command) => block_on(export::run(command))?,
+        Command::Status(args) => block_on(status::run(args))?,
+        Command::Disk(command) => disk::run(command)?,
+        Command::Bench(command) => return Ok(bench::run(command)?),
+        Command::Tune(command) => tune(command)?,
+    };
+    Ok(exit.into())
+}
+
+fn tune(command: tuning::TuneCommand) -> Outcome {
+    Ok(if tuning::run(command)? { Exit::Ok } else { Exit::CheckFailed })
+}
+
+fn block_on(work: impl Future<Output = Outcome>) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(Problem::io("cannot start"))?.block_on(work)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_command_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn commands_as_the_documents_write_them() {
+        for line in [
+            "dev",
+            "dev --dir d --targets 3 --size 4G --block-size 512 --advertise 10.0.2.2 --no-restart --shards 1",
+            "mds run --listen 127.0.0.1:7000 --dir d",
+            "target check --config target.toml",
+            "volume create v --size 10G --block-size 512 -o json",
+            "volume ls --mds 127.0.0.1:7000",
+            "volume show v --dir d",
+            "volume rm v",
+            "volume check v -o json --dir d",
+            "export add v",
+            "export ls -o json",
+            "export rm v",
+            "status --dir d -o json",
+            "disk inspect d -o json",
+            "tune check -o json",
+        ] {
+            let words = std::iter::once("ashlar").chain(line.split(' '));
+            if let Err(refusal) = Cli::try_parse_from(words) {
+                panic!("ashlar {line}: {refusal}");
+            }
+        }
+    }
+
+    #[test]
+    fn nonsense_is_a_usage_error() {
+        for line in
+            ["", "volume", "volume create v", "dev --size 4X", "dev --targets 2", "dev --block-size 1000"]
+        {
+            let words = std::iter::once("ashlar").chain(line.split_whitespace());
+            let refusal =
+                Cli::try_parse_from(words).err().unwrap_or_else(|| panic!("ashlar {line} was taken"));
+            assert_eq!(refusal.exit_code(), 2, "ashlar {line}");
+        }
+    }
+}

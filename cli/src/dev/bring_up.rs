@@ -1,0 +1,186 @@
+//! From processes that were just started to a cluster that serves: MDS, targets, pool,
+//! volume, export, and one block read through every target. Each step is asked for again
+//! until it holds; what is being waited for is told when it takes more than a second.
+
+use super::record::VolumeRecord;
+use super::{Plan, VOLUME, VOLUME_SIZE, probe, say};
+use crate::export::{nbd_unix_uri, nbd_uri};
+use crate::problem::Problem;
+use crate::size::Size;
+use client::control::{MdsClient, Patience, volume_ref};
+use protocol::control::{Problem as Refusal, ProblemKind, pb};
+use protocol::map::ExportProtocol;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+/// Between two attempts.
+const PAUSE: Duration = Duration::from_millis(10);
+/// What takes longer is told.
+const TELL_AFTER: Duration = Duration::from_secs(1);
+/// The pool of a dev cluster.
+const POOL: &str = "default";
+/// Replicas of everything.
+const REPLICAS: u32 = 3;
+/// Enough that each of three targets leads some, few enough that they cost nothing when idle.
+const COPYSETS: u32 = 6;
+/// More targets, more copysets, so that each has some to lead.
+const COPYSETS_A_TARGET: u32 = 2;
+/// One attempt of a probe.
+const PROBE_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// What a cluster serves once it is up.
+pub struct Served {
+    /// The exported volumes, as `dev.json` tells them.
+    pub volumes: Vec<VolumeRecord>,
+}
+
+struct BringUp<'a> {
+    plan: &'a Plan,
+    mds: MdsClient,
+    started: Instant,
+    told: &'static str,
+}
+
+/// Ends when every target serves vol0.
+pub async fn run(plan: &Plan) -> Result<Served, Problem> {
+    let patience = Patience { retry: Duration::ZERO, ..Patience::default() };
+    let mds = MdsClient::new(&plan.mds_endpoint(), patience)?;
+    let mut up = BringUp { plan, mds, started: Instant::now(), told: "" };
+    up.targets_online().await?;
+    up.pool().await?;
+    let volume = up.volume().await?;
+    up.export(&volume).await?;
+    up.serving().await?;
+    up.served().await
+}
+
+impl BringUp<'_> {
+    /// Waits a moment; tells what for, once, when it has taken long.
+    async fn again(&mut self, waiting_for: &'static str, detail: impl std::fmt::Display) {
+        if self.started.elapsed() >= TELL_AFTER && self.told != waiting_for {
+            self.told = waiting_for;
+            let detail = detail.to_string();
+            let because = if detail.is_empty() { String::new() } else { format!(" ({detail})") };
+            say(format_args!("waiting for {waiting_for}{because}"));
+        }
+        sleep(PAUSE).await;
+    }
+
+    async fn targets_online(&mut self) -> Result<(), Problem> {
+        let wanted = self.plan.shape.targets.len();
+        loop {
+            match self.mds.status().await {
+                Ok(status) => {
+                    let online = status.targets.iter().filter(|target| target.online).count();
+                    if online >= wanted {
+                        return Ok(());
+                    }
+                    self.again("the targets to register", format_args!("{online} of {wanted} did")).await;
+                }
+                Err(refusal) if will_pass(&refusal) => self.again("the MDS", &refusal.what).await,
+                Err(refusal) => return Err(refusal.into()),
+            }
+        }
+    }
+
+    async fn pool(&mut self) -> Result<(), Problem> {
+        if self.mds.status().await?.pools.iter().any(|pool| pool.name == POOL) {
+            return Ok(());
+        }
+        let targets = self.plan.shape.targets.len() as u32;
+        let request = pb::CreatePoolRequest {
+            name: POOL.into(),
+            replicas: REPLICAS,
+            copysets: COPYSETS.max(targets * COPYSETS_A_TARGET),
+            targets: Vec::new(),
+        };
+        match self.mds.create_pool(request).await {
+            Err(refusal) if refusal.kind != ProblemKind::AlreadyExists => Err(refusal.into()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn volume(&mut self) -> Result<pb::Volume, Problem> {
+        let there = self.mds.volumes(false).await?.into_iter().find(|volume| volume.name == VOLUME);
+        if let Some(volume) = there {
+            self.tell_what_stays(&volume);
+            return Ok(volume);
+        }
+        let bytes = self.plan.size.unwrap_or(VOLUME_SIZE).0;
+        let block_bytes = self.plan.block_bytes.unwrap_or(4096);
+        Ok(self.mds.create_volume(VOLUME, bytes, block_bytes, POOL).await?)
+    }
+
+    /// The flags speak of a volume to be made; one that is there is left as it is.
+    fn tell_what_stays(&self, volume: &pb::Volume) {
+        let other_size = self.plan.size.is_some_and(|size| size.0 != volume.bytes);
+        let other_block = self.plan.block_bytes.is_some_and(|bytes| bytes != volume.block_bytes);
+        if other_size || other_block {
+            let (size, block) = (Size(volume.bytes), volume.block_bytes);
+            say(format_args!(
+                "{VOLUME} is there already and stays as it is: {size}, blocks of {block} bytes"
+            ));
+        }
+    }
+
+    async fn export(&mut self, volume: &pb::Volume) -> Result<(), Problem> {
+        if volume.exports().any(|protocol| protocol == pb::ExportProtocol::Nbd) {
+            return Ok(());
+        }
+        match self.mds.add_export(volume_ref(VOLUME), ExportProtocol::Nbd).await {
+            Err(refusal) if refusal.kind != ProblemKind::AlreadyExists => Err(refusal.into()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn serving(&mut self) -> Result<(), Problem> {
+        for id in 1..=self.plan.shape.targets.len() as u32 {
+            let socket = self.plan.layout.socket(id)?;
+            while let Err(error) = probed(&socket).await {
+                self.again("the exports to serve", format_args!("target {id}: {error}")).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn served(&mut self) -> Result<Served, Problem> {
+        let sockets: Vec<_> = (1..=self.plan.shape.targets.len() as u32)
+            .map(|id| self.plan.layout.socket(id))
+            .collect::<Result<_, _>>()?;
+        let volumes = self.mds.volumes(false).await?;
+        let exported =
+            |volume: &&pb::Volume| volume.exports().any(|protocol| protocol == pb::ExportProtocol::Nbd);
+        Ok(Served {
+            volumes: volumes.iter().filter(exported).map(|v| record(self.plan, &sockets, v)).collect(),
+        })
+    }
+}
+
+async fn probed(socket: &std::path::Path) -> std::io::Result<()> {
+    let probe = tokio::time::timeout(PROBE_WAIT_MAX, probe::read_first_block(socket, VOLUME));
+    probe.await.unwrap_or_else(|_| Err(std::io::Error::other("no answer yet")))
+}
+
+/// Whether a refusal is that of an MDS that is only just starting.
+fn will_pass(refusal: &Refusal) -> bool {
+    matches!(refusal.kind, ProblemKind::Unreachable | ProblemKind::TimedOut | ProblemKind::NotReady)
+}
+
+fn record(plan: &Plan, sockets: &[PathBuf], volume: &pb::Volume) -> VolumeRecord {
+    let name = &volume.name;
+    let host = match plan.advertise {
+        std::net::IpAddr::V6(address) => format!("[{address}]"),
+        address => address.to_string(),
+    };
+    let tcp = plan.shape.targets.iter().map(|ports| nbd_uri(&format!("{host}:{}", ports.nbd), name));
+    let unix = sockets.iter().map(|socket| nbd_unix_uri(&socket.to_string_lossy(), name));
+    VolumeRecord {
+        name: name.clone(),
+        bytes: volume.bytes,
+        block_bytes: volume.block_bytes,
+        nbd: tcp.collect(),
+        nbd_unix: unix.collect(),
+        nvme: Vec::new(),
+    }
+}

@@ -1,0 +1,260 @@
+//! The shape of a dev cluster, kept in `D/cluster.json`: how many targets and shards, and on
+//! which ports. Chosen at the first start and kept, so that a cluster started again serves
+//! at the same addresses. Targets may be added later, never taken away.
+
+use super::layout::Layout;
+use super::record::replace_json;
+use crate::problem::Problem;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::fs;
+use std::hash::{BuildHasher, RandomState};
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, TcpListener};
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+/// A volume has three replicas on three targets.
+pub const TARGETS_MIN: u32 = 3;
+/// More than anyone runs on one machine.
+pub const TARGETS_MAX: u32 = 32;
+/// Below the kernel's range for outgoing connections (32768 and up), so that none of those
+/// sits on a port of ours when a cluster is started again.
+const PORTS: std::ops::Range<u16> = 10_000..32_000;
+/// How long a port that is taken is waited for.
+const TAKEN_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+const TAKEN_PAUSE: Duration = Duration::from_millis(50);
+
+/// The content of `cluster.json`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shape {
+    /// The MDS's port.
+    pub mds: u16,
+    /// The targets; the first has id 1.
+    pub targets: Vec<TargetPorts>,
+}
+
+/// The ports of one target.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetPorts {
+    /// One a shard.
+    pub peers: Vec<u16>,
+    /// gRPC.
+    pub admin: u16,
+    /// Prometheus.
+    pub metrics: u16,
+    /// NBD over TCP.
+    pub nbd: u16,
+}
+
+impl Shape {
+    /// The shape of the cluster in a folder: the kept one, grown where more is asked for now.
+    pub fn settle(layout: &Layout, targets: Option<u32>, shards: Option<u16>) -> Result<Self, Problem> {
+        let kept = Self::read(layout)?;
+        let mut ports = FreePorts::new(kept.as_ref());
+        let shape = match &kept {
+            None => Self::fresh(targets.unwrap_or(TARGETS_MIN), shards.unwrap_or(1), &mut ports)?,
+            Some(kept) => kept.grown(targets, shards, &mut ports)?,
+        };
+        if kept.as_ref() != Some(&shape) {
+            replace_json(&layout.cluster_json(), &shape)?;
+        }
+        Ok(shape)
+    }
+
+    fn read(layout: &Layout) -> Result<Option<Self>, Problem> {
+        let path = layout.cluster_json();
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Problem::io(format_args!("cannot read {}", path.display()))(error)),
+        };
+        serde_json::from_str(&text).map(Some).map_err(|error| {
+            Problem::new(format!("{} is damaged: {error}", path.display()))
+                .cause("it was edited by hand")
+                .fix("mend it; if it is removed, new ports are chosen and targets are reached there")
+        })
+    }
+
+    fn fresh(targets: u32, shards: u16, ports: &mut FreePorts) -> Result<Self, Problem> {
+        let mds = ports.take()?;
+        let targets = (0..targets).map(|_| TargetPorts::fresh(shards, ports)).collect::<Result<_, _>>()?;
+        Ok(Self { mds, targets })
+    }
+
+    fn grown(
+        &self,
+        targets: Option<u32>,
+        shards: Option<u16>,
+        ports: &mut FreePorts,
+    ) -> Result<Self, Problem> {
+        let mut shape = self.clone();
+        let there = shape.targets.len() as u32;
+        let asked = targets.unwrap_or(there);
+        if asked < there {
+            return Err(Problem::usage(format!("--targets {asked}: the cluster has {there} already"))
+                .cause("targets hold replicas, so they are not taken away by starting with fewer")
+                .fix("leave --targets out, or start another cluster with --dir"));
+        }
+        let shards_there = shape.shards();
+        if shards.is_some_and(|asked| asked != shards_there) {
+            return Err(Problem::usage(format!(
+                "the cluster's targets have --shards {shards_there} already"
+            ))
+            .cause("a target's shards are fixed when it is formatted")
+            .fix("leave --shards out, or start another cluster with --dir"));
+        }
+        for _ in there..asked {
+            shape.targets.push(TargetPorts::fresh(shards_there, ports)?);
+        }
+        Ok(shape)
+    }
+
+    /// Shards of each target.
+    pub fn shards(&self) -> u16 {
+        self.targets.first().map_or(1, |target| target.peers.len() as u16)
+    }
+
+    /// Every port, with what it is for.
+    pub fn ports(&self) -> Vec<(u16, String)> {
+        let mut all = vec![(self.mds, "the MDS".to_owned())];
+        for (id, target) in (1..).zip(&self.targets) {
+            all.extend(target.peers.iter().map(|port| (*port, format!("target {id}"))));
+            all.extend([target.admin, target.metrics, target.nbd].map(|port| (port, format!("target {id}"))));
+        }
+        all
+    }
+
+    /// Waits, a little, for ports of the cluster that someone else has: a process of an earlier
+    /// run may still be stopping. Then says which one is taken.
+    pub async fn check_free(&self, layout: &Layout) -> Result<(), Problem> {
+        let deadline = Instant::now() + TAKEN_WAIT_MAX;
+        let mut told = false;
+        while let Some((port, user)) = self.ports().into_iter().find(|(port, _)| !is_free(*port)) {
+            if Instant::now() >= deadline {
+                return Err(taken(port, &user, layout));
+            }
+            if !std::mem::replace(&mut told, true) {
+                super::say(format_args!(
+                    "waiting for port {port} of {user}: an earlier run may still be stopping"
+                ));
+            }
+            sleep(TAKEN_PAUSE).await;
+        }
+        Ok(())
+    }
+}
+
+fn taken(port: u16, user: &str, layout: &Layout) -> Problem {
+    let file = layout.cluster_json();
+    Problem::new(format!("port {port}, which {user} of this cluster serves on, is taken"))
+        .cause("another program listens there")
+        .fix(format!("see `ss -ltnp sport = :{port}` and stop it, or change that port in {}", file.display()))
+}
+
+impl TargetPorts {
+    fn fresh(shards: u16, ports: &mut FreePorts) -> Result<Self, Problem> {
+        let peers = (0..shards).map(|_| ports.take()).collect::<Result<_, _>>()?;
+        Ok(Self { peers, admin: ports.take()?, metrics: ports.take()?, nbd: ports.take()? })
+    }
+}
+
+/// Ports that nobody listens on, from a random place upwards.
+struct FreePorts {
+    next: u16,
+    given: BTreeSet<u16>,
+}
+
+impl FreePorts {
+    fn new(kept: Option<&Shape>) -> Self {
+        let random = RandomState::new().hash_one(std::process::id());
+        let next = PORTS.start + (random % PORTS.len() as u64) as u16;
+        let given = kept.map(Shape::ports).unwrap_or_default().into_iter().map(|(port, _)| port).collect();
+        Self { next, given }
+    }
+
+    fn take(&mut self) -> Result<u16, Problem> {
+        for _ in PORTS {
+            let port = self.next;
+            self.next = if port + 1 < PORTS.end { port + 1 } else { PORTS.start };
+            if !self.given.contains(&port) && is_free(port) {
+                self.given.insert(port);
+                return Ok(port);
+            }
+        }
+        Err(Problem::new(format!("no free TCP port between {} and {}", PORTS.start, PORTS.end)))
+    }
+}
+
+/// On all addresses, for exports may listen on all.
+fn is_free(port: u16) -> bool {
+    TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> (tempfile::TempDir, Layout) {
+        let dir = tempfile::tempdir().expect("a folder");
+        let layout = Layout::at(dir.path()).expect("usable");
+        (dir, layout)
+    }
+
+    fn checked(shape: &Shape, layout: &Layout) -> Result<(), Problem> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(shape.check_free(layout))
+    }
+
+    #[test]
+    fn a_cluster_started_again_keeps_its_ports() {
+        let (_dir, layout) = layout();
+        let first = Shape::settle(&layout, None, None).expect("settled");
+        assert_eq!((first.targets.len(), first.shards()), (3, 1));
+        assert_eq!(Shape::settle(&layout, None, None).expect("kept"), first);
+        assert_eq!(Shape::settle(&layout, Some(3), Some(1)).expect("kept"), first);
+    }
+
+    #[test]
+    fn no_port_is_given_twice() {
+        let (_dir, layout) = layout();
+        let shape = Shape::settle(&layout, Some(5), Some(4)).expect("settled");
+        let ports = shape.ports();
+        let distinct: BTreeSet<_> = ports.iter().map(|(port, _)| port).collect();
+        assert_eq!((ports.len(), distinct.len()), (1 + 5 * 7, 1 + 5 * 7));
+    }
+
+    #[test]
+    fn targets_may_be_added_but_not_taken_away() {
+        let (_dir, layout) = layout();
+        let three = Shape::settle(&layout, None, Some(2)).expect("settled");
+        let five = Shape::settle(&layout, Some(5), None).expect("grown");
+        assert_eq!(five.targets[..3], three.targets);
+        assert_eq!((five.targets.len(), five.shards()), (5, 2));
+        assert_eq!(Shape::settle(&layout, Some(3), None).expect_err("shrunk").exit().code(), 2);
+        assert_eq!(Shape::settle(&layout, None, Some(1)).expect_err("reshaped").exit().code(), 2);
+        assert_eq!(Shape::settle(&layout, None, None).expect("unharmed"), five);
+    }
+
+    #[test]
+    fn a_port_that_someone_took_is_named() {
+        let (_dir, layout) = layout();
+        let shape = Shape::settle(&layout, None, None).expect("settled");
+        checked(&shape, &layout).expect("free as chosen");
+        let port = shape.targets[1].nbd;
+        let _taken = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("free");
+        let problem = checked(&shape, &layout).expect_err("taken").to_string();
+        assert!(problem.contains(&port.to_string()) && problem.contains("target 2"), "{problem}");
+    }
+
+    #[test]
+    fn a_damaged_file_is_not_silently_replaced() {
+        let (_dir, layout) = layout();
+        fs::write(layout.cluster_json(), "{\"mds\": 1").expect("written");
+        let problem = Shape::settle(&layout, None, None).expect_err("damaged").to_string();
+        assert!(problem.contains("is damaged"), "{problem}");
+        assert_eq!(fs::read_to_string(layout.cluster_json()).expect("there"), "{\"mds\": 1");
+    }
+}

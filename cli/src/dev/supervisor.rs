@@ -1,0 +1,237 @@
+//! Starts the processes, keeps them running, stops them.
+//!
+//! One loop owns all children and all of the state; whatever happens (a child's end, a
+//! signal, a restart that is due, the cluster ready) is one event of it.
+
+use super::bring_up::{self, Served};
+use super::process::{Ended, Process};
+use super::record::{DevRecord, MdsRecord, TargetRecord};
+use super::{Plan, ready, say};
+use crate::problem::{Exit, Outcome, Problem};
+use nix::sys::signal::Signal;
+use std::ffi::OsString;
+use std::time::Duration;
+use tokio::signal::unix::{self, SignalKind};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+/// For all targets together to stop; then for the MDS. After that they are killed.
+const STOP_WAIT_MAX: Duration = Duration::from_secs(10);
+/// From the first start to a cluster that serves.
+const READY_WAIT_MAX: Duration = Duration::from_secs(60);
+/// Index of the MDS among the children; target N is child N.
+const MDS: usize = 0;
+
+/// Runs the cluster until a signal, or until it turns out that it cannot be brought up.
+pub async fn run(plan: &Plan) -> Outcome {
+    let mut signals = Signals::new()?;
+    let mut supervisor = Supervisor::new(plan);
+    let outcome = supervisor.serve(&mut signals).await;
+    DevRecord::remove(plan.layout.root());
+    supervisor.stop(&mut signals).await;
+    outcome
+}
+
+struct Supervisor<'a> {
+    plan: &'a Plan,
+    children: Vec<Process>,
+    ended: mpsc::UnboundedReceiver<Ended>,
+    /// Given to children as they start.
+    tell_ended: mpsc::UnboundedSender<Ended>,
+    /// Children to start again, and when.
+    restarts: Vec<(Instant, usize)>,
+    /// What is served, once it is.
+    served: Option<Served>,
+}
+
+struct Signals {
+    interrupt: unix::Signal,
+    terminate: unix::Signal,
+    hang_up: unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, Problem> {
+        let listen = |kind| unix::signal(kind).map_err(Problem::io("cannot listen for signals"));
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hang_up: listen(SignalKind::hangup())?,
+        })
+    }
+
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+            _ = self.hang_up.recv() => {}
+        }
+    }
+}
+
+impl<'a> Supervisor<'a> {
+    fn new(plan: &'a Plan) -> Self {
+        let (tell_ended, ended) = mpsc::unbounded_channel();
+        let child = |name: String, arguments| Process::new(&plan.layout, name, arguments);
+        let mut children = vec![child("mds".into(), mds_arguments(plan))];
+        for id in 1..=plan.shape.targets.len() as u32 {
+            children.push(child(format!("target-{id}"), target_arguments(plan, id)));
+        }
+        Self { plan, children, ended, tell_ended, restarts: Vec::new(), served: None }
+    }
+
+    async fn serve(&mut self, signals: &mut Signals) -> Outcome {
+        for index in 0..self.children.len() {
+            self.start(index)?;
+        }
+        let deadline = Instant::now() + READY_WAIT_MAX;
+        let mut coming_up = Box::pin(bring_up::run(self.plan));
+        loop {
+            let due = self.restarts.iter().map(|(due, _)| *due).min();
+            tokio::select! {
+                biased;
+                () = signals.any() => return Ok(Exit::Ok),
+                Some(ended) = self.ended.recv() => self.child_ended(&ended)?,
+                () = sleep_until(due.unwrap_or(deadline)), if due.is_some() => self.restart_due()?,
+                served = &mut coming_up, if self.served.is_none() => self.ready(served?)?,
+                () = sleep_until(deadline), if self.served.is_none() => return Err(self.not_ready()),
+            }
+        }
+    }
+
+    fn start(&mut self, index: usize) -> Result<(), Problem> {
+        self.children[index].start(index, &self.tell_ended)?;
+        self.write_record()
+    }
+
+    fn ready(&mut self, served: Served) -> Result<(), Problem> {
+        self.served = Some(served);
+        self.write_record()?;
+        say(ready::block(self.plan, &self.record()));
+        Ok(())
+    }
+
+    /// Before the cluster was ready an end is a failure of the whole: it is told, not repeated.
+    fn child_ended(&mut self, ended: &Ended) -> Result<(), Problem> {
+        let child = &mut self.children[ended.child];
+        let wait = child.has_ended();
+        if self.served.is_none() {
+            return Err(died_early(child, ended));
+        }
+        if ended.child != MDS && !self.plan.restart {
+            say(format_args!("{} ended ({}); --no-restart: it stays so", child.name, ended.status));
+            return Ok(());
+        }
+        say(format_args!(
+            "{} ended ({}); restarting it in {} ms",
+            child.name,
+            ended.status,
+            wait.as_millis()
+        ));
+        self.restarts.push((Instant::now() + wait, ended.child));
+        Ok(())
+    }
+
+    fn restart_due(&mut self) -> Result<(), Problem> {
+        let now = Instant::now();
+        let due: Vec<_> = self.restarts.extract_if(.., |(due, _)| *due <= now).collect();
+        for (_, index) in due {
+            // Not enough memory or processes at the moment is no reason to end the others.
+            if let Err(problem) = self.start(index) {
+                say(&problem);
+                self.restarts.push((now + Duration::from_secs(1), index));
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing is told before the cluster serves.
+    fn write_record(&self) -> Result<(), Problem> {
+        if self.served.is_none() { Ok(()) } else { self.record().write(self.plan.layout.root()) }
+    }
+
+    fn record(&self) -> DevRecord {
+        let targets = (1u32..).zip(&self.plan.shape.targets).zip(&self.children[MDS + 1..]);
+        DevRecord {
+            mds: MdsRecord { endpoint: self.plan.mds_endpoint(), pid: self.children[MDS].pid() },
+            targets: targets
+                .map(|((id, ports), child)| TargetRecord {
+                    id,
+                    pid: child.pid(),
+                    dir: self.plan.layout.target(id),
+                    peer: format!("127.0.0.1:{}", ports.peers[0]),
+                    admin: format!("127.0.0.1:{}", ports.admin),
+                    metrics: format!("127.0.0.1:{}", ports.metrics),
+                })
+                .collect(),
+            volumes: self.served.as_ref().map(|served| served.volumes.clone()).unwrap_or_default(),
+            discovery: Vec::new(),
+        }
+    }
+
+    fn not_ready(&self) -> Problem {
+        let words: String =
+            self.children.iter().map(|c| format!("\n  {}:\n{}", c.name, c.last_words())).collect();
+        let seconds = READY_WAIT_MAX.as_secs();
+        Problem::new(format!(
+            "the cluster did not serve within {seconds} s; the last lines of its logs:{words}"
+        ))
+        .cause("the machine is overloaded, or a process waits for another (see above)")
+        .fix(format!("look into {}", self.plan.layout.root().join("logs").display()))
+    }
+
+    /// Targets first: while they stop, they may tell the MDS so.
+    async fn stop(&mut self, signals: &mut Signals) {
+        if self.children.iter().any(Process::is_running) {
+            say("stopping");
+        }
+        self.stop_those(signals, MDS + 1..self.children.len()).await;
+        self.stop_those(signals, MDS..MDS + 1).await;
+    }
+
+    /// A second signal, or too long a wait, kills.
+    async fn stop_those(&mut self, signals: &mut Signals, those: std::ops::Range<usize>) {
+        self.children[those.clone()].iter().for_each(|child| child.signal(Signal::SIGTERM));
+        let deadline = Instant::now() + STOP_WAIT_MAX;
+        tokio::select! {
+            () = signals.any() => {}
+            () = self.all_ended(deadline, those.clone()) => {}
+        }
+        for child in self.children[those.clone()].iter().filter(|child| child.is_running()) {
+            say(format_args!("{} does not stop: killing it", child.name));
+            child.signal(Signal::SIGKILL);
+        }
+        self.all_ended(Instant::now() + STOP_WAIT_MAX, those).await;
+    }
+
+    async fn all_ended(&mut self, deadline: Instant, those: std::ops::Range<usize>) {
+        while self.children[those.clone()].iter().any(Process::is_running) {
+            match timeout_at(deadline, self.ended.recv()).await {
+                Ok(Some(ended)) => drop(self.children[ended.child].has_ended()),
+                _ => return,
+            }
+        }
+    }
+}
+
+fn died_early(child: &Process, ended: &Ended) -> Problem {
+    let words = child.last_words();
+    Problem::new(format!(
+        "{} ended at start ({}); the last lines of its log:\n{words}",
+        child.name, ended.status
+    ))
+    .cause("what those lines say")
+    .fix(format!("mend that and start again; the whole log is {}", child.log().display()))
+}
+
+fn mds_arguments(plan: &Plan) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = ["mds", "run", "--listen"].map(OsString::from).into();
+    arguments.extend([plan.mds_endpoint().into(), "--dir".into(), plan.layout.mds().into()]);
+    arguments
+}
+
+fn target_arguments(plan: &Plan, id: u32) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = ["target", "run", "--config"].map(OsString::from).into();
+    arguments.push(plan.layout.target_toml(id).into());
+    arguments
+}

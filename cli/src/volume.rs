@@ -1,0 +1,192 @@
+//! `ashlar volume`: create, list, show, remove, check.
+
+pub mod check;
+mod compare;
+
+use crate::cluster::ClusterArgs;
+use crate::output::{OutputArgs, table};
+use crate::problem::{Exit, Outcome, Problem};
+use crate::size::Size;
+use clap::{Args, Subcommand};
+use client::control::{MdsClient, volume_ref};
+use protocol::control::pb;
+use serde::Serialize;
+
+/// Commands on volumes.
+#[derive(Subcommand)]
+pub enum VolumeCommand {
+    /// Create a volume. It takes up space as it is written.
+    Create(CreateArgs),
+    /// List the volumes.
+    Ls(ListArgs),
+    /// Show one volume.
+    Show(OneArgs),
+    /// Remove a volume and all that it holds.
+    Rm(OneArgs),
+    /// Compare every replica of every chunk; exit code 3 when any differs.
+    Check(check::CheckArgs),
+}
+
+/// What `volume create` takes.
+#[derive(Args)]
+pub struct CreateArgs {
+    /// Letters, digits, '.', '_' and '-'.
+    name: String,
+    /// Such as 10G.
+    #[arg(long)]
+    size: Size,
+    /// What hosts see as a block.
+    #[arg(long, default_value = "4096", value_parser = block_size)]
+    block_size: u32,
+    /// Where it shall lie [default: the pool "default"]
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pool: String,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// What `volume ls` takes.
+#[derive(Args)]
+pub struct ListArgs {
+    /// Those being removed too.
+    #[arg(long)]
+    all: bool,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// What commands on one volume take.
+#[derive(Args)]
+pub struct OneArgs {
+    /// The volume.
+    name: String,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// For clap: 512 or 4096.
+pub fn block_size(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" | "4K" | "4k" => Ok(4096),
+        _ => Err("the block size is 512 or 4096".into()),
+    }
+}
+
+/// A volume as printed.
+#[derive(Serialize)]
+pub struct Shown {
+    id: u32,
+    name: String,
+    bytes: u64,
+    block_bytes: u32,
+    pool: String,
+    copysets: Vec<u32>,
+    allocated_bytes: u64,
+    exports: Vec<&'static str>,
+    deleting: bool,
+}
+
+impl From<&pb::Volume> for Shown {
+    fn from(volume: &pb::Volume) -> Self {
+        Self {
+            id: volume.id,
+            name: volume.name.clone(),
+            bytes: volume.bytes,
+            block_bytes: volume.block_bytes,
+            pool: volume.pool.clone(),
+            copysets: volume.copysets.clone(),
+            allocated_bytes: volume.allocated_bytes,
+            exports: volume.exports().map(crate::export::protocol_name).collect(),
+            deleting: volume.deleting,
+        }
+    }
+}
+
+/// Runs one of the commands.
+pub async fn run(command: VolumeCommand) -> Outcome {
+    match command {
+        VolumeCommand::Create(args) => create(args).await,
+        VolumeCommand::Ls(args) => list(args).await,
+        VolumeCommand::Show(args) => show(args).await,
+        VolumeCommand::Rm(args) => remove(args).await,
+        VolumeCommand::Check(args) => check::run(args).await,
+    }
+}
+
+async fn create(args: CreateArgs) -> Outcome {
+    let mds = args.cluster.connect()?;
+    let volume = mds.create_volume(&args.name, args.size.0, args.block_size, &args.pool).await?;
+    args.output.print(&Shown::from(&volume), |v| format!("created {}, {}", v.name, Size(v.bytes)))?;
+    Ok(Exit::Ok)
+}
+
+async fn list(args: ListArgs) -> Outcome {
+    let volumes = args.cluster.connect()?.volumes(args.all).await?;
+    let shown: Vec<_> = volumes.iter().map(Shown::from).collect();
+    args.output.print(&shown, |shown| listing(shown))?;
+    Ok(Exit::Ok)
+}
+
+/// Volumes as a table.
+pub fn listing(volumes: &[Shown]) -> String {
+    if volumes.is_empty() {
+        return "no volumes; make one: ashlar volume create NAME --size 10G\n".into();
+    }
+    let header = ["VOLUME", "SIZE", "ALLOCATED", "BLOCK", "POOL", "COPYSETS", "EXPORTS"];
+    let rows = volumes.iter().map(|volume| {
+        let state = if volume.deleting { "being removed".into() } else { volume.exports.join(",") };
+        vec![
+            volume.name.clone(),
+            Size(volume.bytes).to_string(),
+            Size(volume.allocated_bytes).to_string(),
+            volume.block_bytes.to_string(),
+            volume.pool.clone(),
+            volume.copysets.len().to_string(),
+            state,
+        ]
+    });
+    table(&header, rows)
+}
+
+async fn show(args: OneArgs) -> Outcome {
+    let volume = stat(&args.cluster.connect()?, &args.name).await?;
+    args.output.print(&Shown::from(&volume), |v| {
+        format!(
+            "{} (id {})\n  size       {} ({} bytes)\n  block      {} bytes\n  allocated  {}\n  pool       {}\n  copysets   {}\n  exports    {}\n",
+            v.name,
+            v.id,
+            Size(v.bytes),
+            v.bytes,
+            v.block_bytes,
+            Size(v.allocated_bytes),
+            v.pool,
+            v.copysets.iter().map(u32::to_string).collect::<Vec<_>>().join(" "),
+            if v.exports.is_empty() { "none".into() } else { v.exports.join(" ") },
+        )
+    })?;
+    Ok(Exit::Ok)
+}
+
+async fn remove(args: OneArgs) -> Outcome {
+    let id = args.cluster.connect()?.delete_volume(volume_ref(&args.name)).await?;
+    args.output.print(&serde_json::json!({"id": id.0, "name": args.name}), |_| {
+        format!("removed {}; its space is freed in the background", args.name)
+    })?;
+    Ok(Exit::Ok)
+}
+
+/// The volume of that name.
+async fn stat(mds: &MdsClient, name: &str) -> Result<pb::Volume, Problem> {
+    mds.stat_volume(volume_ref(name)).await?.volume.ok_or_else(|| {
+        Problem::new("the MDS answered without a volume")
+            .cause("it is of another version")
+            .fix("use one version")
+    })
+}
