@@ -64,6 +64,8 @@ impl Default for RingConfig {
 /// The reactor of one core. Made and used on that core's thread.
 pub struct Ring {
     ring: IoUring,
+    // Boxed, since the kernel points into slots while the vector grows.
+    #[allow(clippy::vec_box)]
     slots: Vec<Box<Slot>>,
     free_slots: Vec<u32>,
     /// Slots to be handed to the kernel, oldest first.
