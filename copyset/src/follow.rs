@@ -149,7 +149,7 @@ impl Replica {
         round: Round,
         commit: LogIndex,
         sleep: bool,
-        install: bool,
+        install: Option<LogIndex>,
     ) {
         if !self.follow(from) {
             return;
@@ -157,7 +157,7 @@ impl Replica {
         self.heard = self.heard.max(round);
         self.leader_commit = self.leader_commit.max(commit);
         self.follow_commit();
-        if install {
+        if install.is_some_and(|floor| self.verified < floor) {
             self.want_install();
         }
         self.ask_install(from);

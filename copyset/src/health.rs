@@ -250,6 +250,9 @@ impl Replica {
         self.verified = self.verified.min(self.log.last().0).max(self.commit);
         self.install = Install::CatchUp(whole_at);
         self.install_told = None;
+        if let Some(leader) = self.leader {
+            self.send_matched(leader, self.heard); // Entries may come again.
+        }
         self.settle();
     }
 }

@@ -165,7 +165,8 @@ impl Replica {
         self.stamp_reads(round.number);
         let (commit, sleep) = (self.commit, self.sleep_since.is_some_and(|s| s <= round.number));
         for at in 0..self.peers.len() {
-            let install = matches!(self.peers[at].flow, Flow::Install { .. });
+            let installs = matches!(self.peers[at].flow, Flow::Install { .. });
+            let install = installs.then_some(self.log.floor().0);
             let to = self.peers[at].member;
             self.send(to, Kind::Heartbeat { round, commit, sleep, install });
         }

@@ -174,12 +174,13 @@ pub enum Kind {
         standing: Standing,
         outcome: AppendOutcome,
     },
-    /// I lead. `sleep` asks to hibernate, `install` says that the log no longer reaches back to the receiver.
+    /// I lead. `sleep` asks to hibernate, `install` says that the log no longer
+    /// reaches back to the receiver, but only to after that index.
     Heartbeat {
         round: Round,
         commit: LogIndex,
         sleep: bool,
-        install: bool,
+        install: Option<LogIndex>,
     },
     /// `accepted`: the log is known to agree with the leader's this far; `durable`: and is durable
     /// this far; `last`: it goes on, agreeing or not, this far.
