@@ -227,12 +227,13 @@ impl DevProcess {
 
     /// Kills the supervisor and then every process of the cluster with SIGKILL.
     pub fn kill(&mut self) {
-        // The supervisor goes first, so that it cannot start again what dies.
+        // Halted first, so that it cannot start again what dies, nor have a child that is not in its list yet.
+        let _ = kill(Pid::from_raw(self.pid()), Signal::SIGSTOP);
+        let mut pids = process::children(self.pid());
+        pids.extend(self.file().map(|file| file.pids()).unwrap_or_default());
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if let Ok(file) = self.file() {
-            process::kill_all(&file.pids());
-        }
+        process::kill_all(&pids);
     }
 
     fn wait_exit(&mut self, limit: Duration) -> anyhow::Result<Option<ExitStatus>> {

@@ -18,7 +18,7 @@ use std::time::Duration;
 /// The volume that a dev cluster always has.
 pub const VOLUME: &str = "vol0";
 /// How long the targets may take to flush what was written before a measurement.
-const SETTLE_LIMIT: Duration = Duration::from_secs(60);
+const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Arguments of `ashlar bench first`.
 #[derive(Debug, Args)]

@@ -13,12 +13,26 @@ pub fn is_alive(pid: i32) -> bool {
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
-/// Sends SIGKILL to each of these processes that still lives.
+/// Sends SIGKILL to each of these processes that still lives, and waits up to 10 s until all are gone.
 pub fn kill_all(pids: &[i32]) {
-    for pid in pids.iter().filter(|pid| **pid > 1 && is_alive(**pid)) {
+    let living = || pids.iter().copied().filter(|pid| *pid > 1 && is_alive(*pid));
+    for pid in living() {
         // A process that ended meanwhile is what we wanted.
-        let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
+    let started = Instant::now();
+    while living().next().is_some() && started.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The direct children of a process; none when it is gone or the kernel does not say.
+pub fn children(pid: i32) -> Vec<i32> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
 }
 
 /// User and system CPU seconds of a process so far, children not counted.
@@ -69,16 +83,24 @@ pub fn write_bytes_sum(pids: &[i32]) -> u64 {
     pids.iter().filter_map(one).sum()
 }
 
-/// Waits until these processes have written nothing and used under 5 % of a core for 2 s, for at most `limit`.
+/// At rest is who writes less than this in [`SETTLE_STEP`]; heartbeats and log lines stay below it.
+const SETTLE_WRITE_BYTES: u64 = 1 << 20;
+/// At rest are processes that together use less than a tenth of a core.
+const SETTLE_CPU_SHARE: f64 = 0.1;
+/// How long a rest must last.
+const SETTLE_STEP: Duration = Duration::from_secs(2);
+
+/// Waits until these processes neither write to disk nor compute, for at most `limit`.
 /// Returns how long it took; `None` when they were still busy at the limit.
 pub fn settle(pids: &[i32], limit: Duration) -> Option<Duration> {
     let started = Instant::now();
     let sample = || (write_bytes_sum(pids), cpu_seconds_sum(pids));
     let mut before = sample();
     while started.elapsed() < limit {
-        std::thread::sleep(Duration::from_secs(2));
+        std::thread::sleep(SETTLE_STEP);
         let now = sample();
-        if now.0 == before.0 && now.1 - before.1 < 0.1 {
+        let wrote = now.0.saturating_sub(before.0);
+        if wrote < SETTLE_WRITE_BYTES && now.1 - before.1 < SETTLE_CPU_SHARE * SETTLE_STEP.as_secs_f64() {
             return Some(started.elapsed());
         }
         before = now;

@@ -18,6 +18,7 @@ import nbd
 NBDMAGIC, IHAVEOPT, REPLY_MAGIC = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
 OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_STARTTLS, OPT_INFO, OPT_GO, OPT_STRUCTURED = 1, 2, 3, 5, 6, 7, 8
 REP_ACK, REP_SERVER, REP_INFO = 1, 2, 3
+INFO_BLOCK_SIZE = 3
 ERR_UNSUP, ERR_POLICY, ERR_INVALID, ERR_UNKNOWN = 0x80000001, 0x80000002, 0x80000003, 0x80000006
 REQUEST_MAGIC, SIMPLE_MAGIC = 0x25609513, 0x67446698
 MIB = 1 << 20
@@ -77,7 +78,7 @@ class Raw:
     def go(self, name, option=OPT_GO):
         """Asks for an export; returns all replies, the last of them not an INFO."""
         name = name.encode()
-        self.option(option, struct.pack(">I", len(name)) + name + struct.pack(">H", 0))
+        self.option(option, struct.pack(">I", len(name)) + name + struct.pack(">HH", 1, INFO_BLOCK_SIZE))
         replies = [self.reply(option)]
         while replies[-1][0] == REP_INFO:
             replies.append(self.reply(option))

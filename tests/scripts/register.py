@@ -58,6 +58,7 @@ class History:
         return history
 
     def save(self, path):
+        self.prune()
         state = {"seed": self.seed, "low": self.low, "issued": self.issued,
                  "zeros": {block: sorted(numbers) for block, numbers in self.zeros.items()}}
         with open(path + ".new", "w") as file:
@@ -71,20 +72,22 @@ class History:
         return self.issued[block]
 
     def raise_low(self, block, number):
-        if number > self.low[block]:
-            self.low[block] = number
-            kept = {zero for zero in self.zeros.get(block, ()) if zero >= number}
-            if kept:
-                self.zeros[block] = kept
-            else:
-                self.zeros.pop(block, None)
+        self.low[block] = max(self.low[block], number)
 
-    def check(self, block, data, low, zeros, where):
-        """Checks one block that was read, given `low` and `zeros` as they were when the read was sent."""
+    def prune(self):
+        """Forgets zeroes that can no longer be read. Not done while a read is under way: it may still return one
+        that was sent and overwritten since the read was sent."""
+        for block in list(self.zeros):
+            self.zeros[block] = {zero for zero in self.zeros[block] if zero >= self.low[block]}
+            if not self.zeros[block]:
+                del self.zeros[block]
+
+    def check(self, block, data, low, where):
+        """Checks one block that was read, given `low` as it was when the read was sent; returns its number."""
         high = self.issued[block]
         expected = f"block {block} ({where}): expected a number from {low} to {high}"
         if data == ZERO:
-            candidates = [zero for zero in zeros | self.zeros.get(block, set()) if low <= zero <= high]
+            candidates = [zero for zero in self.zeros.get(block, ()) if low <= zero <= high]
             if low == 0:
                 candidates.append(0)
             if not candidates:
@@ -105,7 +108,7 @@ class History:
 class Op:
     def __init__(self, kind, block, count):
         self.kind, self.block, self.count = kind, block, count
-        self.numbers = self.low = self.zeros = self.buffer = self.uri = None
+        self.numbers = self.low = self.buffer = self.uri = None
         self.fua = False
         self.born = self.sent = 0.0
 
@@ -202,7 +205,6 @@ class Workload:
                 handle.aio_pwrite(op.buffer, offset, finished, flags)
             elif op.kind == "read":
                 op.low = [self.history.low[at] for at in op.span()]
-                op.zeros = [set(self.history.zeros.get(at, ())) for at in op.span()]
                 op.buffer = nbd.Buffer(op.count * BLOCK)
                 handle.aio_pread(op.buffer, offset, finished)
             elif op.kind == "zero":
@@ -238,7 +240,7 @@ class Workload:
             data = bytes(op.buffer.to_bytearray())
             for at, block in enumerate(op.span()):
                 part = data[at * BLOCK:(at + 1) * BLOCK]
-                self.history.raise_low(block, self.history.check(block, part, op.low[at], op.zeros[at], op.uri))
+                self.history.raise_low(block, self.history.check(block, part, op.low[at], op.uri))
         elif op.kind in ("write", "zero"):
             for block, number in zip(op.span(), op.numbers):
                 self.history.raise_low(block, number)
@@ -339,8 +341,7 @@ def read_back(args, history):
                 raise Wrong(f"reading {count} blocks at block {start} through {uri}: {error.string}") from error
             for at in range(count):
                 part, block = data[at * BLOCK:(at + 1) * BLOCK], start + at
-                low, zeros = history.low[block], history.zeros.get(block, set())
-                history.raise_low(block, history.check(block, part, low, set(zeros), uri))
+                history.raise_low(block, history.check(block, part, history.low[block], uri))
         handle.shutdown()
 
 

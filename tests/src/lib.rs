@@ -6,6 +6,10 @@
 //! Invariants: one cluster at a time on a machine (a file lock); a test that cannot run says SKIPPED and why, on
 //! stderr and in `skipped.txt` of the target directory; `ASHLAR_NO_SKIP=1` makes that a failure. A failing test
 //! prints the tail of every log. `ASHLAR_LONG=1` runs each test at its full length.
+//!
+//! Further settings by environment: `ASHLAR_BIN` (the binary to test; without it a release build is made, or with
+//! `ASHLAR_PROFILE=dev` a debug one), `ASHLAR_TEST_DIR` (where clusters lie; the target directory without it),
+//! `ASHLAR_KEEP=1` (a failed test leaves its cluster's directory behind).
 
 pub mod cluster;
 pub mod damage;

@@ -79,7 +79,8 @@ fn every_target_killed_in_turn_loses_nothing_for_hosts_that_fail_over() {
     }
     with_cluster(DevCluster::start("256M"), |cluster| {
         for attach in [Attach::One, Attach::All] {
-            let register = Register { attach, ..register(cluster, 1)? };
+            let mut register = register(cluster, 1)?;
+            register.attach = attach;
             let length = by_length(10, 60) * SECOND;
             let load = register.spawn(length + 2 * SECOND)?;
             std::thread::sleep(SECOND);
@@ -106,7 +107,10 @@ fn all_targets_killed_mid_write_keep_every_acknowledged_write() {
             for target in 0..3 {
                 cluster.signal_target(target, Signal::SIGKILL)?;
             }
-            wait_until(10 * SECOND, || Ok(ensure!(!load.is_running()?, "the load did not notice")))?;
+            wait_until(10 * SECOND, || {
+                ensure!(!load.is_running()?, "the load did not notice");
+                Ok(())
+            })?;
             ensure!(finish(load)?.write > 0, "nothing was written before the kill");
             register.check()?;
         }
@@ -213,11 +217,8 @@ fn bytes_flipped_in_chunk_files_are_served_right_reported_and_repaired() {
         let first = cluster.file()?.targets[0].dir.clone();
         wait_until(30 * SECOND, || {
             let count = find(&first, Place::Chunks)?.len();
-            Ok(ensure!(
-                count >= 1000,
-                "only {count} blocks have reached the chunk files of {}",
-                first.display()
-            ))
+            ensure!(count >= 1000, "only {count} blocks have reached the chunk files of {}", first.display());
+            Ok(())
         })?;
         let dirs: Vec<PathBuf> = cluster.file()?.targets.into_iter().map(|target| target.dir).collect();
         cluster.stop()?;
@@ -235,15 +236,17 @@ fn bytes_flipped_in_chunk_files_are_served_right_reported_and_repaired() {
 fn flip_one_replica_of_each(dirs: &[PathBuf]) -> anyhow::Result<()> {
     let mut flipped = 0;
     for (at, dir) in dirs.iter().enumerate() {
-        let chosen =
-            |found: &Found| found.block % 16 == 0 && found.block / 16 % dirs.len() as u64 == at as u64;
+        let chosen = |found: &Found| {
+            found.block.is_multiple_of(16) && found.block / 16 % dirs.len() as u64 == at as u64
+        };
         for found in find(dir, Place::Chunks)?.iter().filter(|found| chosen(found)) {
             flip(found)?;
             flipped += 1;
         }
     }
     eprintln!("{flipped} blocks damaged");
-    Ok(ensure!(flipped >= 30, "only {flipped} blocks were found to damage"))
+    ensure!(flipped >= 30, "only {flipped} blocks were found to damage");
+    Ok(())
 }
 
 #[test]
@@ -285,7 +288,8 @@ fn flip_in_the_middle_of_the_tail(found: Vec<Found>) -> anyhow::Result<()> {
         }
     }
     eprintln!("{flipped} blocks damaged");
-    Ok(ensure!(flipped > 0, "no block was found in the log"))
+    ensure!(flipped > 0, "no block was found in the log");
+    Ok(())
 }
 
 /// Small file systems on loop devices; unmounted when dropped.
@@ -341,7 +345,8 @@ fn fill_disks(targets: &[usize], must_refuse: bool) {
             qemu_io(&uri, "read -P 0x5a 64M 16M")?;
         }
         ensure!(cluster.file()?.pids() == pids, "a process was started again");
-        Ok(ensure!(pids.iter().all(|pid| is_alive(*pid)), "a process died"))
+        ensure!(pids.iter().all(|pid| is_alive(*pid)), "a process died");
+        Ok(())
     });
 }
 
@@ -361,7 +366,8 @@ fn fill(uri: &str, from_mib: u64, to_mib: u64) -> anyhow::Result<Option<u64>> {
 
 fn qemu_io(uri: &str, command: &str) -> anyhow::Result<()> {
     let ran = Run::new("qemu-io").args(["-f", "raw", "-c", command, uri]).ok()?;
-    Ok(ensure!(!ran.stdout.contains("failed"), "qemu-io {command}: {}", ran.stdout))
+    ensure!(!ran.stdout.contains("failed"), "qemu-io {command}: {}", ran.stdout);
+    Ok(())
 }
 
 #[test]

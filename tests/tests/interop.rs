@@ -241,3 +241,28 @@ fn a_volume_of_512_byte_blocks_takes_every_size() {
         cluster.check_replicas()
     });
 }
+
+#[test]
+fn the_benchmarks_measure_a_running_cluster_and_keep_their_results() {
+    if !have(&["fio", "qemu-nbd"]) {
+        return;
+    }
+    with_cluster(DevCluster::start("256M"), |cluster| {
+        let results = cluster.scratch().join("results");
+        let bench = |what: &str| {
+            let run = cluster.ashlar(&["bench", what, "--size", "64M", "--seconds", "1", "-o", "json"]);
+            run.arg("--results").arg(&results).limit(LONG_LIMIT)
+        };
+        let page = cluster.scratch().join("first.md");
+        let first = json(bench("first").args(["--rounds", "1"]).arg("--write-markdown").arg(&page))?;
+        ensure!(first["rows"].as_array().is_some_and(|rows| rows.len() == 12), "rows: {}", first["rows"]);
+        ensure!(first["goals"].as_array().is_some_and(|goals| goals.len() == 3), "goals: {}", first["goals"]);
+        let page = std::fs::read_to_string(page)?;
+        ensure!(page.contains("| randwrite QD1") && page.contains("volume, 3 replicas"), "{page}");
+        let idle = json(bench("idle"))?;
+        ensure!(idle["processes"].as_array().is_some_and(|list| list.len() == 4), "{idle}");
+        eprintln!("{}", idle["processes"]);
+        ensure!(std::fs::read_dir(&results)?.count() == 2, "not both results were kept");
+        Ok(())
+    });
+}
