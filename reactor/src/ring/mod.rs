@@ -409,27 +409,56 @@ impl Drop for Ring {
     }
 }
 
-/// A ring with all we ask for, or without it on an older kernel.
+/// Fewest entries that a ring is worth having with.
+const ENTRIES_MIN: u32 = 8;
+
+/// A ring of `entries`, or of fewer where the memlock limit is low: the queues of an
+/// unprivileged process count against it (256 entries take some 100 KiB).
 fn build(entries: u32) -> Result<IoUring, IoError> {
+    let mut tried = entries;
+    loop {
+        match build_exactly(tried) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && tried > ENTRIES_MIN => tried /= 2,
+            Err(error) => return Err(refused(&error)),
+            Ok(ring) => {
+                if tried < entries {
+                    tracing::warn!(
+                        entries,
+                        got = tried,
+                        "memlock limit is low (see ulimit -l); a smaller ring it is"
+                    );
+                }
+                return Ok(ring);
+            }
+        }
+    }
+}
+
+/// A ring with all we ask for, or without it on an older kernel.
+fn build_exactly(entries: u32) -> std::io::Result<IoUring> {
     let mut wanted = IoUring::builder();
     wanted.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all();
     wanted.setup_cqsize(entries * 16).dontfork();
-    let refused = match wanted.build(entries) {
-        Ok(ring) => return Ok(ring),
-        Err(e) => e,
+    match wanted.build(entries) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            let plain = IoUring::builder().setup_cqsize(entries * 16).build(entries)?;
+            tracing::warn!(
+                "kernel refuses SINGLE_ISSUER and DEFER_TASKRUN; running without, at more CPU an IO"
+            );
+            Ok(plain)
+        }
+        result => result,
+    }
+}
+
+fn refused(error: &std::io::Error) -> IoError {
+    let hint = match error.raw_os_error() {
+        Some(libc::EPERM) => "io_uring (is kernel.io_uring_disabled set, or a seccomp profile in the way?)",
+        Some(libc::ENOSYS) => "io_uring (this kernel has none; 5.19 or later is needed)",
+        Some(libc::ENOMEM) => "io_uring (is the memlock limit used up? see ulimit -l)",
+        _ => "io_uring",
     };
-    let plain = IoUring::builder().setup_cqsize(entries * 16).build(entries).map_err(|e| {
-        let hint = match e.raw_os_error() {
-            Some(libc::EPERM) => {
-                "io_uring (is kernel.io_uring_disabled set, or a seccomp profile in the way?)"
-            }
-            Some(libc::ENOSYS) => "io_uring (this kernel has none; 5.19 or later is needed)",
-            _ => "io_uring",
-        };
-        IoError::from_io("set up", &e).at(hint)
-    })?;
-    tracing::warn!(%refused, "kernel refuses SINGLE_ISSUER and DEFER_TASKRUN; running without, at more CPU an IO");
-    Ok(plain)
+    IoError::from_io("set up", error).at(hint)
 }
 
 fn register(ring: &IoUring, arena: &Arena) -> bool {
