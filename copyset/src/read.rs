@@ -28,7 +28,7 @@ impl Replica {
         self.refuse_unless_leader()?;
         self.stir();
         let index = self.commit_told.max(self.first_index);
-        if self.holds_lease() && self.applied >= index {
+        if self.holds_lease(self.now) && self.applied >= index {
             return Ok(ReadGrant::Now);
         }
         if self.reads.len() >= READS_PENDING_MAX {
@@ -40,12 +40,12 @@ impl Replica {
     }
 
     /// Whether reads need no confirmation at this time.
-    pub fn holds_lease(&self) -> bool {
+    pub fn holds_lease(&self, now: Time) -> bool {
         if self.role != Role::Leader || self.transfer.is_some_and(|t| t.told) {
             return false;
         }
-        let sent = self.quorum_of(Some(self.now), |p| p.leased);
-        sent.is_some_and(|sent: Time| self.now < self.lease_end(sent))
+        let sent = self.quorum_of(Some(now), |p| p.leased);
+        sent.is_some_and(|sent: Time| now < self.lease_end(sent))
     }
 
     pub(crate) fn stamp_reads(&mut self, round: u64) {

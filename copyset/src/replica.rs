@@ -471,6 +471,10 @@ impl Replica {
     pub fn term(&self) -> Term {
         self.hard.term
     }
+    /// The term and the vote, durable or not.
+    pub fn hard_state(&self) -> HardState {
+        self.hard
+    }
     /// The part played.
     pub fn role(&self) -> Role {
         self.role

@@ -127,6 +127,7 @@ pub struct World {
     pub drift_permille: u64,
     pub hibernate: Span,
     pub window: usize,
+    pub batch: usize,
 }
 
 impl World {
@@ -139,6 +140,7 @@ impl World {
         drift_permille: 0,
         hibernate: Span(u64::MAX),
         window: 64,
+        batch: 8,
     };
 }
 
@@ -610,7 +612,7 @@ impl Cluster {
         let mut config = Config::new(CopysetId(1), node.addr.target, seed);
         config.hibernate_after = self.world.hibernate;
         config.window_entries = self.world.window;
-        config.entries_per_append_max = 8;
+        config.entries_per_append_max = self.world.batch;
         config.append_bytes_max = 256 << 10;
         config.window_bytes = 1 << 20;
         let disk = &node.disk;
