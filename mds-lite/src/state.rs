@@ -499,3 +499,6 @@ impl State {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -133,8 +133,11 @@ fn read_identity(db: &Database, path: &Path) -> Result<Option<Uuid>, Problem> {
     cluster.map(Some).ok_or_else(|| failure(path, "cannot be read", &"it holds no cluster id"))
 }
 
-/// Schema and cluster id; `None` for a database without tables.
-fn read_meta(db: &Database) -> Result<Option<(Option<u32>, Option<Uuid>)>, String> {
+/// What the meta table says of schema and cluster id.
+type Identity = (Option<u32>, Option<Uuid>);
+
+/// `None` for a database without tables.
+fn read_meta(db: &Database) -> Result<Option<Identity>, String> {
     let read = db.begin_read().map_err(text)?;
     let meta = match read.open_table(META) {
         Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
