@@ -1,6 +1,6 @@
 //! The gRPC service for operators and tests; see `protocol/proto/admin.proto`.
 
-use super::{Control, ShardPort, ToShard, lock, usage_of};
+use super::{Control, ShardHandle, ToShard, lock, usage_of};
 use protocol::control::pb::target_admin_server::{TargetAdmin, TargetAdminServer};
 use protocol::control::{Problem, ProblemKind, pb};
 use protocol::types::{CopysetId, TargetId, VolumeId};
@@ -48,8 +48,8 @@ impl Admin {
     }
 
     /// The shard that holds a copyset's replica, by what it posted last.
-    fn holder(&self, copyset: CopysetId) -> Result<&ShardPort, Problem> {
-        let holds = |port: &&ShardPort| {
+    fn holder(&self, copyset: CopysetId) -> Result<&ShardHandle, Problem> {
+        let holds = |port: &&ShardHandle| {
             port.status().is_some_and(|status| status.replicas.iter().any(|r| r.copyset == copyset.0))
         };
         self.control.ports.iter().find(holds).ok_or_else(|| {

@@ -17,9 +17,7 @@ mod tests;
 mod web;
 
 pub use map_cache::FILE_NAME as MAP_CACHE_FILE;
-pub use queue::{
-    FROM_SHARDS_MAX, FromShard, ShardPort, ShardSide, TO_SHARD_MAX, ToShard, reports, shard_port,
-};
+pub use queue::{ControlEnds, FROM_SHARDS_MAX, FromShard, ShardPort, TO_SHARD_MAX, ToShard, shard_ports};
 
 use crate::config::TargetConfig;
 use crate::identity::Identity;
@@ -28,7 +26,7 @@ use client::control::{MdsClient, Patience};
 use protocol::control::{Problem, ProblemKind, pb};
 use protocol::map::ClusterMap;
 use protocol::types::{TargetId, VolumeId};
-use queue::lock;
+use queue::{Report, ShardHandle, lock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -47,10 +45,8 @@ pub struct Start {
     pub config: TargetConfig,
     /// The identity of the target's directory, opened for the configuration's id.
     pub identity: Identity,
-    /// The control ends of all shards, in order.
-    pub ports: Vec<ShardPort>,
-    /// The other end of what the shards report to; see [`reports`].
-    pub reports: mpsc::Receiver<FromShard>,
+    /// The control thread's ends of all shards; see [`shard_ports`].
+    pub ends: ControlEnds,
 }
 
 /// The running control side.
@@ -83,7 +79,7 @@ impl ControlHandle {
 /// # Errors
 /// An address that cannot be bound or a thread that cannot be made.
 pub fn start(start: Start) -> Result<ControlHandle, Problem> {
-    assert_eq!(start.ports.len(), usize::from(start.config.shards), "one port a shard");
+    assert_eq!(start.ends.shards.len(), usize::from(start.config.shards), "one port a shard");
     let admin = bind("admin", start.config.listen.admin)?;
     let metrics = bind("metrics", start.config.listen.metrics)?;
     let cached = cached_map(&start.identity);
@@ -98,7 +94,7 @@ pub fn start(start: Start) -> Result<ControlHandle, Problem> {
     };
     let mut control = Control {
         config: start.config,
-        ports: start.ports,
+        ports: start.ends.shards,
         process: ProcessGauges::default(),
         state: Mutex::new(state),
         mds: Vec::new(),
@@ -110,7 +106,7 @@ pub fn start(start: Start) -> Result<ControlHandle, Problem> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| cannot_start(&error))?;
-    let reports = start.reports;
+    let reports = start.ends.reports;
     {
         // A channel to the MDS is made within the runtime that will drive it.
         let _inside = runtime.enter();
@@ -128,7 +124,7 @@ pub fn start(start: Start) -> Result<ControlHandle, Problem> {
 #[derive(Debug)]
 struct Control {
     config: TargetConfig,
-    ports: Vec<ShardPort>,
+    ports: Vec<ShardHandle>,
     process: ProcessGauges,
     state: Mutex<State>,
     mds: Vec<MdsClient>,
@@ -200,7 +196,7 @@ impl Control {
     /// What shards posted last, with what they reported since.
     fn shard_statuses(&self) -> Vec<pb::ShardStatus> {
         let failed = lock(&self.state).failed.clone();
-        let with_failure = |(index, port): (usize, &ShardPort)| {
+        let with_failure = |(index, port): (usize, &ShardHandle)| {
             let mut status = port.status().unwrap_or_default();
             status.index = index as u32;
             if status.peer.is_empty() {
@@ -241,7 +237,7 @@ fn usage_of(shards: &[pb::ShardStatus], capacity_bytes: u64) -> pb::Usage {
 
 async fn run(
     control: Arc<Control>,
-    reports: mpsc::Receiver<FromShard>,
+    reports: mpsc::Receiver<Report>,
     admin: TcpListener,
     metrics: TcpListener,
     mut stopping: watch::Receiver<bool>,
@@ -272,19 +268,19 @@ async fn served(
 
 async fn take_reports(
     control: &Control,
-    mut reports: mpsc::Receiver<FromShard>,
+    mut reports: mpsc::Receiver<Report>,
     first_writes: mpsc::Sender<(VolumeId, u32)>,
 ) {
-    while let Some(report) = reports.recv().await {
+    while let Some((shard, report)) = reports.recv().await {
         match report {
             FromShard::FirstWrite { volume, segment } => {
                 // Its receiver never waits for this queue, so neither can block the other.
                 let _ = first_writes.send((volume, segment)).await;
             }
-            FromShard::Freed { shard, volume } => {
+            FromShard::Freed { volume } => {
                 lock(&control.state).freed.entry(volume).or_default().insert(shard);
             }
-            FromShard::Failed { shard, why } => {
+            FromShard::Failed { why } => {
                 tracing::error!(shard, why, "a shard refuses work; its replicas on other targets serve");
                 lock(&control.state).failed.insert(shard, why);
             }

@@ -7,10 +7,11 @@ use crate::metrics::ShardCounters;
 use protocol::control::{Problem, pb};
 use protocol::map::ClusterMap;
 use protocol::types::{CopysetId, TargetId, VolumeId};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 /// Most messages that wait for a shard.
@@ -70,8 +71,7 @@ pub enum ToShard {
     Stop,
 }
 
-/// What a shard tells the control thread; send by `try_send`. `NeedMap` may be dropped when the
-/// queue is full, the others must be tried again at a later turn.
+/// What a shard tells the control thread, by [`ShardPort::tell`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum FromShard {
     /// The first write of a segment since the start: to be accounted for by the MDS.
@@ -83,15 +83,11 @@ pub enum FromShard {
     },
     /// No chunk of a deleted volume is left on this shard, and none will come.
     Freed {
-        /// The shard's index.
-        shard: u16,
         /// The volume.
         volume: VolumeId,
     },
     /// The shard refuses work from now on.
     Failed {
-        /// The shard's index.
-        shard: u16,
         /// Why, one line.
         why: String,
     },
@@ -99,22 +95,36 @@ pub enum FromShard {
     NeedMap,
 }
 
-/// The way from shards to the control thread, to be made before either starts.
-pub fn reports() -> (mpsc::Sender<FromShard>, mpsc::Receiver<FromShard>) {
-    mpsc::channel(FROM_SHARDS_MAX)
-}
-
 /// The control thread's end of one shard.
-pub struct ShardPort {
+pub struct ShardHandle {
     shared: Arc<Shared>,
     wake: Box<dyn Fn() + Send + Sync>,
 }
 
-/// The shard's end.
-#[derive(Clone)]
-pub struct ShardSide {
+/// The shard's end. Nothing here waits.
+pub struct ShardPort {
+    shard: u16,
     shared: Arc<Shared>,
+    reports: mpsc::Sender<Report>,
+    /// Reports that found the queue full.
+    backlog: VecDeque<FromShard>,
+    /// Checks of volumes under way, by job.
+    checks: BTreeMap<u64, Check>,
+    next_job: u64,
 }
+
+/// A report and the index of the shard it is from.
+pub(super) type Report = (u16, FromShard);
+
+struct Check {
+    reply: mpsc::Sender<Result<pb::ChunkChecksum, Problem>>,
+    backlog: VecDeque<pb::ChunkChecksum>,
+    complete: bool,
+}
+
+/// Most reports, and most records of a check, that a shard keeps while their reader is slow: the
+/// segments, and the chunks, of the largest volume.
+const BACKLOG_MAX: usize = 1 << 20;
 
 #[derive(Default)]
 struct Shared {
@@ -131,15 +141,34 @@ struct Queue {
     stop: bool,
 }
 
-/// The two ends of one shard. `wake` makes a sleeping shard take a turn; any thread may call it.
-pub fn shard_port(wake: Box<dyn Fn() + Send + Sync>) -> (ShardPort, ShardSide) {
-    let shared = Arc::new(Shared::default());
-    (ShardPort { shared: shared.clone(), wake }, ShardSide { shared })
+/// The ends of a target's shards, and what they report to. Each `wake` makes its shard take a
+/// turn if it sleeps; any thread may call it.
+pub fn shard_ports(wakes: Vec<Box<dyn Fn() + Send + Sync>>) -> (ControlEnds, Vec<ShardPort>) {
+    let (reports, incoming) = mpsc::channel(FROM_SHARDS_MAX);
+    let make = |(shard, wake): (usize, _)| {
+        let shared = Arc::new(Shared::default());
+        let (backlog, checks) = (VecDeque::new(), BTreeMap::new());
+        let shard = u16::try_from(shard).expect("the configuration has at most 65,535 shards");
+        let handle = ShardHandle { shared: shared.clone(), wake };
+        (handle, ShardPort { shard, shared, reports: reports.clone(), backlog, checks, next_job: 0 })
+    };
+    let (shards, ports) = wakes.into_iter().enumerate().map(make).unzip();
+    (ControlEnds { shards, reports: incoming }, ports)
 }
 
-impl ShardSide {
-    /// The next message. Call once a turn until `None`.
-    pub fn poll(&self) -> Option<ToShard> {
+/// The control thread's ends of all shards.
+#[derive(Debug)]
+pub struct ControlEnds {
+    pub(super) shards: Vec<ShardHandle>,
+    pub(super) reports: mpsc::Receiver<Report>,
+}
+
+impl ShardPort {
+    /// The next message. Call once a turn until `None`; this also sends what found no room before.
+    pub fn take(&mut self) -> Option<ToShard> {
+        if !self.backlog.is_empty() || !self.checks.is_empty() {
+            self.retry();
+        }
         if !self.shared.waiting.load(Ordering::Acquire) {
             return None;
         }
@@ -154,17 +183,81 @@ impl ShardSide {
         }
         next
     }
+    /// Whether something waits for room in a reader's queue: take a turn within some 10 ms.
+    pub fn is_behind(&self) -> bool {
+        !self.backlog.is_empty() || self.checks.values().any(|check| !check.backlog.is_empty())
+    }
+    /// Reports to the control thread.
+    pub fn tell(&mut self, report: FromShard) {
+        let droppable = report == FromShard::NeedMap;
+        self.backlog.push_back(report);
+        self.retry_reports();
+        let over = self.backlog.len() > BACKLOG_MAX;
+        if over || (droppable && self.backlog.back() == Some(&FromShard::NeedMap)) {
+            self.backlog.pop_back();
+            self.shared.counters.control_dropped.add(1);
+        }
+    }
+    /// Takes over the answering of [`ToShard::Checksums`]; the number names it from now on.
+    pub fn open_check(&mut self, reply: mpsc::Sender<Result<pb::ChunkChecksum, Problem>>) -> u64 {
+        self.next_job += 1;
+        self.checks.insert(self.next_job, Check { reply, backlog: VecDeque::new(), complete: false });
+        self.next_job
+    }
+    /// One record of a check, or its end. False when nobody wants more.
+    pub fn checked(&mut self, job: u64, record: Option<pb::ChunkChecksum>) -> bool {
+        let shard = self.shard;
+        let Some(check) = self.checks.get_mut(&job) else { return false };
+        match record {
+            Some(record) => check.backlog.push_back(pb::ChunkChecksum { shard: shard.into(), ..record }),
+            None => check.complete = true,
+        }
+        self.retry_checks();
+        self.checks.contains_key(&job)
+    }
     /// What this shard counts.
-    pub fn counters(&self) -> &Arc<ShardCounters> {
+    pub fn counters(&self) -> &ShardCounters {
         &self.shared.counters
     }
     /// Replaces what status pages and heartbeats show of this shard; about once a second.
     pub fn post_status(&self, status: pb::ShardStatus) {
         *lock(&self.shared.status) = Some(status);
     }
+
+    fn retry(&mut self) {
+        self.retry_reports();
+        self.retry_checks();
+    }
+
+    fn retry_reports(&mut self) {
+        while let Some(report) = self.backlog.pop_front() {
+            match self.reports.try_send((self.shard, report)) {
+                Ok(()) => {}
+                Err(TrySendError::Full((_, report))) => return self.backlog.push_front(report),
+                // The control thread is gone: the process is stopping.
+                Err(TrySendError::Closed(_)) => self.backlog.clear(),
+            }
+        }
+    }
+
+    fn retry_checks(&mut self) {
+        self.checks.retain(|_, check| {
+            while let Some(record) = check.backlog.pop_front() {
+                match check.reply.try_send(Ok(record)) {
+                    Ok(()) => {}
+                    Err(TrySendError::Full(Ok(record))) => {
+                        check.backlog.push_front(record);
+                        return check.backlog.len() <= BACKLOG_MAX;
+                    }
+                    Err(_) => return false,
+                }
+            }
+            !check.complete && !check.reply.is_closed()
+        });
+    }
 }
 
-impl ShardPort {
+impl ShardHandle {
     /// Sends a message; gives it back when the queue is full.
     pub fn send(&self, message: ToShard) -> Result<(), ToShard> {
         let mut queue = lock(&self.shared.queue);
@@ -189,15 +282,15 @@ impl ShardPort {
     }
 }
 
-impl fmt::Debug for ShardPort {
+impl fmt::Debug for ShardHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ShardPort").finish_non_exhaustive()
+        f.debug_struct("ShardHandle").finish_non_exhaustive()
     }
 }
 
-impl fmt::Debug for ShardSide {
+impl fmt::Debug for ShardPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ShardSide").finish_non_exhaustive()
+        f.debug_struct("ShardPort").finish_non_exhaustive()
     }
 }
 
@@ -211,18 +304,54 @@ mod tests {
     use super::*;
     use std::sync::atomic::AtomicUsize;
 
-    fn port() -> (ShardPort, ShardSide, Arc<AtomicUsize>) {
+    fn port() -> (ShardHandle, ShardPort, Arc<AtomicUsize>, mpsc::Receiver<Report>) {
         let wakes = Arc::new(AtomicUsize::new(0));
         let count = wakes.clone();
-        let (port, side) = shard_port(Box::new(move || {
+        let wake = move || {
             count.fetch_add(1, Ordering::Relaxed);
-        }));
-        (port, side, wakes)
+        };
+        let (mut ends, mut ports) = shard_ports(vec![Box::new(wake)]);
+        (ends.shards.pop().unwrap(), ports.pop().unwrap(), wakes, ends.reports)
+    }
+
+    #[test]
+    fn a_report_that_finds_no_room_is_told_later_and_in_order() {
+        let (_handle, mut port, _, mut reports) = port();
+        let report = |n| FromShard::FirstWrite { volume: VolumeId(1), segment: n };
+        let count = FROM_SHARDS_MAX as u32 + 10;
+        (0..count).for_each(|n| port.tell(report(n)));
+        port.tell(FromShard::NeedMap);
+        assert!(port.is_behind());
+        for n in 0..count {
+            assert_eq!(reports.try_recv(), Ok((0, report(n))));
+            assert!(port.take().is_none());
+        }
+        assert!(reports.try_recv().is_err() && !port.is_behind());
+    }
+
+    #[test]
+    fn a_slow_reader_of_checksums_gets_each_record_and_a_lost_one_ends_the_check() {
+        let (_handle, mut port, ..) = port();
+        let (reply, mut records) = mpsc::channel(1);
+        let job = port.open_check(reply);
+        for chunk in 0..5 {
+            assert!(port.checked(job, Some(pb::ChunkChecksum { chunk, ..Default::default() })));
+        }
+        port.checked(job, None);
+        for chunk in 0..5 {
+            assert_eq!(records.try_recv().unwrap().unwrap().chunk, chunk);
+            port.take();
+        }
+        assert_eq!(records.try_recv().unwrap_err(), mpsc::error::TryRecvError::Disconnected);
+        let (reply, records) = mpsc::channel(1);
+        let job = port.open_check(reply);
+        drop(records);
+        assert!(!port.checked(job, Some(pb::ChunkChecksum::default())));
     }
 
     #[test]
     fn a_slow_shard_gets_only_the_newest_map_and_a_full_queue_refuses() {
-        let (port, side, wakes) = port();
+        let (port, mut side, wakes, _reports) = port();
         for generation in 1..=3 {
             port.send(ToShard::Map(Arc::new(ClusterMap { generation, ..ClusterMap::default() }))).unwrap();
         }
@@ -232,9 +361,9 @@ mod tests {
         assert!(port.send(ToShard::Scrub { volume: None }).is_err());
         port.send(ToShard::Stop).unwrap();
         assert_eq!(wakes.load(Ordering::Relaxed), 3 + TO_SHARD_MAX + 1);
-        assert!(matches!(side.poll(), Some(ToShard::Map(map)) if map.generation == 3));
-        (0..TO_SHARD_MAX).for_each(|_| assert!(matches!(side.poll(), Some(ToShard::Scrub { .. }))));
-        assert!(matches!(side.poll(), Some(ToShard::Stop)), "after all else");
-        assert!(side.poll().is_none());
+        assert!(matches!(side.take(), Some(ToShard::Map(map)) if map.generation == 3));
+        (0..TO_SHARD_MAX).for_each(|_| assert!(matches!(side.take(), Some(ToShard::Scrub { .. }))));
+        assert!(matches!(side.take(), Some(ToShard::Stop)), "after all else");
+        assert!(side.take().is_none());
     }
 }
