@@ -39,6 +39,8 @@ pub(crate) struct Copyset<P> {
     pub damaged: bool,
     pub installing: bool,
     pub applied: LogIndex,
+    /// Committed while installing: applied at its end.
+    pub deferred: LogIndex,
     pub entries: VecDeque<EntryMeta<P>>,
     pub chunks: BTreeSet<ChunkId>,
 }
@@ -54,6 +56,7 @@ impl<P> Copyset<P> {
             damaged: false,
             installing: false,
             applied: LogIndex(0),
+            deferred: LogIndex(0),
             entries: VecDeque::new(),
             chunks: BTreeSet::new(),
         }
@@ -185,8 +188,13 @@ impl<P: Payload> Store<P> {
     pub fn can_stage(&self, blocks: usize) -> bool {
         self.failed.is_none() && self.log.room() as usize > blocks + 2 * self.layout.batches_in_flight_max
     }
-    /// Makes the entries up to `up_to` visible to reads. Indices beyond the log are an error of the caller.
+    /// Makes the entries up to `up_to` (or the last one) visible to reads. Between `InstallBegin` and
+    /// `InstallEnd` it is put off until the end, so that a replay finds the same order.
     pub fn commit(&mut self, copyset: CopysetId, up_to: LogIndex) {
+        if let Some(state) = self.copysets.get_mut(&copyset).filter(|c| c.installing) {
+            state.deferred = state.deferred.max(up_to);
+            return;
+        }
         while let Some(state) = self.copysets.get_mut(&copyset) {
             if state.applied >= up_to || state.applied >= state.last() {
                 break;
@@ -340,6 +348,10 @@ impl<P: Payload> Store<P> {
             self.drop_entries(copyset, floor, placed.extra == 1);
         }
         self.take_in_metadata(record, placed);
+        if let Record::InstallEnd { copyset, .. } | Record::Health { copyset, .. } = record {
+            let deferred = std::mem::take(&mut self.copyset(copyset).deferred);
+            self.commit(copyset, deferred);
+        }
     }
 
     /// Every record but entries and truncations, and but for the entries that `InstallEnd` drops.
