@@ -29,7 +29,7 @@ use protocol::nbd::wire::FEED_BYTES_MAX;
 use protocol::nbd::{Command, Event, ExportInfo, NbdError, Request, Session, Violation};
 use protocol::types::{BLOCK_BYTES, ENTRY_BYTES_MAX, Span, Time};
 use reactor::{Arena, Buf, BufMut, Completion, IoError, Reactor, Socket};
-use reads::Reading;
+use reads::{Reading, Waiting, waiting_text};
 use slab::Slab;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
@@ -252,6 +252,11 @@ pub struct NbdConn {
     writing_bytes: usize,
     /// Bytes of reads that were asked for, and of answers that must wait for their turn.
     reading_bytes: usize,
+    /// The unfragmented reply that has begun; all others wait.
+    streaming: Option<ReqId>,
+    waiting: Vec<Waiting>,
+    /// Bytes of data that wait.
+    waiting_bytes: usize,
     dirty: bool,
     starved: bool,
     attached: bool,
@@ -276,6 +281,9 @@ impl NbdConn {
             unasked: VecDeque::new(),
             writing_bytes: 0,
             reading_bytes: 0,
+            streaming: None,
+            waiting: Vec::new(),
+            waiting_bytes: 0,
             dirty: true,
             starved: false,
             attached: false,
@@ -304,7 +312,7 @@ impl NbdConn {
     }
     /// Bytes held for this client, the staging buffer left out.
     pub fn bytes(&self) -> usize {
-        self.writing_bytes + self.reading_bytes + self.stream.tx_bytes()
+        self.writing_bytes + self.reading_bytes + self.waiting_bytes + self.stream.tx_bytes()
     }
     /// The export in use.
     pub fn export(&self) -> Option<&ExportInfo> {
@@ -406,6 +414,9 @@ impl NbdConn {
         });
         self.writing_bytes = 0;
         self.reading_bytes = 0;
+        self.streaming = None;
+        self.waiting.clear();
+        self.waiting_bytes = 0;
         events.push(NbdEvent::Closed { reason });
     }
     fn step<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NbdEvent>) -> Result<Step, Violation> {
@@ -417,6 +428,7 @@ impl NbdConn {
             return Ok(Step::Blocked);
         }
         let (staged, text) = self.stream.staged_and_text();
+        let text = if self.streaming.is_some() { waiting_text(&mut self.waiting) } else { text };
         let progress = self.session.feed(staged, text)?;
         self.stream.consume(progress.used);
         match progress.event {
@@ -444,7 +456,7 @@ impl NbdConn {
         let Request { command, offset, length, fua, cookie } = request;
         if command == Command::Cache {
             // A hint; every read is served from where the data is.
-            return protocol::nbd::reply::done(cookie, self.stream.text());
+            return protocol::nbd::reply::done(cookie, self.text());
         }
         let outstanding = u32::from(!matches!(command, Command::Read { .. } | Command::Write));
         let reading = Reading::default();

@@ -53,7 +53,7 @@ impl NbdConn {
         let request = self.requests.remove(id.0 as usize).request;
         let one = matches!(request.command, protocol::nbd::Command::BlockStatus { one: true });
         let extents = result.map(|runs| extents(runs, request.length, one));
-        let text = self.stream.text();
+        let text = self.text();
         match extents {
             Ok(extents) => reply::block_status(request.cookie, &extents, text),
             Err(error) => reply::error(true, request.cookie, error, &error.to_string(), text),
@@ -68,7 +68,7 @@ impl NbdConn {
     }
     fn reply(&mut self, cookie: u64, result: Result<(), NbdError>) {
         let structured = self.session.structured();
-        let text = self.stream.text();
+        let text = self.text();
         match result {
             Ok(()) => reply::done(cookie, text),
             Err(error) => reply::error(structured, cookie, error, &error.to_string(), text),

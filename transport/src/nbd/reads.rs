@@ -1,16 +1,30 @@
 //! Replies to reads: chunks as their pieces are answered, or one run of data in order.
 //!
 //! A structured reply sends each piece when it is answered, holes as holes. A simple reply,
-//! and a structured one that must not be fragmented, is a header and then all data in order:
-//! pieces that are answered early wait. Once such a header is out, a failure can be told only
-//! by closing (simple) or by an error chunk behind zeroes in the data's place.
+//! and a structured one that must not be fragmented, is a header and then all data in order
+//! with nothing in between: pieces that are answered early wait, and so do other replies
+//! until it is over. A failure after such a header can be told only by closing (simple) or by
+//! an error chunk behind zeroes in the data's place, so short ones are held until complete.
 
 use super::answers::piece_at;
 use super::{NbdCloseReason, NbdConn, NbdEvent, ReadPart, ReadParts, Req, ReqId, State, piece_length};
+use crate::stream::Stream;
 use protocol::nbd::{Command, NbdError, reply};
 use protocol::types::BLOCK_BYTES;
 use reactor::{Arena, IoBuf};
 use std::collections::BTreeMap;
+
+/// An unfragmented reply up to this long is sent only when all of it is here, so that a failure
+/// can be told properly.
+pub(super) const HOLD_BYTES_MAX: usize = 1 << 20;
+
+/// Something that must not be sent into the middle of an unfragmented reply.
+pub(super) enum Waiting {
+    /// Encoded replies.
+    Text(Vec<u8>),
+    /// Data of a chunk.
+    Part(ReadPart),
+}
 
 /// What was made of a read so far.
 #[derive(Default)]
@@ -33,7 +47,9 @@ impl NbdConn {
             let (begin, end) = (req.request.offset, req.request.length);
             let (offset, left) = (begin + u64::from(req.emitted), end - req.emitted);
             let length = piece_length(offset, left);
-            if !self.has_budget(length as usize) {
+            // When the client has nothing left to take, waiting for it would be for ever.
+            let stuck = req.outstanding == 0 && self.stream.tx_bytes() == 0;
+            if !self.has_budget(length as usize) && !stuck {
                 return;
             }
             if !self.has_room(arena, (length as usize).div_ceil(BLOCK_BYTES)) {
@@ -88,7 +104,7 @@ impl NbdConn {
         }
         if last {
             if let Some((error, at)) = error {
-                reply::error_at(cookie, error, &error.to_string(), at, self.stream.text());
+                reply::error_at(cookie, error, &error.to_string(), at, self.text());
             }
             self.requests.remove(id.0 as usize);
         }
@@ -105,23 +121,20 @@ impl NbdConn {
             let bytes: usize = run.iter().map(ReadPart::len).sum();
             let last = last && parts.peek().is_none();
             if is_hole {
-                reply::hole(cookie, offset, bytes as u32, last, self.stream.text());
+                reply::hole(cookie, offset, bytes as u32, last, self.text());
             } else {
-                reply::data(cookie, offset, bytes as u32, last, self.stream.text());
-                self.push_parts(run);
+                reply::data(cookie, offset, bytes as u32, last, self.text());
+                run.into_iter().for_each(|part| self.push(part));
             }
             offset += bytes as u64;
         }
     }
-    fn push_parts(&mut self, parts: ReadParts) {
-        for part in parts {
-            match part {
-                ReadPart::Data { buf, from, to } => {
-                    self.stream.push(IoBuf::part(buf, from as usize..to as usize));
-                }
-                ReadPart::Zeroes(bytes) => self.stream.push_zeroes(bytes as usize),
-            }
+    fn push(&mut self, part: ReadPart) {
+        if self.streaming.is_none() {
+            return push_part(&mut self.stream, part);
         }
+        self.waiting_bytes += part.len();
+        self.waiting.push(Waiting::Part(part));
     }
     fn answer_in_order(&mut self, id: ReqId, offset: u64, length: u32, parts: Option<ReadParts>) {
         let simple = !self.session.structured();
@@ -133,43 +146,80 @@ impl NbdConn {
         let at = (offset - req.request.offset) as u32;
         let parts = parts.unwrap_or_else(|| ReadParts::from_elem(ReadPart::Zeroes(length), 1));
         req.reading.held.insert(at, parts);
-        while self.send_next(id) {}
-        let req = &self.requests[id.0 as usize];
-        if req.answered == req.request.length {
-            self.end_in_order(id);
+        let was_streaming = self.streaming.is_some();
+        self.advance(id);
+        if !was_streaming || self.streaming.is_some() {
+            return;
+        }
+        // The way is free again for those that had to wait.
+        while self.streaming.is_none()
+            && let Some(next) = self.next_ready()
+        {
+            self.advance(next);
         }
     }
-    /// Sends the next piece in order, if it is there and may be sent.
-    fn send_next(&mut self, id: ReqId) -> bool {
+    fn next_ready(&self) -> Option<ReqId> {
+        let mut requests = self.requests.iter();
+        requests.find(|(_, req)| self.is_ready(req)).map(|(key, _)| ReqId(key as u32))
+    }
+    /// Whether an unfragmented reply may begin: when all of it is here, so that no failure can
+    /// come any more, or when it is too long to wait for.
+    fn is_ready(&self, req: &Req) -> bool {
+        let hold_bytes = HOLD_BYTES_MAX.min(self.limits.bytes_max / 2);
+        let enough = req.answered == req.request.length || req.request.length as usize > hold_bytes;
+        enough && !req.reading.begun && req.error.is_none() && req.reading.held.contains_key(&0)
+    }
+    /// Sends what can be sent of an unfragmented reply.
+    fn advance(&mut self, id: ReqId) {
         let req = &mut self.requests[id.0 as usize];
-        if req.error.is_some() && !req.reading.begun {
-            // The whole reply will be an error; what is held is of no use.
-            let held: usize = req.reading.held.values().flatten().map(ReadPart::len).sum();
-            req.reading.held.clear();
-            self.reading_bytes -= held;
-            return false;
+        let whole = req.answered == req.request.length;
+        if !req.reading.begun {
+            if req.error.is_some() {
+                // The whole reply will be an error; what is held is of no use.
+                let held = core::mem::take(&mut req.reading.held);
+                self.reading_bytes -= held.values().flatten().map(ReadPart::len).sum::<usize>();
+                if whole {
+                    self.end_in_order(id);
+                }
+                return;
+            }
+            let req = &self.requests[id.0 as usize];
+            if self.streaming.is_some() || !self.is_ready(req) {
+                return;
+            }
+            self.begin_in_order(id);
         }
-        let Some(parts) = req.reading.held.remove(&req.reading.sent) else {
+        while self.send_next(id) {}
+        if whole {
+            self.end_in_order(id);
+            self.end_streaming();
+        }
+    }
+    /// Sends the next piece in order, if it is there.
+    fn send_next(&mut self, id: ReqId) -> bool {
+        let reading = &mut self.requests[id.0 as usize].reading;
+        let Some(parts) = reading.held.remove(&reading.sent) else {
             return false;
         };
         let bytes: usize = parts.iter().map(ReadPart::len).sum();
-        req.reading.sent += bytes as u32;
-        self.begin_in_order(id);
+        reading.sent += bytes as u32;
         self.reading_bytes -= bytes;
-        self.push_parts(parts);
+        for part in parts {
+            push_part(&mut self.stream, part);
+        }
         true
     }
+    /// From here to its end nothing else may be sent.
     fn begin_in_order(&mut self, id: ReqId) {
         let structured = self.session.structured();
         let Req { request, reading, answered, .. } = &mut self.requests[id.0 as usize];
-        if core::mem::replace(&mut reading.begun, true) {
-            return;
-        }
+        reading.begun = true;
+        self.streaming = Some(id);
         if structured {
             // Only when all of it is here can nothing go wrong any more.
-            let last = *answered == request.length;
-            reading.ended = last;
-            reply::data(request.cookie, request.offset, request.length, last, self.stream.text());
+            reading.ended = *answered == request.length;
+            let (offset, length) = (request.offset, request.length);
+            reply::data(request.cookie, offset, length, reading.ended, self.stream.text());
         } else {
             reply::simple_data(request.cookie, self.stream.text());
         }
@@ -177,7 +227,7 @@ impl NbdConn {
     fn end_in_order(&mut self, id: ReqId) {
         let structured = self.session.structured();
         let Req { request, reading, error, .. } = self.requests.remove(id.0 as usize);
-        let text = self.stream.text();
+        let text = if reading.begun { self.stream.text() } else { self.text() };
         match error {
             None if structured && !reading.ended => reply::none(request.cookie, text),
             None => {}
@@ -186,5 +236,40 @@ impl NbdConn {
             }
             Some((error, _)) => reply::error(false, request.cookie, error, "", text),
         }
+    }
+    fn end_streaming(&mut self) {
+        self.streaming = None;
+        self.waiting_bytes = 0;
+        for waiting in core::mem::take(&mut self.waiting) {
+            match waiting {
+                Waiting::Text(text) => self.stream.text().extend_from_slice(&text),
+                Waiting::Part(part) => push_part(&mut self.stream, part),
+            }
+        }
+    }
+    /// Where small replies go: behind the unfragmented one that is being sent, if there is one.
+    pub(super) fn text(&mut self) -> &mut Vec<u8> {
+        if self.streaming.is_none() {
+            return self.stream.text();
+        }
+        waiting_text(&mut self.waiting)
+    }
+}
+
+/// The text behind everything that waits.
+pub(super) fn waiting_text(waiting: &mut Vec<Waiting>) -> &mut Vec<u8> {
+    if !matches!(waiting.last(), Some(Waiting::Text(_))) {
+        waiting.push(Waiting::Text(Vec::new()));
+    }
+    match waiting.last_mut() {
+        Some(Waiting::Text(text)) => text,
+        _ => unreachable!("just pushed"),
+    }
+}
+
+fn push_part(stream: &mut Stream, part: ReadPart) {
+    match part {
+        ReadPart::Data { buf, from, to } => stream.push(IoBuf::part(buf, from as usize..to as usize)),
+        ReadPart::Zeroes(bytes) => stream.push_zeroes(bytes as usize),
     }
 }
