@@ -24,6 +24,8 @@ pub struct DevCluster {
     // Fields drop in this order: processes, directory, lock.
     process: Option<DevProcess>,
     options: DevOptions,
+    /// File systems beneath the directory, to be unmounted before it is removed.
+    mounts: Vec<PathBuf>,
     root: Option<tempfile::TempDir>,
     _lock: Flock<File>,
 }
@@ -57,7 +59,23 @@ impl DevCluster {
         let bin = binary()?;
         let root = tempfile::Builder::new().prefix("ashlar-test-").tempdir_in(scratch_dir())?;
         let options = DevOptions::new(&bin, &root.path().join("d"), size);
-        Ok(Self { process: None, options, root: Some(root), _lock: lock })
+        Ok(Self { process: None, options, mounts: Vec::new(), root: Some(root), _lock: lock })
+    }
+
+    /// Puts the target with this number, from 1, on an ext4 file system of that size on a loop device. Needs root.
+    ///
+    /// # Errors
+    /// It cannot be made or mounted.
+    pub fn mount_small_disk(&mut self, target: usize, size: &str) -> anyhow::Result<()> {
+        let (image, dir) =
+            (self.scratch().join(format!("disk-{target}")), self.dir().join(format!("target-{target}")));
+        std::fs::create_dir_all(&dir)?;
+        Run::new("truncate").args(["-s", size]).arg(&image).ok()?;
+        Run::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(&image).ok()?;
+        Run::new("mount").args(["-o", "loop"]).arg(&image).arg(&dir).ok()?;
+        self.mounts.push(dir.clone());
+        // A target would rightly wonder about a directory that is not empty.
+        Ok(std::fs::remove_dir(dir.join("lost+found"))?)
     }
 
     /// Starts `ashlar dev` on the directory, for the first time or again.
@@ -189,6 +207,9 @@ impl Drop for DevCluster {
         // A supervisor that was stopped by SIGSTOP would not hear SIGTERM.
         let _ = self.signal_supervisor(Signal::SIGCONT);
         self.process = None;
+        for dir in self.mounts.drain(..) {
+            let _ = Run::new("umount").arg("--lazy").arg(dir).end();
+        }
         if failed && std::env::var_os("ASHLAR_KEEP").is_some() {
             let kept = self.root.take().map(tempfile::TempDir::keep);
             eprintln!("kept {}", kept.unwrap_or_default().display());

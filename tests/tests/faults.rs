@@ -292,29 +292,6 @@ fn flip_in_the_middle_of_the_tail(found: Vec<Found>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Small file systems on loop devices; unmounted when dropped.
-struct Mounts(Vec<PathBuf>);
-
-impl Mounts {
-    fn mount(&mut self, image: PathBuf, dir: PathBuf, size: &str) -> anyhow::Result<()> {
-        std::fs::create_dir_all(&dir)?;
-        Run::new("truncate").args(["-s", size]).arg(&image).ok()?;
-        Run::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(&image).ok()?;
-        Run::new("mount").args(["-o", "loop"]).arg(&image).arg(&dir).ok()?;
-        self.0.push(dir.clone());
-        // A target would rightly wonder about a directory that is not empty.
-        Ok(std::fs::remove_dir(dir.join("lost+found"))?)
-    }
-}
-
-impl Drop for Mounts {
-    fn drop(&mut self) {
-        for dir in &self.0 {
-            let _ = Run::new("umount").arg("--lazy").arg(dir).end();
-        }
-    }
-}
-
 /// Fills disks of 1 GiB under the targets with these numbers, from 1, and returns whether ENOSPC was met.
 fn fill_disks(targets: &[usize], must_refuse: bool) {
     if !have(&["python3-libnbd", "qemu-io", "mkfs.ext4"]) {
@@ -323,11 +300,9 @@ fn fill_disks(targets: &[usize], must_refuse: bool) {
     if !geteuid().is_root() {
         return skip("only root may mount the small disk that is to be filled");
     }
-    let mut mounts = Mounts(Vec::new());
     let prepared = DevCluster::prepare("4G").and_then(|mut cluster| {
         for target in targets {
-            let image = cluster.scratch().join(format!("disk-{target}"));
-            mounts.mount(image, cluster.dir().join(format!("target-{target}")), "1G")?;
+            cluster.mount_small_disk(*target, "1G")?;
         }
         cluster.start_again()?;
         Ok(cluster)
