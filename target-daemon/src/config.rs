@@ -33,6 +33,10 @@ pub struct TargetConfig {
     /// Cores to use, each with a part of the data of its own. Fixed once formatted.
     #[serde(default = "one")]
     pub shards: u16,
+    /// The processor each shard's thread is pinned to, in the order of shards. Absent: none is,
+    /// which is right where targets share a machine.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cpus: Vec<usize>,
     /// What its chunk slots may take up in all.
     pub capacity_bytes: u64,
     /// Memory for IO, of each shard.

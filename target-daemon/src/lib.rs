@@ -1,1 +1,23 @@
 //! The storage daemon: shards, the driver that joins them to the reactor, exports, metrics.
+//!
+//! [`run`] starts one [`core_loop::Core`] a shard and the control thread beside them. Within a
+//! core: [`shard`] joins `copyset` and `chunkstore`, [`export`] serves NBD clients through
+//! `client::volume`, [`links`] reaches the other shards, [`disk`] runs the store's operations.
+//! All of it is generic over `reactor::Reactor`. [`control`] is the only place where a
+//! shard meets another thread.
+
+pub mod config;
+pub mod control;
+pub mod core_loop;
+mod disk;
+mod export;
+mod files;
+pub mod identity;
+mod links;
+mod mem;
+pub mod metrics;
+mod run;
+mod shard;
+mod standing;
+
+pub use run::{format, run};

@@ -117,9 +117,9 @@ counters! {
     flushed_blocks: "ashlar_flushed_blocks_total" counter "Blocks moved from the overlay to chunk slots.";
     checkpoints: "ashlar_checkpoints_total" counter "Checkpoints completed.";
     overlay_blocks: "ashlar_overlay_blocks" gauge "Blocks in the overlay.";
-    blocks_damaged: "ashlar_blocks_damaged_total" counter "Blocks at rest that failed their checksum.";
-    blocks_repaired: "ashlar_blocks_repaired_total" counter "Blocks at rest mended from a peer.";
-    log_damaged: "ashlar_log_damaged_total" counter "Places in the log found damaged.";
+    blocks_damaged: "ashlar_blocks_corrupt_total" counter "Blocks at rest that failed their checksum.";
+    blocks_repaired: "ashlar_blocks_corrupt_repaired_total" counter "Blocks at rest mended from a peer.";
+    log_damaged: "ashlar_log_corrupt_total" counter "Places in the log found damaged.";
     slots_free: "ashlar_slots_free" gauge "Preformatted chunk slots that are free.";
     slots_used: "ashlar_slots_used" gauge "Chunk slots in use.";
     disk_failed: "ashlar_disk_failed" gauge "1 when the disk failed a write or sync and work is refused.";
@@ -129,7 +129,9 @@ counters! {
     elections: "ashlar_elections_total" counter "Elections begun here.";
     elections_won: "ashlar_elections_won_total" counter "Elections won here.";
     raft_messages: "ashlar_raft_messages_total" counter "Raft messages sent.";
-    catch_up_chunks: "ashlar_catch_up_chunks_total" counter "Chunks fetched from a leader to catch up.";
+    catch_up_blocks: "ashlar_catch_up_blocks_total" counter "Blocks fetched from a leader to catch up.";
+    wire_damaged: "ashlar_wire_damaged_total" counter "Payloads from other shards that failed their checksum.";
+    raft_violations: "ashlar_raft_violations_total" counter "Raft messages that no correct peer sends.";
     peer_links: "ashlar_peer_links" gauge "Links to other shards that are up.";
     peer_bytes_sent: "ashlar_peer_bytes_total" counter ["direction" = "sent"] "Bytes on links to other shards.";
     peer_bytes_received: "ashlar_peer_bytes_total" counter ["direction" = "received"] "Bytes on links to other shards.";

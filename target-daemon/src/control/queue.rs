@@ -216,7 +216,7 @@ impl ShardPort {
         self.checks.contains_key(&job)
     }
     /// What this shard counts.
-    pub fn counters(&self) -> &ShardCounters {
+    pub fn counters(&self) -> &Arc<ShardCounters> {
         &self.shared.counters
     }
     /// Replaces what status pages and heartbeats show of this shard; about once a second.

@@ -1,0 +1,420 @@
+//! The loop of one core: completions in, one round of work, everything out.
+//!
+//! ```text
+//! reactor.turn -> completions -> disk | links | export          (what happened)
+//!              -> control queue, timers                         (what is wanted)
+//!              -> shard.settle, export.drain, until quiet       (what follows)
+//!              -> store ops, link and client sends              (what goes out)
+//! ```
+//!
+//! Everything that one turn brings goes out together: one log batch, one send a connection.
+//! Generic over the reactor, so the simulator runs this very loop.
+
+use crate::control::{FromShard, ShardPort, ToShard};
+use crate::disk::DiskDriver;
+use crate::export::{Export, ExportOut};
+use crate::links::{LinkEvent, Links};
+use crate::mem::Mems;
+use crate::shard::{Origin, Output, Shard};
+use crate::standing::{self, Snapshot};
+use chunkstore::Layout;
+use protocol::control::{Problem, ProblemKind, pb};
+use protocol::peer::PeerMessage;
+use protocol::types::{Span, Time};
+use reactor::host::{CoreLoop, Turn};
+use reactor::{Completion, IoError, Listener, Op, Output as Done, Reactor};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use transport::Owner;
+
+/// Kinds of tokens: whose a completion is.
+pub mod kind {
+    /// The store's operations.
+    pub const DISK: u8 = 1;
+    /// Peer links.
+    pub const LINK: u8 = 2;
+    /// Connects to peers.
+    pub const CONNECT: u8 = 3;
+    /// NBD clients.
+    pub const NBD: u8 = 4;
+    /// Accepts; the index is the place in the list of listeners.
+    pub const ACCEPT: u8 = 5;
+}
+
+/// How often clocks of connections are looked at and the standing is published.
+const SLOW_TICK: Span = Span::ms(1_000);
+/// How soon what waits for memory is tried again when nothing else happens.
+const STARVED_RETRY: Span = Span::ms(1);
+/// Blocks dropped from memory when something starves: 1 MiB at a time.
+const EVICT_BLOCKS: usize = 256;
+/// The longest wait for a graceful end before the loop gives up on it.
+const STOP_WITHIN: Span = Span::ms(5_000);
+
+/// The job number of scrubs, whose results nobody waits for.
+const SCRUB: u64 = 0;
+
+/// What a listener is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Port {
+    /// Other shards.
+    Peer,
+    /// NBD clients.
+    Nbd,
+}
+
+/// One core of a target.
+pub struct Core<R: Reactor> {
+    reactor: R,
+    shard: Shard,
+    disk: DiskDriver,
+    links: Links,
+    export: Export,
+    port: ShardPort,
+    layout: Layout,
+    shard_index: u16,
+    peer: String,
+    stop: Arc<AtomicBool>,
+    listeners: Vec<(Port, Listener)>,
+    /// Listeners whose accept failed, to be tried again at the next slow tick.
+    accept_again: Vec<usize>,
+    completions: Vec<Completion>,
+    slow_at: Time,
+    stopping: Option<Time>,
+    stopped: bool,
+}
+
+impl<R: Reactor> Core<R> {
+    #[expect(clippy::too_many_arguments, reason = "its parts, each made once, in one place")]
+    /// A core around its parts; accepts on its listeners from now on.
+    pub fn new(
+        mut reactor: R,
+        shard: Shard,
+        disk: DiskDriver,
+        links: Links,
+        export: Export,
+        port: ShardPort,
+        listeners: Vec<(Port, Listener)>,
+        layout: Layout,
+        stop: Arc<AtomicBool>,
+    ) -> Self {
+        for (index, (_, listener)) in listeners.iter().enumerate() {
+            accept(&mut reactor, index, *listener);
+        }
+        Self {
+            slow_at: reactor.now(),
+            shard_index: shard.me().shard,
+            peer: peer_address(&reactor, &listeners),
+            layout,
+            stop,
+            reactor,
+            shard,
+            disk,
+            links,
+            export,
+            port,
+            listeners,
+            accept_again: Vec::new(),
+            completions: Vec::new(),
+            stopping: None,
+            stopped: false,
+        }
+    }
+
+    fn deadline(&self) -> Option<Time> {
+        let starved = self.disk.is_starved() || self.links.is_starved() || self.export.is_starved();
+        let waiting = starved || self.port.is_behind();
+        let retry = waiting.then(|| self.reactor.now() + STARVED_RETRY);
+        [Some(self.slow_at), self.shard.next_timeout(), self.links.next_timeout(), retry]
+            .into_iter()
+            .chain([self.export.next_timeout(), self.stopping])
+            .flatten()
+            .min()
+    }
+
+    fn dispatch(&mut self, completion: Completion, now: Time) {
+        let (owner, _) = Owner::split(completion.token);
+        let reactor = &mut self.reactor;
+        match owner.kind {
+            kind::DISK => self.disk.on_completion(reactor, completion),
+            kind::LINK => self.links.on_completion(reactor, completion),
+            kind::CONNECT => self.links.connected(reactor, completion),
+            kind::NBD => self.export.on_completion(reactor, completion, now),
+            kind::ACCEPT => self.accepted(owner.index as usize, completion.result),
+            _ => {}
+        }
+    }
+
+    fn accepted(&mut self, index: usize, result: Result<Done, IoError>) {
+        let Some((port, listener)) = self.listeners.get(index).copied() else { return };
+        match result {
+            Ok(Done::Accepted { socket, .. }) => {
+                match port {
+                    Port::Peer => self.links.accepted(&mut self.reactor, socket),
+                    Port::Nbd => self.export.accepted(&mut self.reactor, socket),
+                }
+                accept(&mut self.reactor, index, listener);
+            }
+            Ok(_) => accept(&mut self.reactor, index, listener),
+            Err(error) => {
+                if self.stopping.is_none() {
+                    tracing::warn!(%error, "accept failed; tried again in a second. Is the limit of open files (ulimit -n) too low?");
+                }
+                self.accept_again.push(index);
+            }
+        }
+    }
+
+    /// What the control side wants.
+    fn control(&mut self, now: Time) {
+        while let Some(wanted) = self.port.take() {
+            match wanted {
+                ToShard::Map(map) => {
+                    self.links.set_map(&map, now);
+                    self.shard.set_map(map.clone(), now);
+                    self.export.set_map(map, now);
+                }
+                ToShard::Checksums { volume, verify, reply } => {
+                    let job = self.port.open_check(reply);
+                    self.shard.check_volume(job, Some(volume), verify);
+                }
+                ToShard::Scrub { volume } => {
+                    self.shard.check_volume(SCRUB, volume, true);
+                }
+                ToShard::TransferLeader { copyset, to, reply } => {
+                    let done = self.shard.transfer_leadership(copyset, to, now);
+                    let _ = reply.send(done.map_err(|why| not_transferred(copyset.0, why)));
+                }
+                ToShard::SegmentRefused { volume, segment } => {
+                    self.export.volume().segment_refused(volume, segment);
+                }
+                ToShard::SegmentGranted { volume, segment } => {
+                    self.export.volume().segment_granted(volume, segment);
+                }
+                ToShard::Connections { reply } => {
+                    let _ = reply.send(self.connections());
+                }
+                ToShard::Stop => self.stop(now),
+            }
+        }
+        if self.stop.load(Ordering::Relaxed) {
+            self.stop(now);
+        }
+    }
+
+    fn connections(&self) -> Vec<pb::Connection> {
+        let told = |(id, volume, in_flight): (usize, protocol::types::VolumeId, usize)| pb::Connection {
+            id: id as u64,
+            shard: self.shard_index.into(),
+            protocol: pb::ExportProtocol::Nbd.into(),
+            volume: volume.0,
+            in_flight: in_flight as u32,
+            ..pb::Connection::default()
+        };
+        self.export.connections().map(told).collect()
+    }
+
+    fn stop(&mut self, now: Time) {
+        if self.stopping.is_none() {
+            self.stopping = Some(now + STOP_WITHIN);
+            self.export.stop();
+            self.shard.stop();
+        }
+    }
+
+    fn tick(&mut self, now: Time) {
+        self.shard.tick(now);
+        self.links.tick(&mut self.reactor, now);
+        self.export.volume().tick(now);
+        if now >= self.slow_at {
+            self.slow_at = now + SLOW_TICK;
+            self.links.tick_slow(&mut self.reactor, now);
+            self.export.tick_slow(&mut self.reactor, now);
+            for index in std::mem::take(&mut self.accept_again) {
+                accept(&mut self.reactor, index, self.listeners[index].1);
+            }
+            self.publish();
+        }
+        if self.stopping.is_some_and(|limit| now >= limit) {
+            tracing::warn!(
+                "the disk did not settle in time; stopping without a last checkpoint. Nothing is lost: the log is replayed at the next start"
+            );
+            self.stopped = true;
+        }
+    }
+
+    fn publish(&mut self) {
+        let arena = self.reactor.arena();
+        let now = Snapshot {
+            shard_index: self.shard_index,
+            peer: self.peer.clone(),
+            shard: *self.shard.counts(),
+            store: self.shard.store_stats(),
+            export: *self.export.counts(),
+            reactor: self.reactor.stats(),
+            standings: self.shard.standings(),
+            connections: self.export.connections().count(),
+            arena_blocks: (arena.used_blocks(), arena.capacity_blocks()),
+            slots_max: self.layout.slots_max,
+            segment_bytes: u64::from(self.layout.segment_bytes),
+            failed: self.shard.has_failed(),
+        };
+        standing::publish(&self.port, &now);
+    }
+
+    /// Works until nothing follows from anything any more, then lets it all out.
+    fn work(&mut self, now: Time) {
+        if self.disk.is_starved() || self.links.is_starved() || self.export.is_starved() {
+            self.shard.evict(EVICT_BLOCKS);
+            self.disk.retry(&mut self.reactor);
+        }
+        loop {
+            self.settle(now);
+            self.links.pump(&mut self.reactor);
+            self.link_events(now);
+            let clients = self.export.pump(&mut self.reactor, now);
+            let mut any = clients | self.settle(now);
+            while let Some(op) = self.shard.poll_op(now) {
+                self.disk.run(&mut self.reactor, op);
+                any = true;
+            }
+            while let Some((ticket, result)) = self.disk.poll() {
+                self.shard.store_completed(ticket, result, now);
+                any = true;
+            }
+            if !any {
+                break;
+            }
+        }
+    }
+
+    /// Carries messages between shard, export and links until all three are quiet.
+    fn settle(&mut self, now: Time) -> bool {
+        let mut any = false;
+        loop {
+            self.shard.settle();
+            let mut again = self.export.drain(now);
+            while let Some(output) = self.shard.poll() {
+                again = true;
+                self.shard_output(output, now);
+            }
+            while let Some(out) = self.export.poll() {
+                again = true;
+                self.export_output(out, now);
+            }
+            if !again {
+                return any;
+            }
+            any = true;
+        }
+    }
+
+    fn link_events(&mut self, now: Time) {
+        for event in self.links.take_events() {
+            match event {
+                LinkEvent::Up(peer) => self.export.volume().link_up(peer, now),
+                LinkEvent::Down(peer) => {
+                    self.export.volume().link_down(peer, now);
+                    self.shard.peer_lost(peer, now);
+                }
+                LinkEvent::Message { from, message: PeerMessage::IoReply(reply), payload, .. } => {
+                    self.export.reply(from, reply, payload, now);
+                }
+                LinkEvent::Message { from, incoming, message, payload } => {
+                    let origin = incoming.map_or(Origin::Local, Origin::Link);
+                    self.shard.handle(origin, from, message, payload, now);
+                }
+            }
+        }
+    }
+
+    fn shard_output(&mut self, output: Output, now: Time) {
+        match output {
+            Output::Send { to, message, payload } => {
+                self.links.send(to, &message, &payload);
+            }
+            Output::Answer { origin: Origin::Link(serial), message, payload } => {
+                self.links.answer(serial, &message, &payload);
+            }
+            Output::Answer { origin: Origin::Local, message, payload } => {
+                if let PeerMessage::IoReply(reply) = message {
+                    self.export.reply(self.shard.me(), reply, payload, now);
+                }
+            }
+            Output::Checked { job, chunk } => {
+                self.port.checked(job, chunk.as_ref().map(standing::record));
+            }
+            Output::Freed { volume } => {
+                self.port.tell(FromShard::Freed { volume });
+            }
+            Output::Failed { why } => {
+                tracing::error!(
+                    why,
+                    "the disk failed: this shard refuses all further work; its replicas elsewhere serve on. Replace the disk, then format and start again"
+                );
+                self.port.tell(FromShard::Failed { why });
+            }
+            Output::Stopped => self.stopped = true,
+        }
+    }
+
+    fn export_output(&mut self, out: ExportOut, now: Time) {
+        match out {
+            ExportOut::Send { to, request, payload } => {
+                let payload: Mems = payload.into_iter().collect();
+                let message = PeerMessage::Io(request);
+                if to == self.shard.me() {
+                    self.shard.handle(Origin::Local, to, message, payload, now);
+                } else if !self.links.send(to, &message, &payload) {
+                    // Lost with its link, which is made anew (see `client::volume`).
+                    self.links.cut_own(&mut self.reactor, to);
+                    self.export.volume().link_down(to, now);
+                }
+            }
+            ExportOut::NeedMap => self.port.tell(FromShard::NeedMap),
+            ExportOut::FirstWrite { volume, segment } => {
+                self.port.tell(FromShard::FirstWrite { volume, segment });
+            }
+        }
+    }
+}
+
+impl<R: Reactor> CoreLoop for Core<R> {
+    fn turn(&mut self) -> Turn {
+        let deadline = self.deadline();
+        let mut completions = std::mem::take(&mut self.completions);
+        self.reactor.turn(deadline, &mut completions);
+        let now = self.reactor.now();
+        for completion in completions.drain(..) {
+            self.dispatch(completion, now);
+        }
+        self.completions = completions;
+        while let Some((ticket, result)) = self.disk.poll() {
+            self.shard.store_completed(ticket, result, now);
+        }
+        self.control(now);
+        self.link_events(now);
+        self.tick(now);
+        self.work(now);
+        if self.stopped { Turn::Stop } else { Turn::Continue }
+    }
+}
+
+fn accept<R: Reactor>(reactor: &mut R, index: usize, listener: Listener) {
+    let token = Owner { kind: kind::ACCEPT, index: index as u32 }.token(0);
+    reactor.submit(token, Op::Accept { listener });
+}
+
+fn not_transferred(copyset: u32, why: String) -> Problem {
+    Problem::new(
+        ProblemKind::NotReady,
+        format!("leadership of copyset {copyset} was not handed over"),
+        why,
+        "ask the target that leads it (`ashlar status`), and name one whose replica is whole",
+    )
+}
+
+/// Where other shards reach this one.
+fn peer_address<R: Reactor>(reactor: &R, listeners: &[(Port, Listener)]) -> String {
+    let peer = listeners.iter().find(|(port, _)| *port == Port::Peer);
+    peer.and_then(|(_, l)| reactor.listener_addr(*l).ok()).map_or(String::new(), |addr| addr.to_string())
+}

@@ -1,0 +1,238 @@
+//! The store's operations, run on the reactor.
+//!
+//! Reads get their memory here; bytes that the store made itself (headers, tables, checkpoints)
+//! are copied into aligned memory here. When the arena is exhausted an operation waits and is
+//! tried again next turn, except that a log batch always gets its header from a reserve: log
+//! writes are what makes memory evictable, so they must never wait for memory.
+
+use crate::files::Files;
+use crate::mem::Mem;
+use chunkstore::{FileId, IoError, Op as StoreOp, Piece};
+use protocol::types::{BLOCK_BYTES, ENTRY_BLOCKS_MAX, ENTRY_BYTES_MAX};
+use reactor::{BufMut, Completion, IoBuf, IoList, Op, Output, Reactor};
+use slab::Slab;
+use std::collections::VecDeque;
+use transport::Owner;
+
+/// Single blocks kept for headers of log batches.
+const RESERVE_BLOCKS: usize = 32;
+
+/// An operation under way.
+struct Running {
+    ticket: u64,
+    /// What remains to be done after this step.
+    then: Then,
+    /// How many of the write's buffers came from the reserve.
+    reserved: usize,
+}
+
+enum Then {
+    Nothing,
+    /// Make a new file's allocation durable.
+    Sync(reactor::File),
+}
+
+/// The result of an operation, for [`chunkstore::Store::completed`].
+pub type Finished = (u64, Result<Option<Mem>, IoError>);
+
+/// The driver of one shard's disk.
+pub struct DiskDriver {
+    kind: u8,
+    files: Files,
+    running: Slab<Running>,
+    stalled: VecDeque<StoreOp<Mem>>,
+    reserve: Vec<BufMut>,
+    finished: VecDeque<Finished>,
+}
+
+/// There is no memory now.
+struct NoMemory;
+
+impl DiskDriver {
+    /// A driver whose tokens have `kind`.
+    pub fn new<R: Reactor>(kind: u8, files: Files, reactor: &R) -> Self {
+        let reserve = std::iter::from_fn(|| reactor.arena().alloc(1)).take(RESERVE_BLOCKS).collect();
+        let (running, stalled, finished) = (Slab::new(), VecDeque::new(), VecDeque::new());
+        Self { kind, files, running, stalled, reserve, finished }
+    }
+
+    /// Whether operations wait for memory.
+    pub fn is_starved(&self) -> bool {
+        !self.stalled.is_empty()
+    }
+
+    /// Whether more operations may be taken from the store: none while others wait for memory,
+    /// lest they overtake.
+    pub fn run<R: Reactor>(&mut self, reactor: &mut R, op: StoreOp<Mem>) {
+        if let Err(op) = self.try_run(reactor, op) {
+            self.stalled.push_back(op);
+        }
+    }
+
+    /// Tries again what waited for memory.
+    pub fn retry<R: Reactor>(&mut self, reactor: &mut R) {
+        for _ in 0..self.stalled.len() {
+            let Some(op) = self.stalled.pop_front() else { return };
+            if let Err(op) = self.try_run(reactor, op) {
+                self.stalled.push_back(op);
+            }
+        }
+    }
+
+    /// What has ended.
+    pub fn poll(&mut self) -> Option<Finished> {
+        self.finished.pop_front()
+    }
+
+    /// Takes the end of one of this driver's reactor operations.
+    pub fn on_completion<R: Reactor>(&mut self, reactor: &mut R, completion: Completion) {
+        let (owner, _) = Owner::split(completion.token);
+        let key = owner.index as usize;
+        let Some(running) = self.running.get_mut(key) else { return };
+        if let (Then::Sync(file), Ok(_)) = (&running.then, &completion.result) {
+            let file = *file;
+            running.then = Then::Nothing;
+            reactor.submit(completion.token, Op::Sync { file });
+            return;
+        }
+        let running = self.running.remove(key);
+        self.take_back(running.reserved, completion.bufs);
+        let result = match (completion.result, completion.buf) {
+            (Ok(Output::Read(bytes)), Some(mut buf)) => {
+                // Past the end of the file reads as zeroes.
+                buf[bytes as usize..].fill(0);
+                Ok(Some(Mem::whole(buf.freeze())))
+            }
+            (Ok(_), _) => Ok(None),
+            (Err(error), _) => Err(IoError { errno: error.errno }),
+        };
+        self.finished.push_back((running.ticket, result));
+    }
+
+    /// Puts reserve blocks back, once nothing else holds them.
+    fn take_back(&mut self, reserved: usize, bufs: IoList) {
+        for buf in bufs.into_iter().take(reserved) {
+            if let IoBuf::Shared { buf, .. } = buf
+                && let Ok(unique) = buf.try_unique()
+            {
+                self.reserve.push(unique);
+            }
+        }
+    }
+
+    fn try_run<R: Reactor>(&mut self, reactor: &mut R, op: StoreOp<Mem>) -> Result<(), StoreOp<Mem>> {
+        match op {
+            StoreOp::Read { ticket, file, offset, blocks } => {
+                let Some(buf) = reactor.arena().alloc(blocks) else { return Err(op) };
+                self.submit(reactor, ticket, file, |file| {
+                    let bytes = (blocks * BLOCK_BYTES) as u32;
+                    (Op::ReadAt { file, offset, buf, bytes }, Then::Nothing, 0)
+                });
+            }
+            StoreOp::Write { ticket, file, offset, ref pieces, dsync } => {
+                let is_log = matches!(file, FileId::Log(_));
+                let Ok((bufs, reserved)) = self.gather(reactor, pieces, is_log) else { return Err(op) };
+                self.submit(reactor, ticket, file, |file| {
+                    (Op::WriteAt { file, offset, bufs, dsync }, Then::Nothing, reserved)
+                });
+            }
+            StoreOp::Sync { ticket, file } => {
+                self.submit(reactor, ticket, file, |file| (Op::Sync { file }, Then::Nothing, 0));
+            }
+            StoreOp::Create { ticket, file, bytes } => {
+                if let Err(error) = self.files.make(reactor, file) {
+                    self.finished.push_back((ticket, Err(IoError { errno: error.errno })));
+                    return Ok(());
+                }
+                self.submit(reactor, ticket, file, |file| {
+                    (Op::Allocate { file, offset: 0, bytes }, Then::Sync(file), 0)
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn submit<R: Reactor>(
+        &mut self,
+        reactor: &mut R,
+        ticket: u64,
+        file: FileId,
+        op: impl FnOnce(reactor::File) -> (Op, Then, usize),
+    ) {
+        match self.files.get(reactor, file) {
+            Ok(file) => {
+                let (op, then, reserved) = op(file);
+                let key = self.running.insert(Running { ticket, then, reserved });
+                let token = Owner { kind: self.kind, index: key as u32 }.token(0);
+                reactor.submit(token, op);
+            }
+            Err(error) => {
+                tracing::error!(%error, "a file of the store cannot be opened");
+                self.finished.push_back((ticket, Err(IoError { errno: error.errno })));
+            }
+        }
+    }
+
+    /// The pieces as the reactor writes them. Blocks from the reserve come first in the list,
+    /// since a log batch begins with its header.
+    fn gather<R: Reactor>(
+        &mut self,
+        reactor: &mut R,
+        pieces: &[Piece<Mem>],
+        is_log: bool,
+    ) -> Result<(IoList, usize), NoMemory> {
+        let mut list = IoList::new();
+        let mut reserved = 0;
+        for piece in pieces {
+            match piece {
+                Piece::Payload { payload, first, count } => {
+                    list.push(payload.window(*first, *count).io_whole())
+                }
+                Piece::Zeroes { blocks } => {
+                    let mut left = blocks * BLOCK_BYTES;
+                    while left > 0 {
+                        let bytes = left.min(ENTRY_BYTES_MAX);
+                        list.push(IoBuf::zeroes(bytes));
+                        left -= bytes;
+                    }
+                }
+                Piece::Bytes(bytes) => {
+                    let at_front = list.len() == reserved;
+                    if let Err(no_memory) = copy_in(reactor, bytes, &mut list) {
+                        if !is_log || !at_front || bytes.len() > self.reserve.len() * BLOCK_BYTES {
+                            self.take_back(reserved, list);
+                            return Err(no_memory);
+                        }
+                        reserved += self.copy_to_reserve(bytes, &mut list);
+                    }
+                }
+            }
+        }
+        Ok((list, reserved))
+    }
+
+    fn copy_to_reserve(&mut self, bytes: &[u8], list: &mut IoList) -> usize {
+        let mut blocks = 0;
+        for block in bytes.chunks(BLOCK_BYTES) {
+            let mut buf = self.reserve.pop().expect("counted by the caller");
+            buf[..block.len()].copy_from_slice(block);
+            list.push(IoBuf::whole(buf.freeze()));
+            blocks += 1;
+        }
+        blocks
+    }
+}
+
+/// Copies bytes into aligned memory; all or nothing.
+fn copy_in<R: Reactor>(reactor: &R, bytes: &[u8], list: &mut IoList) -> Result<(), NoMemory> {
+    let before = list.len();
+    for part in bytes.chunks(ENTRY_BLOCKS_MAX * BLOCK_BYTES) {
+        let Some(mut buf) = reactor.arena().alloc(part.len() / BLOCK_BYTES) else {
+            list.truncate(before);
+            return Err(NoMemory);
+        };
+        buf[..part.len()].copy_from_slice(part);
+        list.push(IoBuf::whole(buf.freeze()));
+    }
+    Ok(())
+}

@@ -1,0 +1,519 @@
+//! Volumes offered over NBD: clients on one side, [`VolumeIo`] on the other.
+//!
+//! Everything a client asks becomes a request of [`VolumeIo`] under an id of this module's, and
+//! every answer finds its way back by that id. A client that vanishes leaves requests behind;
+//! they are aborted, and what was already on its way is ignored when it returns.
+//!
+//! A flush is answered at once: a write is only ever acknowledged when it is durable on a
+//! quorum, so there is nothing to flush. For the same reason FUA needs no special care, and
+//! multi-conn is true: an acknowledged write is seen by every later read on any connection.
+
+use crate::mem::{Mem, Mems};
+use crate::metrics::ShardCounters;
+use chunkstore::Payload;
+use client::volume::{Action, Config, IoError, Request, SubmitError, VolumeIo};
+use protocol::map::{ClusterMap, ExportProtocol};
+use protocol::nbd::{ExportInfo, NbdError, Refusal};
+use protocol::peer::{IoReply, IoRequest};
+use protocol::types::{BLOCK_BYTES, ShardAddr, Time, VolumeId, block_crc, crc_at_rest};
+use reactor::{Completion, Op, Reactor, Socket};
+use slab::Slab;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use transport::{NbdCloseReason, NbdConn, NbdEvent, NbdLimits, Owner, ReadPart, ReadParts, ReqId};
+
+/// Most NBD connections of a shard.
+const CONNECTIONS_MAX: usize = 1024;
+
+/// What the export tells the loop.
+pub enum ExportOut {
+    /// Send IO to a copyset's leader.
+    Send { to: ShardAddr, request: IoRequest, payload: Option<Mem> },
+    /// Ask for a newer map.
+    NeedMap,
+    /// Report to the MDS.
+    FirstWrite { volume: VolumeId, segment: u32 },
+}
+
+/// What a request of [`VolumeIo`] was made for.
+enum Purpose {
+    Read { offset: u64, length: u32, parts: BTreeMap<u64, ReadParts>, corrupt: bool },
+    Write { offset: u64 },
+    Zero,
+    Status,
+}
+
+struct Pending {
+    conn: usize,
+    req: ReqId,
+    purpose: Purpose,
+    since: Time,
+}
+
+/// Counters of the export.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct ExportCounts {
+    /// Connections accepted.
+    pub connections: u64,
+    /// Connections closed because the client broke the protocol.
+    pub violations: u64,
+    /// Replies from leaders whose data failed its checksum here.
+    pub wire_corrupt: u64,
+}
+
+/// The NBD side of one shard.
+pub struct Export {
+    kind: u8,
+    limits: NbdLimits,
+    map: Arc<ClusterMap>,
+    volume: VolumeIo<Mem>,
+    conns: Slab<NbdConn>,
+    pending: Slab<Pending>,
+    /// Requests that [`VolumeIo`] had no room for.
+    deferred: VecDeque<(usize, Request<Mem>)>,
+    out: VecDeque<ExportOut>,
+    me: ShardAddr,
+    counts: ExportCounts,
+    counters: Arc<ShardCounters>,
+}
+
+impl Export {
+    /// An export whose tokens have `kind`.
+    pub fn new(
+        kind: u8,
+        config: Config,
+        me: ShardAddr,
+        limits: NbdLimits,
+        counters: Arc<ShardCounters>,
+    ) -> Self {
+        Self {
+            kind,
+            limits,
+            map: Arc::default(),
+            volume: VolumeIo::new(config),
+            conns: Slab::new(),
+            pending: Slab::new(),
+            deferred: VecDeque::new(),
+            out: VecDeque::new(),
+            me,
+            counts: ExportCounts::default(),
+            counters,
+        }
+    }
+
+    /// Takes a newer map.
+    pub fn set_map(&mut self, map: Arc<ClusterMap>, now: Time) {
+        self.map = map.clone();
+        self.volume.set_map(map, now);
+    }
+
+    /// The routing core, for what concerns it alone (links, segments).
+    pub fn volume(&mut self) -> &mut VolumeIo<Mem> {
+        &mut self.volume
+    }
+
+    /// Counters.
+    pub fn counts(&self) -> &ExportCounts {
+        &self.counts
+    }
+
+    /// Connections open now: each one's number, the volume it uses and its requests in flight.
+    pub fn connections(&self) -> impl Iterator<Item = (usize, VolumeId, usize)> + '_ {
+        let volume = |conn: &NbdConn| VolumeId(conn.export().map_or(0, |e| e.id as u32));
+        self.conns.iter().map(move |(key, conn)| (key, volume(conn), conn.requests()))
+    }
+
+    /// A client has connected.
+    pub fn accepted<R: Reactor>(&mut self, reactor: &mut R, socket: Socket) {
+        let owner = Owner { kind: self.kind, index: self.conns.vacant_key() as u32 };
+        let full = self.conns.len() >= CONNECTIONS_MAX;
+        let conn = if full { None } else { NbdConn::new(reactor, socket, owner, self.limits) };
+        match conn {
+            Some(conn) => {
+                self.conns.insert(conn);
+                self.counts.connections += 1;
+            }
+            None => {
+                tracing::warn!("no room for another NBD connection; refused");
+                reactor.submit(Owner { kind: u8::MAX, index: 0 }.token(0), Op::Close { socket });
+            }
+        }
+    }
+
+    /// The end of one of a connection's operations.
+    pub fn on_completion<R: Reactor>(&mut self, reactor: &mut R, completion: Completion, now: Time) {
+        let (owner, _) = Owner::split(completion.token);
+        let key = owner.index as usize;
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        let mut events = Vec::new();
+        conn.on_completion(reactor, completion, &mut events);
+        self.take(key, events, now);
+    }
+
+    /// Checks the clocks of clients. To be called about once a second.
+    pub fn tick_slow<R: Reactor>(&mut self, reactor: &mut R, now: Time) {
+        let keys: Vec<usize> = self.conns.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            let mut events = Vec::new();
+            self.conns[key].tick(reactor, now, &mut events);
+            self.take(key, events, now);
+        }
+    }
+
+    /// When the routing core wants to be ticked.
+    pub fn next_timeout(&self) -> Option<Time> {
+        self.volume.next_timeout()
+    }
+
+    /// Whether a connection waits for memory.
+    pub fn is_starved(&self) -> bool {
+        self.conns.iter().any(|(_, conn)| conn.is_starved())
+    }
+
+    /// Sends answers, looks at what came. True if that brought new requests.
+    pub fn pump<R: Reactor>(&mut self, reactor: &mut R, now: Time) -> bool {
+        let keys: Vec<usize> = self.conns.iter().map(|(key, _)| key).collect();
+        let mut any = false;
+        for key in keys {
+            if self.conns[key].needs_pump() {
+                let mut events = Vec::new();
+                self.conns[key].pump(reactor, &mut events);
+                any |= !events.is_empty();
+                self.take(key, events, now);
+            }
+            if self.conns[key].is_done() {
+                self.conns.remove(key);
+            }
+        }
+        any
+    }
+
+    /// Refuses new requests: the target is stopping.
+    pub fn stop(&mut self) {
+        self.volume.stop();
+        for (_, conn) in &mut self.conns {
+            conn.stop();
+        }
+    }
+
+    fn take(&mut self, key: usize, events: Vec<NbdEvent>, now: Time) {
+        for event in events {
+            self.event(key, event, now);
+        }
+    }
+
+    fn event(&mut self, key: usize, event: NbdEvent, now: Time) {
+        match event {
+            NbdEvent::OpenExport { name } => {
+                let answer = self.find(&name);
+                self.conns[key].answer_export(answer);
+            }
+            NbdEvent::ListExports => {
+                let names: Vec<(String, String)> = self.names().map(|n| (n, String::new())).collect();
+                self.conns[key].answer_list(&names);
+            }
+            NbdEvent::Attached(info) => tracing::info!(volume = info.name, "NBD client attached"),
+            NbdEvent::Flush { req } => {
+                self.counters.flushes_host.add(1);
+                self.conns[key].flush_done(req, Ok(()));
+            }
+            NbdEvent::Closed { reason } => self.closed(key, &reason, now),
+            NbdEvent::Read { req, offset, length } => {
+                let purpose = Purpose::Read { offset, length, parts: BTreeMap::new(), corrupt: false };
+                self.begin(key, req, purpose, now, |volume| Request::Read {
+                    volume,
+                    offset,
+                    length: length.into(),
+                });
+            }
+            NbdEvent::WritePiece { req, offset, length, buf, .. } => {
+                let lead = offset as usize % BLOCK_BYTES;
+                let crc = block_crc(&buf[lead..lead + length as usize]);
+                let payload = Mem::whole(buf);
+                self.begin(key, req, Purpose::Write { offset }, now, |volume| Request::WritePiece {
+                    volume,
+                    offset,
+                    length,
+                    crc,
+                    payload,
+                });
+            }
+            NbdEvent::Zero { req, offset, length, trim, .. } => {
+                let (from, to) = zero_range(offset, length, trim);
+                if from >= to {
+                    return self.conns[key].zero_done(req, Ok(()));
+                }
+                self.begin(key, req, Purpose::Zero, now, |volume| Request::Zero {
+                    volume,
+                    offset: from,
+                    length: to - from,
+                });
+            }
+            NbdEvent::Status { req, offset, length, .. } => {
+                self.begin(key, req, Purpose::Status, now, |volume| Request::Status {
+                    volume,
+                    offset,
+                    length: length.into(),
+                });
+            }
+        }
+    }
+
+    fn names(&self) -> impl Iterator<Item = String> + '_ {
+        let offered = self.map.exports.iter().filter(|e| e.protocol == ExportProtocol::Nbd);
+        offered.filter_map(|e| self.map.volumes.get(&e.volume)).filter(|v| !v.deleted).map(|v| v.name.clone())
+    }
+
+    /// The export of a name; the empty name is the only export, if there is just one.
+    fn find(&self, name: &str) -> Result<ExportInfo, Refusal> {
+        let mut names = self.names();
+        let name = match (name, names.next(), names.next()) {
+            ("", Some(only), None) => only,
+            _ => name.to_owned(),
+        };
+        let (id, volume) = self.map.volume_named(&name).ok_or(Refusal::Unknown)?;
+        if !self.names().any(|offered| offered == name) {
+            return Err(Refusal::Policy(format!(
+                "volume {name} is not exported over NBD; `ashlar export add {name}` does it"
+            )));
+        }
+        Ok(ExportInfo {
+            id: u64::from(id.0),
+            description: format!("Ashlar volume {name}"),
+            name,
+            bytes: volume.bytes,
+            block_bytes: volume.block_bytes,
+            read_only: false,
+        })
+    }
+
+    fn begin(
+        &mut self,
+        conn: usize,
+        req: ReqId,
+        purpose: Purpose,
+        now: Time,
+        request: impl FnOnce(VolumeId) -> Request<Mem>,
+    ) {
+        let volume = self.conns[conn].export().map_or(VolumeId(0), |e| VolumeId(e.id as u32));
+        let key = self.pending.insert(Pending { conn, req, purpose, since: now });
+        self.submit(key, request(volume), now);
+    }
+
+    fn submit(&mut self, key: usize, request: Request<Mem>, now: Time) {
+        // The order of requests that wait is kept; nothing new slips past them.
+        if !self.deferred.is_empty() {
+            return self.deferred.push_back((key, request));
+        }
+        self.try_submit(key, request, now);
+    }
+
+    fn try_submit(&mut self, key: usize, request: Request<Mem>, now: Time) -> bool {
+        // A copy of handles, for the case that there is no room now.
+        let again = request.clone();
+        match self.volume.submit(key as u64, request, now) {
+            Ok(()) => true,
+            Err(SubmitError::Busy) => {
+                self.deferred.push_front((key, again));
+                false
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a request was refused");
+                self.ended(key, Err(refusal(error)), now);
+                true
+            }
+        }
+    }
+
+    /// The client is gone: nobody waits for its requests any more.
+    fn closed(&mut self, conn: usize, reason: &NbdCloseReason, now: Time) {
+        match reason {
+            NbdCloseReason::Disconnect => tracing::debug!("NBD client disconnected"),
+            NbdCloseReason::Violation(what) => {
+                self.counts.violations += 1;
+                tracing::warn!(%what, "NBD connection closed: the client broke the protocol");
+            }
+            reason => tracing::info!(%reason, "NBD connection closed"),
+        }
+        let orphans: Vec<usize> =
+            self.pending.iter().filter(|(_, p)| p.conn == conn).map(|(key, _)| key).collect();
+        for key in orphans {
+            self.volume.abort(key as u64, now);
+            self.deferred.retain(|(deferred, _)| *deferred != key);
+            self.ended(key, Err(NbdError::Shutdown), now);
+        }
+    }
+
+    /// An answer from a shard; `payload` in as many runs as it came in.
+    pub fn reply(&mut self, from: ShardAddr, reply: IoReply, payload: Mems, now: Time) {
+        let blocks = payload.iter().flat_map(|run| (0..run.blocks()).map(move |at| run.window(at, 1)));
+        self.volume.reply(from, reply, blocks.collect(), now);
+    }
+
+    /// Carries out what the routing core decided. True if there was anything.
+    pub fn drain(&mut self, now: Time) -> bool {
+        let mut any = false;
+        while let Some(action) = self.volume.poll() {
+            any = true;
+            match action {
+                Action::Send { to, request, payload } => {
+                    self.out.push_back(ExportOut::Send { to, request, payload });
+                }
+                Action::ReadPiece { id, offset, length, present, crcs, payload } => {
+                    self.read_piece(id as usize, (offset, length), present, &crcs, &payload);
+                }
+                Action::Done { id, result } => self.ended(id as usize, result.map_err(nbd_error), now),
+                Action::StatusDone { id, runs } => self.status_done(id as usize, &runs),
+                Action::NeedMap => self.out.push_back(ExportOut::NeedMap),
+                Action::FirstWrite { volume, segment } => {
+                    self.out.push_back(ExportOut::FirstWrite { volume, segment });
+                }
+            }
+        }
+        while let Some((key, request)) = self.deferred.pop_front() {
+            if !self.try_submit(key, request, now) {
+                break;
+            }
+            any = true;
+        }
+        any
+    }
+
+    /// What the loop is to do.
+    pub fn poll(&mut self) -> Option<ExportOut> {
+        self.out.pop_front()
+    }
+
+    /// A part of a read came, whole blocks; only the asked bytes of it go to the client.
+    fn read_piece(
+        &mut self,
+        key: usize,
+        (offset, length): (u64, u32),
+        present: u32,
+        crcs: &[u32],
+        payload: &[Mem],
+    ) {
+        let Some(Pending { purpose: Purpose::Read { offset: asked, length: bytes, parts, corrupt }, .. }) =
+            self.pending.get_mut(key)
+        else {
+            return;
+        };
+        let (asked, end) = (*asked, *asked + u64::from(*bytes));
+        let mut data = payload.iter();
+        let mut told = crcs.iter();
+        let mut list = ReadParts::new();
+        for block in 0..length as usize / BLOCK_BYTES {
+            let at = offset + (block * BLOCK_BYTES) as u64;
+            let from = asked.max(at).min(at + BLOCK_BYTES as u64) - at;
+            let to = end.max(at).min(at + BLOCK_BYTES as u64) - at;
+            let wanted = from < to;
+            if present & (1 << block) == 0 {
+                if wanted {
+                    push_zeroes(&mut list, (to - from) as u32);
+                }
+                continue;
+            }
+            let Some(run) = data.next() else {
+                *corrupt = true;
+                return;
+            };
+            if told.next() != Some(&crc_at_rest(block_crc(run.block(0)))) {
+                *corrupt = true;
+                self.counts.wire_corrupt += 1;
+                return;
+            }
+            if wanted {
+                push_data(&mut list, run, from as usize, to as usize);
+            }
+        }
+        parts.insert(offset, list);
+    }
+
+    fn ended(&mut self, key: usize, result: Result<(), NbdError>, now: Time) {
+        let Some(pending) = self.pending.try_remove(key) else { return };
+        self.count(&pending, result, now);
+        let Some(conn) = self.conns.get_mut(pending.conn) else { return };
+        match pending.purpose {
+            Purpose::Read { offset, parts, corrupt, .. } => {
+                let result = if corrupt { Err(NbdError::Io) } else { result };
+                conn.read_done(pending.req, offset, result.map(|()| parts.into_values().flatten().collect()));
+            }
+            Purpose::Write { offset } => conn.write_piece_done(pending.req, offset, result),
+            Purpose::Zero => conn.zero_done(pending.req, result),
+            Purpose::Status => conn.status_done(pending.req, result.map(|()| &[][..])),
+        }
+    }
+
+    fn count(&self, pending: &Pending, result: Result<(), NbdError>, now: Time) {
+        let (counters, took) = (&self.counters, (now - pending.since).0);
+        match (&pending.purpose, result) {
+            (_, Err(NbdError::NoSpace)) => counters.errors_no_space.add(1),
+            (_, Err(NbdError::Shutdown)) => counters.errors_other.add(1),
+            (_, Err(_)) => counters.errors_corrupt.add(1),
+            (Purpose::Read { length, .. }, Ok(())) => {
+                counters.reads.add(1);
+                counters.read_bytes.add(u64::from(*length));
+                counters.read_latency.record(took);
+            }
+            (Purpose::Write { .. } | Purpose::Zero, Ok(())) => {
+                counters.writes.add(1);
+                counters.write_latency.record(took);
+            }
+            (Purpose::Status, Ok(())) => {}
+        }
+    }
+
+    fn status_done(&mut self, key: usize, runs: &[(u64, bool)]) {
+        let Some(pending) = self.pending.try_remove(key) else { return };
+        if let Some(conn) = self.conns.get_mut(pending.conn) {
+            conn.status_done(pending.req, Ok(runs));
+        }
+    }
+
+    /// The local shard, as [`VolumeIo`] names it.
+    pub fn me(&self) -> ShardAddr {
+        self.me
+    }
+}
+
+/// What is to be zeroed: a trim only whole blocks, since its edges need not change.
+fn zero_range(offset: u64, length: u32, trim: bool) -> (u64, u64) {
+    let (block, end) = (BLOCK_BYTES as u64, offset + u64::from(length));
+    if trim { (offset.next_multiple_of(block), end / block * block) } else { (offset, end) }
+}
+
+fn push_zeroes(list: &mut ReadParts, bytes: u32) {
+    match list.last_mut() {
+        Some(ReadPart::Zeroes(before)) => *before += bytes,
+        _ => list.push(ReadPart::Zeroes(bytes)),
+    }
+}
+
+/// Appends bytes of a block; joined with the part before where they lie side by side.
+fn push_data(list: &mut ReadParts, run: &Mem, from: usize, to: usize) {
+    let (buf, start) = run.place();
+    let (from, to) = ((start + from) as u32, (start + to) as u32);
+    if let Some(ReadPart::Data { buf: last, to: end, .. }) = list.last_mut()
+        && last.arena_offset() == buf.arena_offset()
+        && *end == from
+    {
+        *end = to;
+        return;
+    }
+    list.push(ReadPart::Data { buf: buf.clone(), from, to });
+}
+
+fn nbd_error(error: IoError) -> NbdError {
+    match error {
+        IoError::NoSpace => NbdError::NoSpace,
+        IoError::Stopped | IoError::Gone => NbdError::Shutdown,
+        IoError::Corrupt | IoError::Io | IoError::TimedOut => NbdError::Io,
+    }
+}
+
+fn refusal(error: SubmitError) -> NbdError {
+    match error {
+        SubmitError::UnknownVolume | SubmitError::Stopped => NbdError::Shutdown,
+        SubmitError::OutOfRange | SubmitError::Misaligned | SubmitError::Busy => NbdError::Invalid,
+    }
+}

@@ -1,0 +1,314 @@
+//! A target from its configuration: format it, look at it, run it.
+
+use crate::config::{Host as HostChoice, TargetConfig};
+use crate::control::{self, ShardPort, shard_ports};
+use crate::core_loop::{Core, Port as ListenFor, kind};
+use crate::disk::DiskDriver;
+use crate::export::Export;
+use crate::files::{FileMedia, Files};
+use crate::identity::Identity;
+use crate::links::Links;
+use crate::mem::Mem;
+use crate::shard::{Settings, Shard};
+use chunkstore::Layout;
+use client::volume::Config as VolumeConfig;
+use protocol::control::{Problem, ProblemKind};
+use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, ShardAddr, Span};
+use reactor::disk::HostDisk;
+use reactor::host::{CoreContext, CoreLoop, CoreSpec, Host, HostKind, Turn};
+use reactor::ring::{Ring, RingConfig};
+use reactor::{Listener, Reactor, Waker};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use transport::NbdLimits;
+
+/// Chunk slots of a chunk file: 256 MiB of data a file, so that 16 TiB need 65,536 open files.
+const SLOTS_PER_FILE: u32 = 16;
+/// Chunk slots kept preformatted ahead of need: 256 MiB.
+const RESERVE_SLOTS: u32 = 16;
+/// An idle copyset hibernates after this long.
+const HIBERNATE_AFTER: Span = Span::ms(10_000);
+
+/// Makes a target's directory ready: its identity, then each shard's files.
+///
+/// # Errors
+/// It is formatted already, the sizes cannot work, or the disk refuses.
+pub fn format(config: &TargetConfig) -> Result<(), Problem> {
+    let identity = Identity::create(&config.dir, config.target())?;
+    for shard in 0..config.shards {
+        let mut disk = HostDisk::new().map_err(|error| cannot("use the disk", &error))?;
+        let mut files = Files::new(&shard_dir(&config.dir, shard));
+        let mut media = FileMedia { files: &mut files, disk: &mut disk };
+        let whose = chunkstore::Identity { cluster: [0; 16], disk: identity.disk, target: config.id, shard };
+        chunkstore::format(&mut media, &layout(config), &whose).map_err(|error| cannot("format", &error))?;
+    }
+    Ok(())
+}
+
+/// Runs a target until `stop` is set and `stopped` of every shard, or until every shard failed.
+/// The closure handed to `ready` may be called from any thread to stop it.
+///
+/// # Errors
+/// Nothing could be started. What happens later is logged, and the other shards go on.
+pub fn run(config: TargetConfig, ready: impl FnOnce(Box<dyn Fn() + Send + Sync>)) -> Result<(), Problem> {
+    let identity = Identity::open(&config.dir, config.target())?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let nbd = listen_nbd(&config)?;
+    let wakers: Vec<Arc<OnceLock<Waker>>> = (0..config.shards).map(|_| Arc::default()).collect();
+    let (ends, ports) = shard_ports(wakers.iter().map(|waker| wake_by(waker.clone())).collect());
+    let mut parts = Vec::new();
+    for (port, waker) in ports.into_iter().zip(&wakers) {
+        let nbd = nbd.iter().map(OwnedFd::try_clone).collect::<Result<Vec<_>, _>>();
+        let nbd = nbd.map_err(|error| cannot("share the NBD listener between shards", &error))?;
+        parts.push(Some(Parts { port, waker: waker.clone(), nbd, stop: stop.clone() }));
+    }
+    let control =
+        control::start(control::Start { config: config.clone(), identity: identity.clone(), ends })?;
+    let wakes: Vec<_> = wakers.into_iter().map(wake_by).collect();
+    ready(Box::new(move || {
+        stop.store(true, Ordering::Relaxed);
+        wakes.iter().for_each(|wake| wake());
+    }));
+    let failures: Arc<Mutex<Vec<Problem>>> = Arc::default();
+    let build = Build {
+        config: config.clone(),
+        identity,
+        parts: Arc::new(Mutex::new(parts)),
+        failures: failures.clone(),
+    };
+    let host = match config.host {
+        HostChoice::Glommio => HostKind::Glommio,
+        HostChoice::Bare => HostKind::Bare,
+    };
+    let ran = host.run(cores(&config), move |context| build.core(context));
+    control.stop();
+    if let Some(path) = &config.listen.nbd_unix {
+        // A socket file that nobody listens on only puzzles people.
+        let _ = std::fs::remove_file(path);
+    }
+    ran.map_err(|error| cannot("run the shards", &error))?;
+    let failed = failures.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    failed.map_or(Ok(()), Err)
+}
+
+/// Wakes a shard once it runs.
+fn wake_by(waker: Arc<OnceLock<Waker>>) -> Box<dyn Fn() + Send + Sync> {
+    Box::new(move || {
+        if let Some(waker) = waker.get() {
+            waker.wake();
+        }
+    })
+}
+
+/// What one shard's thread is given.
+struct Parts {
+    port: ShardPort,
+    waker: Arc<OnceLock<Waker>>,
+    nbd: Vec<OwnedFd>,
+    stop: Arc<AtomicBool>,
+}
+
+/// Builds each core's loop on that core's thread.
+#[derive(Clone)]
+struct Build {
+    config: TargetConfig,
+    identity: Identity,
+    parts: Arc<Mutex<Vec<Option<Parts>>>>,
+    failures: Arc<Mutex<Vec<Problem>>>,
+}
+
+/// The loop of a shard that could not be started.
+struct Nothing;
+
+impl CoreLoop for Nothing {
+    fn turn(&mut self) -> Turn {
+        Turn::Stop
+    }
+}
+
+impl Build {
+    fn core(&self, context: CoreContext) -> Box<dyn CoreLoop> {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner)[context.index].take();
+        let parts = parts.expect("each core is built once");
+        let shard = context.index as u16;
+        self.try_core(shard, parts)
+            .map_or_else(|problem| self.failed(shard, problem), |core| Box::new(core) as _)
+    }
+
+    fn failed(&self, shard: u16, problem: Problem) -> Box<dyn CoreLoop> {
+        tracing::error!(shard, %problem, "the shard cannot start");
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner).push(problem);
+        Box::new(Nothing)
+    }
+
+    fn try_core(&self, shard_index: u16, parts: Parts) -> Result<Core<Ring>, Problem> {
+        let config = &self.config;
+        let ring = RingConfig {
+            arena_bytes: config.arena_bytes as usize,
+            spin_us_max: config.spin_us_max,
+            ..RingConfig::default()
+        };
+        let mut ring = Ring::new(ring).map_err(|error| cannot("set up io_uring", &error))?;
+        let _ = parts.waker.set(ring.waker());
+        let me = ShardAddr { target: config.target(), shard: shard_index };
+        let mut files = Files::new(&shard_dir(&config.dir, shard_index));
+        let (store, copysets, report) = {
+            let mut media = FileMedia { files: &mut files, disk: &mut ring };
+            chunkstore::recover::<Mem, _>(&mut media, &layout(config))
+                .map_err(|error| cannot("recover the disk", &error))?
+        };
+        for damage in &report.damages {
+            tracing::error!(
+                shard = shard_index,
+                damage,
+                "the log is damaged; its replicas rejoin from their peers"
+            );
+        }
+        tracing::info!(
+            shard = shard_index,
+            copysets = copysets.len(),
+            batches = report.batches,
+            torn = report.torn_batches,
+            "recovered"
+        );
+        check_owner(&store.identity(), config, &self.identity, shard_index)?;
+        let (seed, incarnation, now) = (ring.random(), ring.random(), ring.now());
+        let settings = Settings {
+            me,
+            election_timeout: Span::ms(config.raft.election_timeout_ms.into()),
+            heartbeat: Span::ms(config.raft.heartbeat_ms.into()),
+            hibernate_after: HIBERNATE_AFTER,
+            seed,
+        };
+        let layout = store.layout();
+        let shard = Shard::new(settings, ring.arena().clone(), store, copysets, now);
+        let disk = DiskDriver::new(kind::DISK, files, &ring);
+        let links = Links::new(kind::LINK, kind::CONNECT, me, incarnation);
+        let export = self.export(&ring, me, &parts.port);
+        let listeners = self.listen(&mut ring, shard_index, parts.nbd)?;
+        Ok(Core::new(ring, shard, disk, links, export, parts.port, listeners, layout, parts.stop))
+    }
+
+    fn export(&self, ring: &Ring, me: ShardAddr, port: &ShardPort) -> Export {
+        let arena = ring.arena().capacity_blocks();
+        let volume = VolumeConfig {
+            me: Some(me),
+            io_timeout: self.config.export.io_timeout_s.map(|s| Span::ms(u64::from(s) * 1000)),
+            read_bytes_max: arena * BLOCK_BYTES / 4,
+            ..VolumeConfig::default()
+        };
+        // Clients may fill half of the arena; the rest is for peers, reads and the log.
+        let limits = NbdLimits {
+            bytes_max: (arena * BLOCK_BYTES / 4).min(16 << 20),
+            arena_reserve_blocks: arena / 2,
+            ..NbdLimits::default()
+        };
+        Export::new(kind::NBD, volume, me, limits, port.counters().clone())
+    }
+
+    fn listen(
+        &self,
+        ring: &mut Ring,
+        shard: u16,
+        nbd: Vec<OwnedFd>,
+    ) -> Result<Vec<(ListenFor, Listener)>, Problem> {
+        let peer = self.config.listen.peer[usize::from(shard)];
+        let listener = ring.listen(peer).map_err(|error| cannot_listen("peer", &peer.to_string(), &error))?;
+        let mut listeners = vec![(ListenFor::Peer, listener)];
+        for fd in nbd {
+            let listener = ring.adopt_listener(fd).map_err(|error| cannot("listen for NBD", &error))?;
+            listeners.push((ListenFor::Nbd, listener));
+        }
+        Ok(listeners)
+    }
+}
+
+/// The listeners that all shards share: whoever is free takes the next client.
+fn listen_nbd(config: &TargetConfig) -> Result<Vec<OwnedFd>, Problem> {
+    let mut listeners = Vec::new();
+    if let Some(addr) = config.listen.nbd {
+        let listener =
+            TcpListener::bind(addr).map_err(|error| cannot_listen("nbd", &addr.to_string(), &error))?;
+        listeners.push(listener.into());
+    }
+    if let Some(path) = &config.listen.nbd_unix {
+        let shown = path.display().to_string();
+        if path.exists() && UnixStream::connect(path).is_err() {
+            // Left behind by a target that was killed.
+            let _ = std::fs::remove_file(path);
+        }
+        let listener = UnixListener::bind(path).map_err(|error| cannot_listen("nbd_unix", &shown, &error))?;
+        listeners.push(listener.into());
+    }
+    Ok(listeners)
+}
+
+fn cores(config: &TargetConfig) -> Vec<CoreSpec> {
+    let core = |index: usize| CoreSpec {
+        index,
+        cpu: config.cpus.get(index).copied(),
+        name: format!("shard-{index}"),
+    };
+    (0..usize::from(config.shards)).map(core).collect()
+}
+
+fn shard_dir(dir: &Path, shard: u16) -> PathBuf {
+    dir.join(format!("shard-{shard}"))
+}
+
+fn layout(config: &TargetConfig) -> Layout {
+    let slots = config.capacity_bytes / u64::from(config.shards) / CHUNK_BYTES as u64;
+    let slots = (slots.max(1) as u32).next_multiple_of(SLOTS_PER_FILE);
+    Layout {
+        segment_bytes: config.log.segment_bytes as u32,
+        log_segments: config.log.segments,
+        slots_per_file: SLOTS_PER_FILE,
+        slots_max: slots,
+        reserve_slots: RESERVE_SLOTS,
+        // Two fifths of the arena: the rest is for what is on its way.
+        ram_blocks_max: config.arena_bytes as usize / BLOCK_BYTES * 2 / 5,
+        ..Layout::default()
+    }
+}
+
+fn check_owner(
+    found: &chunkstore::Identity,
+    config: &TargetConfig,
+    identity: &Identity,
+    shard: u16,
+) -> Result<(), Problem> {
+    if found.target == config.id && found.shard == shard && found.disk == identity.disk {
+        return Ok(());
+    }
+    Err(Problem::new(
+        ProblemKind::WrongCluster,
+        format!(
+            "the files of shard {shard} belong to another disk (target {}, shard {})",
+            found.target, found.shard
+        ),
+        "directories of two targets were mixed up, or a part was restored from elsewhere",
+        "put the right directory back, or format an empty one and let the target be rebuilt from its peers",
+    ))
+}
+
+fn cannot(what: &str, error: &dyn std::fmt::Display) -> Problem {
+    Problem::new(
+        ProblemKind::NotReady,
+        format!("cannot {what}"),
+        error.to_string(),
+        "see the cause; `ashlar tune check` looks at what the machine allows",
+    )
+}
+
+fn cannot_listen(key: &str, place: &str, error: &dyn std::fmt::Display) -> Problem {
+    Problem::new(
+        ProblemKind::InUse,
+        format!("cannot listen on {place} (`listen.{key}` of target.toml)"),
+        error.to_string(),
+        "stop what listens there, or choose another address",
+    )
+}

@@ -1,0 +1,87 @@
+//! One copyset as its shard hosts it: the replica, and what waits for it.
+
+use super::affinity::Affinity;
+use super::catchup::CatchUp;
+use super::ordering::Ordering;
+use crate::mem::Mem;
+use copyset::Replica;
+use protocol::types::{LogIndex, ShardAddr, Term, Time};
+use smallvec::SmallVec;
+use std::collections::{BTreeMap, VecDeque};
+
+/// CRC-32C of each block of a payload.
+pub type Crcs = SmallVec<[u32; 8]>;
+
+/// A write between arrival and proposal.
+pub struct PendingWrite {
+    /// Key of the request it is a part of.
+    pub request: usize,
+    /// Byte offset in the chunk.
+    pub offset: u32,
+    /// Bytes.
+    pub length: u32,
+    /// The covering blocks with the data at its place in them; `None` writes zeroes.
+    pub data: Option<Mem>,
+}
+
+/// A proposed entry whose fate a request waits for.
+pub struct Waiter {
+    /// Where it is in the log.
+    pub index: LogIndex,
+    /// The term it was proposed in: another term's entry at `index` means that it was lost.
+    pub term: Term,
+    /// Key of the request.
+    pub request: usize,
+}
+
+/// A message whose payload is being read back from the log, and those that came behind it.
+#[derive(Default)]
+pub struct Outbox {
+    /// Key of the load job, while one is under way.
+    pub loading: Option<usize>,
+    /// Messages behind it, oldest first.
+    pub behind: VecDeque<protocol::raft::Message>,
+}
+
+/// Most messages held for one peer behind a payload that is read from the log. More are dropped:
+/// Raft sends again.
+pub const OUTBOX_MAX: usize = 64;
+
+/// A hosted copyset.
+pub struct Hosted {
+    /// The Raft core.
+    pub replica: Replica,
+    /// Payloads that were handed in and whose `Persist` has not come yet.
+    pub incoming: BTreeMap<LogIndex, (Mem, Crcs)>,
+    /// In order of index.
+    pub waiters: VecDeque<Waiter>,
+    /// The order of overlapping writes.
+    pub ordering: Ordering<PendingWrite>,
+    /// Where IO comes from.
+    pub affinity: Affinity,
+    /// Messages that wait for payloads, by receiver.
+    pub outboxes: BTreeMap<ShardAddr, Outbox>,
+    /// The catch-up under way, if one is.
+    pub catch_up: Option<CatchUp>,
+    /// When the replica wants to be ticked, as noted in the shard's timers.
+    pub deadline: Option<Time>,
+    /// It is in the list of those to be settled.
+    pub touched: bool,
+}
+
+impl Hosted {
+    /// A copyset around its replica.
+    pub fn new(replica: Replica) -> Self {
+        Self {
+            replica,
+            incoming: BTreeMap::new(),
+            waiters: VecDeque::new(),
+            ordering: Ordering::default(),
+            affinity: Affinity::default(),
+            outboxes: BTreeMap::new(),
+            catch_up: None,
+            deadline: None,
+            touched: false,
+        }
+    }
+}
