@@ -1,11 +1,13 @@
 //! What the long-running commands (`mds run`, `target run`) share: their log, and the pipe
 //! by which a supervisor's death stops them.
 
+use crate::problem::Problem;
 use clap::Args;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{IsTerminal, Read};
 use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 /// After the end of stdin, so long may a graceful stop take.
@@ -40,6 +42,18 @@ impl DaemonArgs {
             std::thread::spawn(stop_when_stdin_ends);
         }
     }
+}
+
+/// Resolves when the operator asks this process to stop. Listens from the call on.
+pub fn stop_signal() -> Result<impl Future<Output = ()> + Send, Problem> {
+    let listen = |kind| signal(kind).map_err(Problem::io("cannot listen for signals"));
+    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
 }
 
 /// Asks this process to stop as an operator would; ends it if it does not.

@@ -13,6 +13,7 @@ mod ready;
 pub mod record;
 mod shape;
 mod supervisor;
+mod targets;
 
 use crate::cluster::DEV_DIR;
 use crate::problem::Outcome;
@@ -56,7 +57,7 @@ const VOLUME: &str = "vol0";
 const VOLUME_SIZE: Size = Size(4 << 30);
 
 /// Everything settled about a run.
-pub struct Plan {
+struct Plan {
     layout: Layout,
     shape: Shape,
     /// Asked for on the command line, if it was.
@@ -87,7 +88,7 @@ pub async fn run(args: DevArgs) -> Outcome {
         advertise: args.advertise,
         restart: !args.no_restart,
     };
-    crate::target::prepare(&plan)?;
+    targets::write_configs(&plan)?;
     supervisor::run(&plan).await
 }
 

@@ -1,10 +1,8 @@
 //! `ashlar mds`: the metadata server.
 
-use crate::daemon::DaemonArgs;
-use crate::problem::{Outcome, Problem};
+use crate::daemon::{DaemonArgs, stop_signal};
+use crate::problem::{Exit, Outcome};
 use clap::{Args, Subcommand};
-use std::net::SocketAddr;
-use std::path::PathBuf;
 
 /// Commands of the metadata server.
 #[derive(Subcommand)]
@@ -16,12 +14,8 @@ pub enum MdsCommand {
 /// What `mds run` takes.
 #[derive(Args)]
 pub struct RunArgs {
-    /// Where it serves gRPC.
-    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7400")]
-    listen: SocketAddr,
-    /// Its database; made at the first start.
-    #[arg(long, value_name = "DIR")]
-    dir: PathBuf,
+    #[command(flatten)]
+    mds: mds_lite::Args,
     #[command(flatten)]
     daemon: DaemonArgs,
 }
@@ -30,5 +24,9 @@ pub struct RunArgs {
 pub fn run(command: MdsCommand) -> Outcome {
     let MdsCommand::Run(args) = command;
     args.daemon.set_up();
-    Err(Problem::new(format!("no MDS in this build ({}, {})", args.listen, args.dir.display())))
+    crate::block_on(async {
+        let stop = stop_signal()?;
+        mds_lite::run(args.mds.into(), stop).await?;
+        Ok(Exit::Ok)
+    })
 }

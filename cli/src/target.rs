@@ -1,7 +1,6 @@
 //! `ashlar target`: the storage daemon, and making and checking its disk.
 
 use crate::daemon::DaemonArgs;
-use crate::dev::Plan;
 use crate::problem::{Outcome, Problem};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -44,9 +43,4 @@ pub fn run(command: TargetCommand) -> Outcome {
         }
     };
     Err(Problem::new(format!("no target in this build ({})", config.config.display())))
-}
-
-/// Writes the configurations of a dev cluster's targets and formats those that are new.
-pub fn prepare(_plan: &Plan) -> Result<(), Problem> {
-    Ok(())
 }

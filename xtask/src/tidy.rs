@@ -1,11 +1,25 @@
 //! Rules on source text that neither the compiler nor clippy checks.
 //!
-//! Two rules: `unsafe` only in `reactor` (the workspace denies it, so whoever wants it
-//! must write an `allow`, which is what is looked for), and every file opens with `//!`.
+//! Three rules: `unsafe` only in `reactor` (the workspace denies it, so whoever wants it
+//! must write an `allow`, which is what is looked for); no IO, clock, thread or environment
+//! in the sources of the cores; and every file opens with `//!`.
 
+use crate::arrows::CORES;
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
+
+/// What the sources of a core do not name. Their tests may read files of scenarios.
+const NOT_IN_CORES: &[&str] = &[
+    "std::env",
+    "std::fs",
+    "std::net::Tcp",
+    "std::net::Udp",
+    "std::os",
+    "std::process",
+    "std::thread",
+    "std::time",
+];
 
 /// Every broken rule as one line, over all crates beneath `root`.
 pub fn violations(root: &Path) -> Result<Vec<String>> {
@@ -38,7 +52,20 @@ fn source_violations(name: &str, file: &str, text: &str) -> Vec<String> {
         let line = text.lines().position(allows_unsafe);
         found.extend(line.map(|at| format!("{file}:{}: only reactor may allow unsafe code", at + 1)));
     }
+    if CORES.contains(&name) && file.starts_with(&format!("{name}/src/")) {
+        found.extend(
+            text.lines()
+                .enumerate()
+                .filter_map(|(at, line)| acts(line).map(|what| (at, what)))
+                .map(|(at, what)| format!("{file}:{}: {name} is sans-IO and does not name {what}", at + 1)),
+        );
+    }
     found
+}
+
+fn acts(line: &str) -> Option<&'static str> {
+    let is_comment = line.trim_start().starts_with("//");
+    NOT_IN_CORES.iter().copied().find(|what| !is_comment && line.contains(what))
 }
 
 fn allows_unsafe(line: &str) -> bool {
@@ -91,6 +118,15 @@ mod tests {
     #[test]
     fn a_file_without_a_purpose_is_found() {
         assert_eq!(source_violations("client", "client/src/io.rs", "use std::fs;\n").len(), 1);
+    }
+
+    #[test]
+    fn a_core_that_reads_a_clock_is_found_but_words_about_it_are_not() {
+        let text = "//! Purpose.\nuse std::time::Instant;\n/// Unlike std::time.\n";
+        let found = source_violations("copyset", "copyset/src/lease.rs", text);
+        assert_eq!(found, ["copyset/src/lease.rs:2: copyset is sans-IO and does not name std::time"]);
+        assert_eq!(source_violations("copyset", "copyset/tests/scenarios.rs", text), Vec::<String>::new());
+        assert_eq!(source_violations("client", "client/src/io.rs", text), Vec::<String>::new());
     }
 
     #[test]

@@ -20,12 +20,6 @@ const PAUSE: Duration = Duration::from_millis(10);
 const TELL_AFTER: Duration = Duration::from_secs(1);
 /// The pool of a dev cluster.
 const POOL: &str = "default";
-/// Replicas of everything.
-const REPLICAS: u32 = 3;
-/// Enough that each of three targets leads some, few enough that they cost nothing when idle.
-const COPYSETS: u32 = 6;
-/// More targets, more copysets, so that each has some to lead.
-const COPYSETS_A_TARGET: u32 = 2;
 /// One attempt of a probe.
 const PROBE_WAIT_MAX: Duration = Duration::from_secs(2);
 
@@ -84,21 +78,12 @@ impl BringUp<'_> {
         }
     }
 
+    /// The MDS makes it by itself once the targets have registered.
     async fn pool(&mut self) -> Result<(), Problem> {
-        if self.mds.status().await?.pools.iter().any(|pool| pool.name == POOL) {
-            return Ok(());
+        while !self.mds.status().await?.pools.iter().any(|pool| pool.name == POOL) {
+            self.again("the MDS to make the pool", "").await;
         }
-        let targets = self.plan.shape.targets.len() as u32;
-        let request = pb::CreatePoolRequest {
-            name: POOL.into(),
-            replicas: REPLICAS,
-            copysets: COPYSETS.max(targets * COPYSETS_A_TARGET),
-            targets: Vec::new(),
-        };
-        match self.mds.create_pool(request).await {
-            Err(refusal) if refusal.kind != ProblemKind::AlreadyExists => Err(refusal.into()),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     async fn volume(&mut self) -> Result<pb::Volume, Problem> {

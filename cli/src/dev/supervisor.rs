@@ -19,6 +19,8 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 const STOP_WAIT_MAX: Duration = Duration::from_secs(10);
 /// From the first start to a cluster that serves.
 const READY_WAIT_MAX: Duration = Duration::from_secs(60);
+/// Copysets of the pool: each target leads some, and they are few enough to cost nothing when idle.
+const COPYSETS_A_TARGET: u32 = 2;
 /// Index of the MDS among the children; target N is child N.
 const MDS: usize = 0;
 
@@ -225,8 +227,11 @@ fn died_early(child: &Process, ended: &Ended) -> Problem {
 }
 
 fn mds_arguments(plan: &Plan) -> Vec<OsString> {
+    let targets = plan.shape.targets.len() as u32;
     let mut arguments: Vec<OsString> = ["mds", "run", "--listen"].map(OsString::from).into();
     arguments.extend([plan.mds_endpoint().into(), "--dir".into(), plan.layout.mds().into()]);
+    arguments.extend(["--expect-targets".into(), targets.to_string().into()]);
+    arguments.extend(["--copysets".into(), (targets * COPYSETS_A_TARGET).to_string().into()]);
     arguments
 }
 
