@@ -1,6 +1,6 @@
 //! The client against the real MDS: what it hands out is checked, and a watch outlives a restart.
 
-use client::control::{MapWatch, MdsClient, Patience, volume_ref};
+use ashlar_client::control::{MapWatch, MdsClient, Patience, volume_ref};
 use mds_lite::state::Policy;
 use mds_lite::{Config, Server};
 use protocol::control::{Problem, ProblemKind, pb};
