@@ -371,3 +371,6 @@ pub fn verify_write(buf: &Buf, offset: u32, length: u32, crc: u32) -> bool {
     let lead = offset as usize % BLOCK_BYTES;
     buf.get(lead..lead + length as usize).is_some_and(|bytes| block_crc(bytes) == crc)
 }
+
+#[cfg(test)]
+mod tests;
