@@ -438,10 +438,8 @@ fn start(data: &[u8]) -> u64 {
 }
 
 fn put(into: &mut [Option<u8>], at: u64, bytes: impl Iterator<Item = u8>) {
-    let mut at = at as usize;
-    for byte in bytes {
+    for (at, byte) in (at as usize..).zip(bytes) {
         assert!(into[at].replace(byte).is_none(), "chunks overlap");
-        at += 1;
     }
 }
 
@@ -535,7 +533,7 @@ fn a_tight_budget_and_a_small_arena_slow_clients_down_but_lose_nothing() {
 
 /// Writes and reads back a megabyte of its own.
 fn exercise_alone(addr: &Addr, seed: u64) {
-    let mut host = Host::attach(addr, seed % 2 == 0);
+    let mut host = Host::attach(addr, seed.is_multiple_of(2));
     let data: Vec<u8> = (0..1 << 20).map(|i: u32| (i / 13) as u8 ^ seed as u8).collect();
     for _ in 0..3 {
         let offset = seed * (8 << 20) + 4096;
