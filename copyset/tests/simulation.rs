@@ -74,16 +74,29 @@ impl Run {
         let pause = self.cluster.dice.between(MS, 60 * MS);
         let pause = if self.cluster.dice.chance(10) { pause * 100 } else { pause };
         self.cluster.run_until(self.cluster.now + pause);
+        // Whoever believes to lead is asked to read: an old leader's lease must not outlive it.
+        for leader in 0..5 {
+            if self.cluster.is_up(leader) && self.cluster.replica(leader).role() == Role::Leader {
+                let _ = self.cluster.read(leader);
+                self.counter += 1;
+                self.cluster.propose(leader, value(self.counter));
+            }
+        }
         let node = self.cluster.dice.below(5) as usize;
         let node = if self.cluster.dice.chance(600) { self.cluster.leader().unwrap_or(node) } else { node };
         let at = self.cluster.clock(node);
         match self.cluster.dice.below(100) {
             0..45 => self.write(node),
             45..75 => drop(self.cluster.read(node)),
-            75..80 if self.plan.crashes => self.cluster.crash(node),
+            75..80 if self.plan.crashes => {
+                self.cluster.crash(node);
+                if self.cluster.dice.chance(500) {
+                    self.cluster.restart(node);
+                }
+            }
             80..88 => self.cluster.restart(node),
-            88..90 if self.plan.partitions => self.partition(),
-            90..93 => self.cluster.cut.clear(),
+            88..91 if self.plan.partitions => self.partition(),
+            91 | 92 if self.cluster.dice.chance(500) => self.cluster.cut.clear(),
             93 => drop(self.cluster.with(node, |r| r.wake(at))),
             94 => {
                 let to = TargetId(self.cluster.dice.between(1, 5) as u32);
