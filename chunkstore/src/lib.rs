@@ -14,6 +14,7 @@ mod batch;
 mod checkpoint;
 mod driver;
 mod flush;
+mod inspect;
 mod log;
 mod pool;
 mod preformat;
@@ -28,5 +29,6 @@ mod walk;
 mod wire;
 
 pub use api::*;
+pub use inspect::*;
 pub use recover::*;
 pub use store::Store;

@@ -5,6 +5,7 @@ use crate::batch::{Logged, payload_blocks};
 use crate::checkpoint::{self, Checkpoint};
 use crate::log::Log;
 use crate::pool::{Pool, Slot};
+use crate::round::Base;
 use crate::store::{Copyset, EntryMeta, Map, Placed, Store};
 use crate::superblock;
 use crate::table::Pages;
@@ -271,6 +272,8 @@ fn new_store<P: Payload>(
         let mut state = Copyset::new(image.members, image.born);
         (state.hard, state.floor, state.floor_term) = (image.hard, image.floor, image.floor_term);
         (state.applied, state.damaged, state.installing) = (image.floor, image.damaged, image.installing);
+        let base = Base { floor: image.floor, term: image.floor_term, members: image.members };
+        store.round.last_bases.insert(image.id, base);
         store.copysets.insert(image.id, state);
     }
     for image in &from.slots {

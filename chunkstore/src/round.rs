@@ -8,7 +8,7 @@ use crate::api::*;
 use crate::checkpoint::{self, Checkpoint, CopysetImage, SlotImage};
 use crate::read::Pending;
 use crate::store::Store;
-use protocol::raft::Body;
+use protocol::raft::{Body, Members};
 use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, LogIndex, Span, Term, Time};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -29,6 +29,14 @@ enum Phase {
     Write,
 }
 
+/// Where replay begins for a copyset.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Base {
+    pub floor: LogIndex,
+    pub term: Term,
+    pub members: Members,
+}
+
 /// The state of the round in progress, and what lasts from round to round.
 #[derive(Default)]
 pub(crate) struct Round {
@@ -41,6 +49,10 @@ pub(crate) struct Round {
     /// Highest index to be flushed whatever its LSN.
     flush_to: BTreeMap<CopysetId, LogIndex>,
     floors: BTreeMap<CopysetId, (LogIndex, Term)>,
+    /// Floors for the checkpoint: as of `covers`, since a later `InstallEnd` is replayed.
+    bases: BTreeMap<CopysetId, Base>,
+    /// Those of the last durable checkpoint.
+    pub last_bases: BTreeMap<CopysetId, Base>,
     copies: VecDeque<(CopysetId, LogIndex)>,
     copying: usize,
     copy_bad: bool,
@@ -187,6 +199,7 @@ impl<P: Payload> Store<P> {
             chunks.extend(wanted.map(|b| b.lsn).min().map(|lsn| (lsn, *chunk)));
         }
         chunks.sort_unstable();
+        self.round.bases = self.copysets.keys().map(|id| (*id, self.base(*id))).collect();
         self.flush.queue = chunks.into_iter().map(|(_, chunk)| chunk).collect();
         self.flush.slotless.clear();
         self.flush.spoilt.clear();
@@ -287,6 +300,7 @@ impl<P: Payload> Store<P> {
         self.round.target = self.log.uses[0].first_lsn;
         self.round.covers = self.round.last_covers;
         self.round.floors.clear();
+        self.round.bases = self.round.last_bases.clone();
     }
 
     fn snapshot(&mut self) {
@@ -333,18 +347,31 @@ impl<P: Payload> Store<P> {
         }
     }
 
-    fn copyset_image(&self, id: CopysetId) -> CopysetImage {
+    /// A copyset's floor after this round, and the membership there.
+    fn base(&self, id: CopysetId) -> Base {
         let state = &self.copysets[&id];
-        let (mut floor, mut floor_term, mut members) = (state.floor, state.floor_term, state.members);
-        if let Some((to, term)) = self.round.floors.get(&id).filter(|(to, _)| *to > floor) {
-            (floor, floor_term) = (*to, *term);
-            let gone = state.entries.iter().take_while(|e| e.entry.index <= *to);
-            for meta in gone {
+        let mut base = Base { floor: state.floor, term: state.floor_term, members: state.members };
+        if let Some((to, term)) = self.round.floors.get(&id) {
+            (base.floor, base.term) = (*to, *term);
+            for meta in state.entries.iter().take_while(|e| e.entry.index <= *to) {
                 if let Body::Members(new) = meta.entry.body {
-                    members = new;
+                    base.members = new;
                 }
             }
         }
+        base
+    }
+
+    fn copyset_image(&self, id: CopysetId) -> CopysetImage {
+        let state = &self.copysets[&id];
+        // One that was created since begins at 0, and what became of it is replayed.
+        let fresh = Base { members: state.members, ..Base::default() };
+        let base = if state.born >= self.round.covers {
+            fresh
+        } else {
+            self.round.bases.get(&id).copied().unwrap_or(fresh)
+        };
+        let (floor, floor_term, members) = (base.floor, base.term, base.members);
         CopysetImage {
             id,
             hard: state.hard,
@@ -384,6 +411,7 @@ impl<P: Payload> Store<P> {
         self.round.phase = Phase::Idle;
         self.round.seq += 1;
         self.round.last_covers = self.round.covers;
+        self.round.last_bases = std::mem::take(&mut self.round.bases);
         for slot in std::mem::take(&mut self.pool.touched) {
             if let Some(slot) = self.pool.get_mut(slot) {
                 slot.pages.durable = slot.pages.current;
