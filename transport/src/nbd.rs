@@ -257,6 +257,8 @@ pub struct NbdConn {
     waiting: Vec<Waiting>,
     /// Bytes of data that wait.
     waiting_bytes: usize,
+    /// A question about exports is not answered yet.
+    asking: bool,
     dirty: bool,
     starved: bool,
     attached: bool,
@@ -284,6 +286,7 @@ impl NbdConn {
             streaming: None,
             waiting: Vec::new(),
             waiting_bytes: 0,
+            asking: false,
             dirty: true,
             starved: false,
             attached: false,
@@ -304,7 +307,7 @@ impl NbdConn {
     }
     /// Whether it can be dropped: closed, and every event answered.
     pub fn is_done(&self) -> bool {
-        self.stream.is_closed() && self.requests.is_empty()
+        self.stream.is_closed() && self.requests.is_empty() && !self.asking
     }
     /// Requests in flight.
     pub fn requests(&self) -> usize {
@@ -440,6 +443,7 @@ impl NbdConn {
         Ok(Step::Again)
     }
     fn on_event(&mut self, event: Event, events: &mut Vec<NbdEvent>) {
+        self.asking = matches!(event, Event::Export { .. } | Event::List);
         match event {
             Event::Export { name } => events.push(NbdEvent::OpenExport { name }),
             Event::List => events.push(NbdEvent::ListExports),

@@ -7,20 +7,24 @@ use protocol::nbd::{ExportInfo, NbdError, Refusal, reply};
 impl NbdConn {
     /// Answers [`super::NbdEvent::OpenExport`]. Ignored when the connection is over.
     pub fn answer_export(&mut self, answer: Result<ExportInfo, Refusal>) {
-        if !self.session.is_waiting() || !matches!(self.state, State::Open) {
+        self.question_answered();
+        if !matches!(self.state, State::Open) {
             return;
         }
-        self.dirty = true;
         if let Err(violation) = self.session.answer_export(answer, self.stream.text()) {
             self.violated(violation);
         }
     }
     /// Answers [`super::NbdEvent::ListExports`] with (name, description). Ignored when the connection is over.
     pub fn answer_list(&mut self, exports: &[(String, String)]) {
-        if self.session.is_waiting() && matches!(self.state, State::Open) {
-            self.dirty = true;
+        self.question_answered();
+        if matches!(self.state, State::Open) {
             self.session.answer_list(exports, self.stream.text());
         }
+    }
+    fn question_answered(&mut self) {
+        assert!(core::mem::replace(&mut self.asking, false), "an event is answered once");
+        self.dirty = true;
     }
     /// Answers [`super::NbdEvent::WritePiece`]; `offset` is the piece's.
     pub fn write_piece_done(&mut self, id: ReqId, offset: u64, result: Result<(), NbdError>) {
