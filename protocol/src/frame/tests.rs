@@ -97,12 +97,19 @@ fn every_message() -> Vec<(&'static str, PeerMessage)> {
         ),
         (
             "raft_heartbeat",
-            raft(Kind::Heartbeat { round, commit: index, sleep: true, install: false }, vec![]),
+            raft(Kind::Heartbeat { round, commit: index, sleep: true, install: Some(index) }, vec![]),
         ),
         (
             "raft_heartbeat_reply",
             raft(
-                Kind::HeartbeatReply { round, standing, accepted: index, last: index, durable: index, asleep: false },
+                Kind::HeartbeatReply {
+                    round,
+                    standing,
+                    accepted: index,
+                    last: index,
+                    durable: index,
+                    asleep: false,
+                },
                 vec![],
             ),
         ),
