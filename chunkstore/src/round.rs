@@ -182,7 +182,7 @@ impl<P: Payload> Store<P> {
         round.copies.clear();
         for (id, copyset) in &self.copysets {
             let old = copyset.entries.iter().filter(|e| e.lsn < target);
-            let floor = old.clone().filter(|e| e.entry.index <= copyset.applied).next_back();
+            let floor = old.clone().rfind(|e| e.entry.index <= copyset.applied);
             if let Some(floor) = floor {
                 round.floors.insert(*id, (floor.entry.index, floor.entry.term));
             }
@@ -342,7 +342,7 @@ impl<P: Payload> Store<P> {
             replay_lsn: start.first_lsn,
             segments_ready: self.log.ready,
             slots_ready: self.pool.ready,
-            copysets: self.copysets.iter().map(|(id, _)| self.copyset_image(*id)).collect(),
+            copysets: self.copysets.keys().map(|id| self.copyset_image(*id)).collect(),
             slots: slots.collect(),
         }
     }

@@ -384,9 +384,10 @@ fn run(seed: u64, steps: usize) -> Stats {
 
 #[test]
 fn random_work_with_power_cuts_matches_the_model() {
-    let base = std::env::var("SEED").ok().and_then(|s| s.parse().ok());
-    let seeds = std::env::var("SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
-    let range = base.map_or(0..seeds, |b: u64| b..b + 1);
+    let base: Option<u64> = std::env::var("SEED").ok().and_then(|s| s.parse().ok());
+    let default = if base.is_some() { 1 } else { 20 };
+    let seeds = std::env::var("SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(default);
+    let range = base.map_or(0..seeds, |b| b..b + seeds);
     for seed in range {
         let result = std::panic::catch_unwind(|| run(seed, 1500));
         if result.is_err() {
