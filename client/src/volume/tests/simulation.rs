@@ -7,7 +7,8 @@
 
 use super::*;
 
-const BLOCKS: usize = 8;
+/// Few, so that writes often meet.
+const BLOCKS: usize = 3;
 const COPYSETS: u32 = 2;
 const SHARDS: u32 = 3;
 
@@ -195,7 +196,7 @@ impl World {
 
     /// A delay, mostly short, sometimes long enough to outlive terms.
     fn delay(&mut self) -> Span {
-        let us = if !self.calm && self.rng.one_in(30) { 60_000 } else { 300 };
+        let us = if !self.calm && self.rng.one_in(8) { 60_000 } else { 300 };
         Span::us(1 + self.rng.below(us))
     }
     /// When a message on a path arrives: after all before it.
@@ -251,6 +252,9 @@ impl World {
             Event::Mend { client, shard: to } => {
                 let link = self.clients[client].links.get_mut(&to).unwrap();
                 *link = (true, link.1 + 1);
+                // A new link owes no order to the old one.
+                self.order.remove(&(client, to, true));
+                self.order.remove(&(client, to, false));
                 // The receiver drops what it had not taken from the old link.
                 self.events.retain(|_, event| {
                     !matches!(event, Event::Arrive { at, asked } if *at == to && asked.client == client)
