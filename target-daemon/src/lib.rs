@@ -20,4 +20,5 @@ mod run;
 mod shard;
 mod standing;
 
-pub use run::{format, run};
+pub use chunkstore::InspectReport;
+pub use run::{format, inspect, run};

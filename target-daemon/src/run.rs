@@ -10,7 +10,7 @@ use crate::identity::Identity;
 use crate::links::Links;
 use crate::mem::Mem;
 use crate::shard::{Settings, Shard};
-use chunkstore::Layout;
+use chunkstore::{InspectReport, Layout};
 use client::volume::Config as VolumeConfig;
 use protocol::control::{Problem, ProblemKind};
 use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, ShardAddr, Span};
@@ -47,6 +47,34 @@ pub fn format(config: &TargetConfig) -> Result<(), Problem> {
         chunkstore::format(&mut media, &layout(config), &whose).map_err(|error| cannot("format", &error))?;
     }
     Ok(())
+}
+
+/// What is on a target's disk, every checksum verified; one report a shard. The target must not run.
+///
+/// # Errors
+/// There is no target, or a superblock or both checkpoints cannot be read.
+pub fn inspect(dir: &Path) -> Result<Vec<InspectReport>, Problem> {
+    let mut reports = Vec::new();
+    for shard in 0.. {
+        let dir = shard_dir(dir, shard);
+        if !dir.is_dir() {
+            break;
+        }
+        let mut disk = HostDisk::new().map_err(|error| cannot("use the disk", &error))?;
+        let mut files = Files::read_only(&dir);
+        let mut media = FileMedia { files: &mut files, disk: &mut disk };
+        reports.push(chunkstore::inspect(&mut media, &Layout::default()).map_err(|error| cannot("inspect", &error))?);
+    }
+    if reports.is_empty() {
+        let fix = "name the directory of a target (the `dir` of its target.toml)";
+        return Err(Problem::new(
+            ProblemKind::NotFound,
+            format!("no target in {}", dir.display()),
+            "no shard-0 there",
+            fix,
+        ));
+    }
+    Ok(reports)
 }
 
 /// Runs a target until `stop` is set and `stopped` of every shard, or until every shard failed.

@@ -283,6 +283,14 @@ impl Shard {
     fn finish_catch_up(&mut self, id: CopysetId, whole_at: LogIndex) {
         let Some(catch_up) = self.hosted.get_mut(&id).and_then(|h| h.catch_up.as_mut()) else { return };
         let (Phase::Ending, Some(base)) = (&catch_up.phase, catch_up.base) else { return };
+        let fits = self.hosted.get(&id).is_some_and(|h| h.replica.install_fits((base.index, base.term)));
+        let Some(catch_up) = self.hosted.get_mut(&id).and_then(|h| h.catch_up.as_mut()) else { return };
+        if !fits {
+            // The log has moved past what was fetched: `nudge_catch_up` begins anew.
+            catch_up.phase = Phase::Beginning;
+            catch_up.progress = Time(0);
+            return;
+        }
         let record = Record::InstallEnd {
             copyset: id,
             floor: base.index,

@@ -226,7 +226,12 @@ impl Shard {
             now,
         };
         for copyset in recovered {
-            shard.host(copyset.id, recovered_state(copyset));
+            let (id, installing) = (copyset.id, copyset.installing);
+            shard.host(id, recovered_state(copyset));
+            if let Some(hosted) = shard.hosted.get_mut(&id).filter(|_| installing) {
+                // Its chunks are a mixture, whatever else is wrong with it.
+                hosted.replica.install_begin();
+            }
         }
         shard
     }

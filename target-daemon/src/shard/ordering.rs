@@ -60,11 +60,6 @@ impl<W> Ordering<W> {
         (!blocked).then_some(Step::Read { id })
     }
 
-    /// The write whose read is under way.
-    pub fn reading(&self, id: u64) -> Option<(&W, ChunkId, BlockRange)> {
-        self.waiting.iter().find(|w| w.id == id && w.reading).map(|w| (&w.write, w.chunk, w.range))
-    }
-
     /// Takes back a write whose read is done, to be proposed now.
     pub fn merged(&mut self, id: u64) -> Option<(W, ChunkId, BlockRange)> {
         let at = self.waiting.iter().position(|w| w.id == id && w.reading)?;

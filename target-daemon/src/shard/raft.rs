@@ -99,6 +99,10 @@ impl Shard {
                 }
                 let lsn = self.store.seal();
                 self.persisting.push_back((lsn, id, ticket));
+                if lsn <= self.store.durable() {
+                    // Nothing was staged, and all before is durable: no event will say so.
+                    self.durable(lsn);
+                }
             }
             Action::Send { to, message } => self.send_raft(id, to, message),
             Action::Commit { up_to } => self.apply(id, up_to),
