@@ -56,6 +56,22 @@ pub fn stop_signal() -> Result<impl Future<Output = ()> + Send, Problem> {
     })
 }
 
+/// Calls `stop`, on a thread of its own, when the operator asks this process to stop. Listens
+/// from the call on.
+pub fn on_stop_signal(stop: impl Fn() + Send + 'static) -> Result<(), Problem> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(Problem::io("cannot listen for signals"))?;
+    let signalled = {
+        let _inside = runtime.enter();
+        stop_signal()?
+    };
+    std::thread::spawn(move || {
+        runtime.block_on(signalled);
+        stop();
+    });
+    Ok(())
+}
+
 /// Asks this process to stop as an operator would; ends it if it does not.
 fn stop_when_stdin_ends() {
     let mut ignored = [0; 256];

@@ -89,6 +89,7 @@ pub async fn run(args: DevArgs) -> Outcome {
         restart: !args.no_restart,
     };
     targets::write_configs(&plan)?;
+    targets::format_new(&plan)?;
     supervisor::run(&plan).await
 }
 

@@ -1,9 +1,12 @@
 //! `ashlar target`: the storage daemon, and making and checking its disk.
 
-use crate::daemon::DaemonArgs;
-use crate::problem::{Outcome, Problem};
+use crate::daemon::{DaemonArgs, on_stop_signal};
+use crate::problem::{Exit, Outcome};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use target_daemon::config::TargetConfig;
+use target_daemon::identity::Identity;
 
 /// Commands of the storage daemon.
 #[derive(Subcommand)]
@@ -35,12 +38,46 @@ pub struct RunArgs {
 
 /// Runs one of the commands.
 pub fn run(command: TargetCommand) -> Outcome {
-    let config = match &command {
-        TargetCommand::Format(args) | TargetCommand::Check(args) => args,
+    match command {
+        TargetCommand::Format(args) => format(&TargetConfig::load(&args.config)?),
+        TargetCommand::Check(args) => check(&TargetConfig::load(&args.config)?),
         TargetCommand::Run(args) => {
             args.daemon.set_up();
-            &args.target
+            serve(TargetConfig::load(&args.target.config)?)
         }
-    };
-    Err(Problem::new(format!("no target in this build ({})", config.config.display())))
+    }
+}
+
+fn format(config: &TargetConfig) -> Outcome {
+    target_daemon::format(config)?;
+    println!("target {} is formatted in {}", config.id, config.dir.display());
+    Ok(Exit::Ok)
+}
+
+/// The configuration was checked by reading it; what is left is its disk's identity.
+fn check(config: &TargetConfig) -> Outcome {
+    let (id, dir) = (config.id, config.dir.display());
+    if Identity::load(&config.dir)?.is_none() {
+        println!(
+            "the configuration of target {id} is valid; {dir} is not formatted yet (ashlar target format)"
+        );
+        return Ok(Exit::CheckFailed);
+    }
+    Identity::open(&config.dir, config.target())?;
+    println!("the configuration of target {id} is valid; {dir} is formatted and is that target's");
+    Ok(Exit::Ok)
+}
+
+type Stop = Box<dyn Fn() + Send + Sync>;
+
+fn serve(config: TargetConfig) -> Outcome {
+    let stop: Arc<OnceLock<Stop>> = Arc::default();
+    let asked = stop.clone();
+    on_stop_signal(move || match asked.get() {
+        Some(stop) => stop(),
+        // Nothing is under way before the target can be stopped.
+        None => std::process::exit(0),
+    })?;
+    target_daemon::run(config, move |handle| drop(stop.set(handle)))?;
+    Ok(Exit::Ok)
 }

@@ -9,10 +9,22 @@ use super::shape::TargetPorts;
 use crate::problem::Problem;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use target_daemon::config::{Export, Host, Listen, Log, Raft, TargetConfig};
+use target_daemon::identity::Identity;
 
 /// Room for the volume and for as much again, at least this much. Disk space is taken only
 /// a little ahead of what is written.
 const CAPACITY_BYTES_MIN: u64 = 8 << 30;
+
+/// Formats the targets that are new.
+pub fn format_new(plan: &Plan) -> Result<(), Problem> {
+    for id in 1..=plan.shape.targets.len() as u32 {
+        let config = TargetConfig::load(&plan.layout.target_toml(id))?;
+        if Identity::load(&config.dir)?.is_none() {
+            target_daemon::format(&config)?;
+        }
+    }
+    Ok(())
+}
 
 /// Writes `target-N/target.toml` of each target.
 pub fn write_configs(plan: &Plan) -> Result<(), Problem> {
@@ -47,6 +59,7 @@ fn config(
         mds,
         advertise: None,
         shards: ports.peers.len() as u16,
+        cpus: Default::default(),
         capacity_bytes: size.saturating_mul(2).max(CAPACITY_BYTES_MIN),
         arena_bytes: 64 << 20,
         host: Host::default(),
