@@ -1,7 +1,7 @@
 //! `ashlar target`: the storage daemon, and making and checking its disk.
 
 use crate::daemon::{DaemonArgs, on_stop_signal};
-use crate::problem::{Exit, Outcome};
+use crate::problem::{Exit, Outcome, Problem};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -49,8 +49,10 @@ pub fn run(command: TargetCommand) -> Outcome {
 }
 
 fn format(config: &TargetConfig) -> Outcome {
+    let dir = config.dir.display();
+    std::fs::create_dir_all(&config.dir).map_err(Problem::io(format!("cannot make {dir}")))?;
     target_daemon::format(config)?;
-    println!("target {} is formatted in {}", config.id, config.dir.display());
+    println!("target {} is formatted in {dir}", config.id);
     Ok(Exit::Ok)
 }
 
