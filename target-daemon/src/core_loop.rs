@@ -15,7 +15,7 @@ use crate::disk::DiskDriver;
 use crate::export::{Export, ExportOut};
 use crate::links::{LinkEvent, Links};
 use crate::mem::Mems;
-use crate::shard::{Origin, Output, Shard};
+use crate::shard::{CopysetStanding, Origin, Output, Shard};
 use crate::standing::{self, Snapshot};
 use chunkstore::Layout;
 use protocol::control::{Problem, ProblemKind, pb};
@@ -118,6 +118,11 @@ impl<R: Reactor> Core<R> {
             stopping: None,
             stopped: false,
         }
+    }
+
+    /// How every copyset here stands.
+    pub fn standings(&self) -> Vec<CopysetStanding> {
+        self.shard.standings()
     }
 
     fn deadline(&self) -> Option<Time> {

@@ -6,6 +6,7 @@
 //! All of it is generic over `reactor::Reactor`. [`control`] is the only place where a
 //! shard meets another thread.
 
+pub mod assemble;
 pub mod config;
 pub mod control;
 pub mod core_loop;
@@ -22,3 +23,4 @@ mod standing;
 
 pub use chunkstore::InspectReport;
 pub use run::{format, inspect, run};
+pub use shard::CopysetStanding;

@@ -1,17 +1,12 @@
 //! A target from its configuration: format it, look at it, run it.
 
+use crate::assemble::{ShardPlan, build_core, cannot, format_shard};
 use crate::config::{Host as HostChoice, TargetConfig};
 use crate::control::{self, ShardPort, shard_ports};
-use crate::core_loop::{Core, Port as ListenFor, kind};
-use crate::disk::DiskDriver;
-use crate::export::Export;
+use crate::core_loop::{Core, Port as ListenFor};
 use crate::files::{FileMedia, Files};
 use crate::identity::Identity;
-use crate::links::Links;
-use crate::mem::Mem;
-use crate::shard::{Settings, Shard};
 use chunkstore::{InspectReport, Layout};
-use client::volume::Config as VolumeConfig;
 use protocol::control::{Problem, ProblemKind};
 use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, ShardAddr, Span};
 use reactor::disk::HostDisk;
@@ -24,7 +19,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use transport::NbdLimits;
 
 /// Chunk slots of a chunk file: 256 MiB of data a file, so that 16 TiB need 65,536 open files.
 const SLOTS_PER_FILE: u32 = 16;
@@ -41,10 +35,7 @@ pub fn format(config: &TargetConfig) -> Result<(), Problem> {
     let identity = Identity::create(&config.dir, config.target())?;
     for shard in 0..config.shards {
         let mut disk = HostDisk::new().map_err(|error| cannot("use the disk", &error))?;
-        let mut files = Files::new(&shard_dir(&config.dir, shard));
-        let mut media = FileMedia { files: &mut files, disk: &mut disk };
-        let whose = chunkstore::Identity { cluster: [0; 16], disk: identity.disk, target: config.id, shard };
-        chunkstore::format(&mut media, &layout(config), &whose).map_err(|error| cannot("format", &error))?;
+        format_shard(&mut disk, &plan(config, &identity, shard))?;
     }
     Ok(())
 }
@@ -63,7 +54,9 @@ pub fn inspect(dir: &Path) -> Result<Vec<InspectReport>, Problem> {
         let mut disk = HostDisk::new().map_err(|error| cannot("use the disk", &error))?;
         let mut files = Files::read_only(&dir);
         let mut media = FileMedia { files: &mut files, disk: &mut disk };
-        reports.push(chunkstore::inspect(&mut media, &Layout::default()).map_err(|error| cannot("inspect", &error))?);
+        reports.push(
+            chunkstore::inspect(&mut media, &Layout::default()).map_err(|error| cannot("inspect", &error))?,
+        );
     }
     if reports.is_empty() {
         let fix = "name the directory of a target (the `dir` of its target.toml)";
@@ -180,62 +173,10 @@ impl Build {
             spin_us_max: config.spin_us_max,
             ..RingConfig::default()
         };
-        let mut ring = Ring::new(ring).map_err(|error| cannot("set up io_uring", &error))?;
+        let ring = Ring::new(ring).map_err(|error| cannot("set up io_uring", &error))?;
         let _ = parts.waker.set(ring.waker());
-        let me = ShardAddr { target: config.target(), shard: shard_index };
-        let mut files = Files::new(&shard_dir(&config.dir, shard_index));
-        let (store, copysets, report) = {
-            let mut media = FileMedia { files: &mut files, disk: &mut ring };
-            chunkstore::recover::<Mem, _>(&mut media, &layout(config))
-                .map_err(|error| cannot("recover the disk", &error))?
-        };
-        for damage in &report.damages {
-            tracing::error!(
-                shard = shard_index,
-                damage,
-                "the log is damaged; its replicas rejoin from their peers"
-            );
-        }
-        tracing::info!(
-            shard = shard_index,
-            copysets = copysets.len(),
-            batches = report.batches,
-            torn = report.torn_batches,
-            "recovered"
-        );
-        check_owner(&store.identity(), config, &self.identity, shard_index)?;
-        let (seed, incarnation, now) = (ring.random(), ring.random(), ring.now());
-        let settings = Settings {
-            me,
-            election_timeout: Span::ms(config.raft.election_timeout_ms.into()),
-            heartbeat: Span::ms(config.raft.heartbeat_ms.into()),
-            hibernate_after: HIBERNATE_AFTER,
-            seed,
-        };
-        let layout = store.layout();
-        let shard = Shard::new(settings, ring.arena().clone(), store, copysets, now);
-        let disk = DiskDriver::new(kind::DISK, files, &ring);
-        let links = Links::new(kind::LINK, kind::CONNECT, me, incarnation);
-        let export = self.export(&ring, me, &parts.port);
-        let listeners = self.listen(&mut ring, shard_index, parts.nbd)?;
-        Ok(Core::new(ring, shard, disk, links, export, parts.port, listeners, layout, parts.stop))
-    }
-
-    fn export(&self, ring: &Ring, me: ShardAddr, port: &ShardPort) -> Export {
-        let arena = ring.arena().capacity_blocks();
-        let volume = VolumeConfig {
-            me: Some(me),
-            io_timeout: self.config.export.io_timeout_s.map(|s| Span::ms(u64::from(s) * 1000)),
-            read_bytes_max: arena * BLOCK_BYTES / 4,
-            ..VolumeConfig::default()
-        };
-        // Clients may fill half of the arena; the rest is for peers, reads and the log.
-        let limits = NbdLimits {
-            bytes_max: (arena * BLOCK_BYTES / 4).min(16 << 20),
-            arena_reserve_blocks: arena / 2,
-            ..NbdLimits::default()
-        };
-        Export::new(kind::NBD, volume, me, limits, port.counters().clone())
+        let plan = plan(config, &self.identity, shard_index);
+        build_core(ring, &plan, parts.port, parts.stop, |ring| self.listen(ring, shard_index, parts.nbd))
     }
 
     fn listen(
@@ -288,6 +229,19 @@ fn shard_dir(dir: &Path, shard: u16) -> PathBuf {
     dir.join(format!("shard-{shard}"))
 }
 
+fn plan(config: &TargetConfig, identity: &Identity, shard: u16) -> ShardPlan {
+    ShardPlan {
+        dir: shard_dir(&config.dir, shard),
+        me: ShardAddr { target: config.target(), shard },
+        disk: identity.disk,
+        layout: layout(config),
+        election_timeout: Span::ms(config.raft.election_timeout_ms.into()),
+        heartbeat: Span::ms(config.raft.heartbeat_ms.into()),
+        hibernate_after: HIBERNATE_AFTER,
+        io_timeout: config.export.io_timeout_s.map(|s| Span::ms(u64::from(s) * 1000)),
+    }
+}
+
 fn layout(config: &TargetConfig) -> Layout {
     let slots = config.capacity_bytes / u64::from(config.shards) / CHUNK_BYTES as u64;
     let slots = (slots.max(1) as u32).next_multiple_of(SLOTS_PER_FILE);
@@ -301,35 +255,6 @@ fn layout(config: &TargetConfig) -> Layout {
         ram_blocks_max: config.arena_bytes as usize / BLOCK_BYTES * 2 / 5,
         ..Layout::default()
     }
-}
-
-fn check_owner(
-    found: &chunkstore::Identity,
-    config: &TargetConfig,
-    identity: &Identity,
-    shard: u16,
-) -> Result<(), Problem> {
-    if found.target == config.id && found.shard == shard && found.disk == identity.disk {
-        return Ok(());
-    }
-    Err(Problem::new(
-        ProblemKind::WrongCluster,
-        format!(
-            "the files of shard {shard} belong to another disk (target {}, shard {})",
-            found.target, found.shard
-        ),
-        "directories of two targets were mixed up, or a part was restored from elsewhere",
-        "put the right directory back, or format an empty one and let the target be rebuilt from its peers",
-    ))
-}
-
-fn cannot(what: &str, error: &dyn std::fmt::Display) -> Problem {
-    Problem::new(
-        ProblemKind::NotReady,
-        format!("cannot {what}"),
-        error.to_string(),
-        "see the cause; `ashlar tune check` looks at what the machine allows",
-    )
 }
 
 fn cannot_listen(key: &str, place: &str, error: &dyn std::fmt::Display) -> Problem {

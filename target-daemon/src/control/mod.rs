@@ -17,7 +17,9 @@ mod tests;
 mod web;
 
 pub use map_cache::FILE_NAME as MAP_CACHE_FILE;
-pub use queue::{ControlEnds, FROM_SHARDS_MAX, FromShard, ShardPort, TO_SHARD_MAX, ToShard, shard_ports};
+pub use queue::{
+    ControlEnds, FROM_SHARDS_MAX, FromShard, ShardHandle, ShardPort, TO_SHARD_MAX, ToShard, shard_ports,
+};
 
 use crate::config::TargetConfig;
 use crate::identity::Identity;
@@ -26,7 +28,7 @@ use client::control::{MdsClient, Patience};
 use protocol::control::{Problem, ProblemKind, pb};
 use protocol::map::ClusterMap;
 use protocol::types::{TargetId, VolumeId};
-use queue::{Report, ShardHandle, lock};
+use queue::{Report, lock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicUsize, Ordering};

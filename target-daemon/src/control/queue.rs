@@ -163,6 +163,17 @@ pub struct ControlEnds {
     pub(super) reports: mpsc::Receiver<Report>,
 }
 
+impl ControlEnds {
+    /// The end of each shard, in order.
+    pub fn shards(&self) -> &[ShardHandle] {
+        &self.shards
+    }
+    /// The next report that has come, and the index of the shard it is from; never waits.
+    pub fn try_report(&mut self) -> Option<(u16, FromShard)> {
+        self.reports.try_recv().ok()
+    }
+}
+
 impl ShardPort {
     /// The next message. Call once a turn until `None`; this also sends what found no room before.
     pub fn take(&mut self) -> Option<ToShard> {
