@@ -235,6 +235,14 @@ pub enum Record {
         /// What it is now.
         health: Health,
     },
+    /// The entries up to here were committed and applied: a replay applies them at once, without
+    /// waiting for a leader. Staged by the store itself, now and then.
+    Applied {
+        /// Whose.
+        copyset: CopysetId,
+        /// The last applied index.
+        index: LogIndex,
+    },
     /// A chunk catch-up begins: until its end the chunks are a mixture of old and new.
     InstallBegin {
         /// Whose.
@@ -302,8 +310,11 @@ pub struct RecoveredCopyset {
     pub members: Members,
     /// Index and term of the last entry that is only in the chunks.
     pub floor: (LogIndex, Term),
-    /// Contiguous from `floor` + 1. None is applied: commit them (again) as Raft finds them committed.
+    /// Contiguous from `floor` + 1. Those after `applied` are to be committed (again) as Raft finds
+    /// them committed.
     pub entries: Vec<Entry>,
+    /// Everything up to here is applied; at least the floor.
+    pub applied: LogIndex,
     /// Damaged outweighs Installing.
     pub health: Health,
     /// A chunk catch-up was begun and has not ended (also told when `health` is Damaged).

@@ -200,6 +200,10 @@ pub(crate) fn encode_record(out: &mut Vec<u8>, logged: &Logged) {
             (slot.kind, slot.body) = (6, health as u8);
             copyset
         }
+        Record::Applied { copyset, index } => {
+            (slot.kind, slot.index) = (12, index.0);
+            copyset
+        }
         Record::InstallBegin { copyset } => {
             (slot.kind, slot.index) = (7, logged.extra);
             copyset
@@ -346,6 +350,7 @@ fn decode_record(get: &mut Get<'_>) -> Option<Logged> {
         8 => Record::InstallBlocks { copyset, chunk, range: short()? },
         9 => Record::InstallZero { copyset, chunk, range: range()? },
         10 => Record::InstallDrop { copyset, chunk },
+        12 => Record::Applied { copyset, index: LogIndex(slot.index) },
         11 => Record::InstallEnd {
             copyset,
             floor: LogIndex(slot.index),

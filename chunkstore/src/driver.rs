@@ -15,6 +15,9 @@ impl<P: Payload> Store<P> {
         }
         self.drive_round();
         let due = self.log.seal_due(self.layout.seal_idle_ns).is_some_and(|at| self.now >= at);
+        if due || (!self.hints.is_empty() && self.log.has_work()) {
+            self.stage_hints(due);
+        }
         if let Some(framed) = self.log.frame(due) {
             let pending = Pending::Batch { lsn: framed.lsn, blocks: framed.blocks };
             let ticket = self.ticket(framed.file, pending);

@@ -174,6 +174,10 @@ impl<P: Clone> Log<P> {
         let needed = self.in_flight.is_empty() && self.attested < self.durable && !self.last_was_seal;
         needed.then_some(Time(self.last_done.0.saturating_add(idle)))
     }
+    /// Whether something is staged and not framed.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.closed.is_empty() || self.open.records > 0
+    }
     /// Frames the next batch if there is something to write and room in flight.
     pub(crate) fn frame(&mut self, seal_due: bool) -> Option<Framed<P>> {
         let work = !self.closed.is_empty() || self.open.records > 0 || seal_due || self.force_seal;

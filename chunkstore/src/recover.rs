@@ -168,6 +168,10 @@ pub fn recover<P: Payload, M: Media + ?Sized>(
     let mut store = new_store(&layout, identity, &from, &log)?;
     let replay = Replay::run(&mut store, &from, &log);
     replay.end(&mut store, &mut report);
+    for state in store.copysets.values_mut() {
+        // A hint never promises more than what is there.
+        state.applied = state.applied.min(state.last());
+    }
     if !log.holes.is_empty() {
         store.copysets.values_mut().for_each(|c| c.damaged = true);
     }
@@ -219,6 +223,7 @@ fn recovered<P>(id: CopysetId, state: &Copyset<P>) -> RecoveredCopyset {
         members: state.members,
         floor: (state.floor, state.floor_term),
         entries: state.entries.iter().map(|e| e.entry).collect(),
+        applied: state.applied,
         health: state.health(),
         installing: state.installing,
     }
@@ -265,6 +270,7 @@ fn new_store<P: Payload>(
         round: Default::default(),
         preformat: Default::default(),
         last_stage: Time(0),
+        hints: BTreeSet::new(),
         stopping: false,
     };
     store.round.resume(from.seq, from.covers_lsn, (from.segments_ready, from.slots_ready));
@@ -334,6 +340,7 @@ impl<P: Payload> Replay<P> {
                 let kept = entries.split_off(&(floor.0 + 1));
                 *entries = if logged.extra == 1 { kept } else { BTreeMap::new() };
             }
+            Record::Applied { index, .. } => return self.hint(store, copyset, index, lsn < covers),
             Record::InstallBegin { .. } if lsn >= covers => {
                 self.apply_until(store, copyset, LogIndex(logged.extra))
             }
@@ -372,10 +379,11 @@ impl<P: Payload> Replay<P> {
 
     /// What was applied before a chunk catch-up began is part of what the catch-up built on.
     fn apply_until(&mut self, store: &mut Store<P>, copyset: CopysetId, applied: LogIndex) {
-        let floor = store.copysets[&copyset].floor;
+        // From the last hint on; at least from the floor.
+        let done = store.copysets[&copyset].applied;
         let Some(entries) = self.entries.get(&copyset) else { return };
         let known: Vec<_> = entries
-            .range(floor.0 + 1..=applied.0.max(floor.0 + 1))
+            .range(done.0 + 1..=applied.0.max(done.0 + 1))
             .filter(|(index, (_, bad))| **index <= applied.0 && !*bad)
             .map(|(_, (meta, _))| (meta.entry, meta.lsn, meta.at, meta.crcs.clone()))
             .collect();
@@ -383,6 +391,18 @@ impl<P: Payload> Replay<P> {
             let placed = Placed { lsn, at, extra: 0, payload: None, crcs: &crcs };
             store.apply(copyset, entry.index, entry.body, placed);
         }
+    }
+
+    /// The log tells that entries up to `index` were applied. Where the checkpoint holds an
+    /// unfinished catch-up, older hints say nothing: its chunks may hold newer blocks already.
+    fn hint(&mut self, store: &mut Store<P>, copyset: CopysetId, index: LogIndex, old: bool) {
+        let state = &store.copysets[&copyset];
+        if state.installing && old || index <= state.applied {
+            return;
+        }
+        self.apply_until(store, copyset, index);
+        let state = store.copysets.get_mut(&copyset).expect("known");
+        (state.applied, state.hinted) = (index, index);
     }
 
     /// Gives each copyset its entries, as far as they are contiguous and good.
@@ -401,13 +421,17 @@ impl<P: Payload> Replay<P> {
                 next += 1;
             }
             for meta in good {
-                if let Body::Write { chunk, .. } = meta.entry.body {
+                let waits = meta.entry.index > store.copysets[&copyset].applied;
+                if let Body::Write { chunk, .. } = meta.entry.body
+                    && waits
+                {
                     store.chunk(copyset, chunk).refs += 1;
                 }
                 store.copysets.get_mut(&copyset).expect("known").entries.push_back(meta);
             }
+            let state = store.copysets.get_mut(&copyset).expect("known");
             if let Some(index) = lost {
-                store.copysets.get_mut(&copyset).expect("known").damaged = true;
+                state.damaged = true;
                 report.damages.push(format!("copyset {copyset}: entries from {index} on are lost"));
             }
         }
@@ -422,6 +446,7 @@ fn copyset_of(record: &Record) -> CopysetId {
         | Record::Entry { copyset, .. }
         | Record::Truncate { copyset, .. }
         | Record::Health { copyset, .. }
+        | Record::Applied { copyset, .. }
         | Record::InstallBegin { copyset }
         | Record::InstallBlocks { copyset, .. }
         | Record::InstallZero { copyset, .. }

@@ -165,7 +165,8 @@ impl<P: Payload> Store<P> {
         let waiting =
             self.copysets.values().flat_map(|c| c.entries.iter().filter(|e| e.entry.index > c.applied));
         let blocks: usize = waiting.filter(|e| e.lsn < target).map(|e| e.crcs.len() + 1).sum();
-        blocks > (self.log.segment_blocks / 4) as usize
+        let free = self.log.free.len() as u32 * self.log.segment_blocks;
+        blocks > (self.log.segment_blocks / 4).max(free / 4) as usize
     }
 
     fn open_round(&mut self, target: u64, flush_all: bool) {

@@ -20,6 +20,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 pub(crate) type Map<K, V> = hashbrown::HashMap<K, V, FxBuildHasher>;
 
+/// So many entries are applied before the log tells it: what a restart has to hear of from a
+/// leader before its log can be recycled.
+const HINT_ENTRIES: u64 = 32;
+
 /// An entry above the floor.
 pub(crate) struct EntryMeta<P> {
     pub entry: Entry,
@@ -39,6 +43,8 @@ pub(crate) struct Copyset<P> {
     pub damaged: bool,
     pub installing: bool,
     pub applied: LogIndex,
+    /// The last applied index that the log tells.
+    pub hinted: LogIndex,
     /// Committed while installing: applied at its end.
     pub deferred: LogIndex,
     pub entries: VecDeque<EntryMeta<P>>,
@@ -56,6 +62,7 @@ impl<P> Copyset<P> {
             damaged: false,
             installing: false,
             applied: LogIndex(0),
+            hinted: LogIndex(0),
             deferred: LogIndex(0),
             entries: VecDeque::new(),
             chunks: BTreeSet::new(),
@@ -143,6 +150,8 @@ pub struct Store<P> {
     pub(crate) round: Round,
     pub(crate) preformat: Preformat,
     pub(crate) last_stage: Time,
+    /// Copysets whose applied index the log should tell soon.
+    pub(crate) hints: BTreeSet<CopysetId>,
     pub(crate) stopping: bool,
 }
 
@@ -206,6 +215,27 @@ impl<P: Payload> Store<P> {
             let (crcs, ram) = (meta.crcs.clone(), meta.ram.clone());
             self.apply(copyset, index, body, Placed { lsn, at, extra: 0, payload: ram, crcs: &crcs });
         }
+        if let Some(state) = self.copysets.get(&copyset)
+            && state.applied.0 - state.hinted.0 >= HINT_ENTRIES
+        {
+            self.hints.insert(copyset);
+        }
+    }
+    /// Lets the log tell applied indexes: of those that are due, or of `all`.
+    pub(crate) fn stage_hints(&mut self, all: bool) {
+        let mut due = std::mem::take(&mut self.hints);
+        if all {
+            due.extend(self.copysets.iter().filter(|(_, c)| c.applied > c.hinted).map(|(id, _)| *id));
+        }
+        let staged = self.last_stage;
+        for copyset in due {
+            let Some(state) = self.copysets.get_mut(&copyset).filter(|c| !c.installing) else { continue };
+            state.hinted = state.applied;
+            let index = state.applied;
+            self.stage(Record::Applied { copyset, index }, None, &[]);
+        }
+        // Not a sign of work: idleness goes on.
+        self.last_stage = staged;
     }
     /// The payload of an entry that is in the log.
     pub fn entry_payload(&self, copyset: CopysetId, index: LogIndex) -> EntryPayload<P> {
@@ -363,6 +393,7 @@ impl<P: Payload> Store<P> {
             Record::Remove { copyset } => self.remove(copyset),
             Record::Hard { copyset, hard } => self.copyset(copyset).hard = hard,
             Record::Health { copyset, health } => self.copyset(copyset).set_health(health),
+            Record::Applied { .. } => {}
             Record::InstallBegin { copyset } => self.copyset(copyset).installing = true,
             Record::InstallBlocks { copyset, chunk, range } => {
                 self.keep_ram(copyset, LogIndex(0), chunk, range, &placed);

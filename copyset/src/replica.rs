@@ -321,6 +321,11 @@ impl Replica {
         self.settle();
     }
 
+    /// Whether a chunk catch-up is under way, as [`Replica::install_begin`] said.
+    pub fn is_installing(&self) -> bool {
+        self.install == Install::Running
+    }
+
     /// Drops entries up to `floor`, which must be applied. A peer that still needs them gets them
     /// by chunk catch-up.
     pub fn compact(&mut self, floor: LogIndex) {

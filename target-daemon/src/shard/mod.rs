@@ -513,7 +513,8 @@ impl Shard {
             Event::Table { token, crcs, unknown } => self.table_read(token as usize, crcs, &unknown),
             Event::Status { token, runs } => self.status_read(token as usize, runs),
             Event::Compactable { copyset, floor, .. } => {
-                if let Some(hosted) = self.hosted.get_mut(&copyset) {
+                // A catch-up under way replaces the log when it ends.
+                if let Some(hosted) = self.hosted.get_mut(&copyset).filter(|h| !h.replica.is_installing()) {
                     hosted.replica.compact(floor);
                     self.touch(copyset);
                 }
@@ -595,7 +596,7 @@ fn recovered_state(copyset: RecoveredCopyset) -> Recovered {
         floor: copyset.floor,
         members: copyset.members,
         entries: copyset.entries,
-        applied: copyset.floor.0,
+        applied: copyset.applied,
         health,
     }
 }
