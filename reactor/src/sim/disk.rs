@@ -79,8 +79,12 @@ impl SimFile {
             let at = offset + done as u64;
             let (page, skip) = (at / PAGE_BYTES as u64, (at % PAGE_BYTES as u64) as usize);
             let piece = (PAGE_BYTES - skip).min(bytes.len() - done);
-            let page = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE_BYTES]));
-            page[skip..skip + piece].copy_from_slice(&bytes[done..done + piece]);
+            let from = &bytes[done..done + piece];
+            // Zeroes over nothing are nothing: preformatting costs no memory.
+            if self.pages.contains_key(&page) || from.iter().any(|byte| *byte != 0) {
+                let page = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE_BYTES]));
+                page[skip..skip + piece].copy_from_slice(from);
+            }
             done += piece;
         }
         self.len = self.len.max(offset + bytes.len() as u64);
@@ -93,9 +97,20 @@ impl SimFile {
 
     fn write(&mut self, offset: u64, bytes: &[u8], durably: bool) {
         let sectors = Self::sectors_of(offset, bytes.len());
-        for sector in sectors.clone() {
-            let before = self.sector(sector);
-            self.durable.entry(sector).or_insert(before);
+        if !durably {
+            let unchanged = |sector: u64, before: &Sector| {
+                let from = (sector * SECTOR_BYTES as u64).max(offset);
+                let to = ((sector + 1) * SECTOR_BYTES as u64).min(offset + bytes.len() as u64);
+                let skip = (from % SECTOR_BYTES as u64) as usize;
+                before[skip..skip + (to - from) as usize]
+                    == bytes[(from - offset) as usize..(to - offset) as usize]
+            };
+            for sector in sectors.clone() {
+                let before = self.sector(sector);
+                if !unchanged(sector, &before) {
+                    self.durable.entry(sector).or_insert(before);
+                }
+            }
         }
         self.put(offset, bytes);
         if durably {

@@ -82,6 +82,8 @@ struct Node {
     /// Counts the starts; what belongs to an earlier one is void.
     life: u32,
     running: bool,
+    /// Stalled: it is not turned, while the world goes on.
+    paused: bool,
     random: u64,
     waker: Waker,
     queue: Vec<(u64, Op)>,
@@ -133,6 +135,7 @@ impl SimWorld {
         let state = &mut world.nodes[node];
         assert!(!state.running, "node {node} is running already");
         state.running = true;
+        state.paused = false;
         state.life += 1;
         state.asleep = None;
         state.waker = Waker::simulated();
@@ -178,12 +181,39 @@ impl SimWorld {
         self.0.borrow_mut().nodes[node].disk.flip(path, bit)
     }
 
-    /// Stops all traffic between two nodes: bytes wait, connects time out.
-    pub fn partition(&self, a: usize, b: usize) {
-        self.0.borrow_mut().net.partition(a, b);
+    /// Stalls a node as SIGSTOP or a frozen machine would: its loop is not turned, while what was
+    /// begun goes on and time passes.
+    pub fn pause(&self, node: usize) {
+        self.0.borrow_mut().nodes[node].paused = true;
     }
 
-    /// Lets traffic between two nodes flow again; what waited is delivered.
+    /// Lets a stalled node go on.
+    pub fn resume(&self, node: usize) {
+        self.0.borrow_mut().nodes[node].paused = false;
+    }
+
+    /// Whether a node runs, stalled or not.
+    pub fn is_running(&self, node: usize) -> bool {
+        self.0.borrow().nodes[node].running
+    }
+
+    /// Stops all traffic between two nodes: bytes wait, connects time out.
+    pub fn partition(&self, a: usize, b: usize) {
+        self.partition_one_way(a, b);
+        self.partition_one_way(b, a);
+    }
+
+    /// Stops what `from` sends to `to`; connects time out either way.
+    pub fn partition_one_way(&self, from: usize, to: usize) {
+        self.0.borrow_mut().net.partition(from, to);
+    }
+
+    /// Makes all that two nodes send each other take so much longer from now on.
+    pub fn slow_link(&self, a: usize, b: usize, extra: Span) {
+        self.0.borrow_mut().net.slow(a, b, extra);
+    }
+
+    /// Lets traffic between two nodes flow again, both ways; what waited is delivered.
     pub fn heal(&self, a: usize, b: usize) {
         let mut world = self.0.borrow_mut();
         let held = world.net.heal(a, b);
@@ -205,6 +235,7 @@ impl Node {
             faults: Faults::default(),
             life: 0,
             running: false,
+            paused: false,
             random,
             waker: Waker::simulated(),
             queue: Vec::new(),
@@ -217,6 +248,7 @@ impl Node {
 
     fn is_runnable(&self, now: Time) -> bool {
         self.running
+            && !self.paused
             && match self.asleep {
                 None => true,
                 Some(deadline) => {
@@ -280,7 +312,8 @@ impl World {
                 return Some(runnable[draw % runnable.len()]);
             }
             let event = self.events.first_key_value().map(|(key, _)| key.0);
-            let deadlines = self.nodes.iter().filter(|n| n.running).filter_map(|node| node.asleep.flatten());
+            let awake = self.nodes.iter().filter(|n| n.running && !n.paused);
+            let deadlines = awake.filter_map(|node| node.asleep.flatten());
             let next = event.into_iter().chain(deadlines).min();
             match next.filter(|next| *next <= until) {
                 Some(next) => self.now = next.max(now),
@@ -584,5 +617,5 @@ fn pair(a: usize, b: usize) -> (usize, usize) {
     (a.min(b), a.max(b))
 }
 
-/// Pairs that cannot talk.
+/// Who cannot be heard by whom.
 type Partitions = BTreeSet<(usize, usize)>;

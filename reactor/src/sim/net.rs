@@ -24,6 +24,8 @@ pub(super) struct Net {
     ends: Table<End>,
     names: BTreeMap<Addr, Listener>,
     partitions: Partitions,
+    /// Pairs of nodes between which everything takes longer.
+    slow: BTreeMap<(usize, usize), Span>,
     /// Held by a partition, in order.
     held: Vec<((usize, usize), NetEvent)>,
     next_port: u16,
@@ -119,17 +121,27 @@ impl Net {
         self.ends.iter().filter(|(_, end)| end.node == node).count() as u32
     }
 
-    pub(super) fn partition(&mut self, a: usize, b: usize) {
-        self.partitions.insert(pair(a, b));
+    pub(super) fn partition(&mut self, from: usize, to: usize) {
+        self.partitions.insert((from, to));
+    }
+
+    pub(super) fn slow(&mut self, a: usize, b: usize, extra: Span) {
+        self.slow.insert(pair(a, b), extra);
     }
 
     pub(super) fn heal(&mut self, a: usize, b: usize) -> Vec<NetEvent> {
-        self.partitions.remove(&pair(a, b));
-        let (freed, held) =
-            std::mem::take(&mut self.held).into_iter().partition(|(key, _)| *key == pair(a, b));
+        self.partitions.remove(&(a, b));
+        self.partitions.remove(&(b, a));
+        let (freed, held) = std::mem::take(&mut self.held)
+            .into_iter()
+            .partition(|((from, to), _)| pair(*from, *to) == pair(a, b));
         self.held = held;
         let freed: Vec<((usize, usize), NetEvent)> = freed;
         freed.into_iter().map(|(_, event)| event).collect()
+    }
+
+    fn is_cut(&self, a: usize, b: usize) -> bool {
+        self.partitions.contains(&(a, b)) || self.partitions.contains(&(b, a))
     }
 
     fn end(&mut self, socket: Socket) -> Option<&mut End> {
@@ -152,16 +164,16 @@ impl Net {
         Socket { index, generation }
     }
 
-    /// Where an event travels: between which nodes.
+    /// Where an event travels: from which node to which.
     fn route(&self, event: &NetEvent) -> Option<(usize, usize)> {
         match event {
             NetEvent::Arrive { to, .. } => {
                 let end = self.ends.get(to.index, to.generation)?;
-                Some(pair(end.node, end.peer_node))
+                Some((end.peer_node, end.node))
             }
             NetEvent::Connected { node, socket, .. } => {
                 let end = self.ends.get(socket.index, socket.generation)?;
-                Some(pair(*node, end.peer_node))
+                Some((end.peer_node, *node))
             }
             _ => None,
         }
@@ -265,7 +277,7 @@ impl World {
             return self
                 .schedule(after, Event::Net(NetEvent::ConnectFailed { node, life, token, addr, errno }));
         };
-        if self.net.partitions.contains(&pair(node, server)) {
+        if self.net.is_cut(node, server) {
             let errno = libc::ETIMEDOUT;
             let event = NetEvent::ConnectFailed { node, life, token, addr, errno };
             return self.schedule(CONNECT_TIMEOUT, Event::Net(event));
@@ -321,7 +333,10 @@ impl World {
         let (delay, now) = (self.between(20, 200), self.now);
         let Some(end) = self.net.end(from) else { return };
         let Some(to) = end.peer else { return };
-        let at = (now + delay).max(end.last_arrival);
+        let route = pair(end.node, end.peer_node);
+        let extra = self.net.slow.get(&route).copied().unwrap_or_default();
+        let Some(end) = self.net.end(from) else { return };
+        let at = (now + delay + extra).max(end.last_arrival);
         end.last_arrival = at;
         self.schedule(at - now, Event::Net(NetEvent::Arrive { to, what }));
     }
