@@ -32,7 +32,9 @@ const NOTHING: Range<LogIndex> = LogIndex(0)..LogIndex(0);
 impl Replica {
     pub(crate) fn standing(&self) -> Standing {
         Standing {
-            counts: self.damage.is_none() && matches!(self.install, Install::No | Install::Wanted),
+            // After the chunks are fetched its log is as good as any: what it acknowledges can be
+            // recovered from it, since whoever is elected applies past `whole_at` before it serves.
+            counts: self.damage.is_none() && self.install != Install::Running,
             confirms: self.damage.is_none(),
             needs_install: matches!(self.install, Install::Wanted | Install::Running),
         }

@@ -7,6 +7,12 @@ use arrayvec::ArrayVec;
 use protocol::raft::{AppendOutcome, Body, Entry, Kind, Members, Round, Standing};
 use protocol::types::{BLOCK_BYTES, LogIndex, ShardAddr, Span, TargetId, Time};
 
+/// Election time-outs without a quorum after which a leader steps down. Leases end much earlier,
+/// so this is not about safety; and a leader that waits is worth more than an election, since a
+/// follower that was killed and comes back can serve it at once, long before it may vote. It must
+/// end some day for the sake of one-way partitions, whose victims still hear this leader.
+const QUORUM_LOST_TIMEOUTS: u64 = 4;
+
 /// Leadership on its way to another replica.
 #[derive(Clone, Copy)]
 pub(crate) struct Transfer {
@@ -106,7 +112,7 @@ impl Replica {
         self.beat = true;
         let now = self.now;
         let heard = self.quorum_of(now, |p| p.heard);
-        if now >= heard + self.config.election_timeout {
+        if now.0 >= heard.0.saturating_add(QUORUM_LOST_TIMEOUTS * self.config.election_timeout.0) {
             self.become_follower(self.hard.term, None);
             return;
         }

@@ -65,7 +65,8 @@ fn config(
         host: Host::default(),
         spin_us_max: 50,
         listen,
-        log: Log::default(),
+        // Half of the default: a restart reads the log, and dev clusters are killed for fun.
+        log: Log { segment_bytes: 32 << 20, ..Log::default() },
         raft: Raft::default(),
         export: Export::default(),
     })
