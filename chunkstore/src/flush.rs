@@ -2,6 +2,10 @@
 //!
 //! Order within a job: slot, table, log-backed blocks, data writes, table pages. The blocks stay
 //! in the overlay until the pages are written, so reads never meet a half-done job.
+//!
+//! A job holds its blocks in memory from their load to their write, and waits for more memory
+//! meanwhile; so all jobs together must fit beside everything else, or they wait for each other
+//! for ever. A chunk whose overlay is larger than a job may be is done by several, one by one.
 
 use crate::api::*;
 use crate::read::Pending;
@@ -14,6 +18,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 /// Blocks of one flush write at most.
 const WRITE_BLOCKS_MAX: usize = 256;
+
+/// Blocks of a job at most: 2 MiB, so that the 16 KiB of table pages that it writes weigh little.
+const JOB_BLOCKS_MAX: usize = 512;
 
 struct Item<P> {
     block: u16,
@@ -104,7 +111,10 @@ impl<P: Payload> Store<P> {
         let state = self.chunks.get_mut(&chunk).expect("has an overlay");
         let slot = match state.slot {
             Some(slot) => slot,
-            None if items.iter().all(|i| i.crc == 0) => return self.drop_items(chunk, &items),
+            None if items.iter().all(|i| i.crc == 0) => {
+                self.drop_items(chunk, &items);
+                return self.queue_rest(chunk);
+            }
             None => {
                 let Some(slot) = self.pool.take(chunk, state.copyset, self.log.durable) else {
                     return self.flush.slotless.push_back(chunk);
@@ -122,7 +132,13 @@ impl<P: Payload> Store<P> {
         }
     }
 
-    /// Blocks of a chunk that the round wants in their slot.
+    /// What all jobs together load stays below half of what the overlay may keep in memory.
+    fn job_blocks_max(&self) -> usize {
+        let share = self.layout.ram_blocks_max / (2 * self.layout.flush_in_flight_max);
+        share.clamp(ENTRY_BLOCKS_MAX, JOB_BLOCKS_MAX)
+    }
+
+    /// Blocks of a chunk that the round wants in their slot, as many as a job may have.
     fn eligible(&self, chunk: ChunkId) -> Vec<Item<P>> {
         let Some(state) = self.chunks.get(&chunk) else { return Vec::new() };
         let wanted = |b: &&crate::store::OverlayBlock<P>| {
@@ -130,6 +146,7 @@ impl<P: Payload> Store<P> {
         };
         let blocks = state.overlay.iter().filter(|(_, b)| wanted(b));
         blocks
+            .take(self.job_blocks_max())
             .map(|(block, b)| Item {
                 block: *block,
                 lsn: b.lsn,
@@ -321,6 +338,14 @@ impl<P: Payload> Store<P> {
         }
         self.drop_items(chunk, &job.items);
         self.free_if_empty(chunk, job.slot);
+        self.queue_rest(chunk);
+    }
+
+    /// What a job had no room for is the next one's.
+    fn queue_rest(&mut self, chunk: ChunkId) {
+        if !self.eligible(chunk).is_empty() {
+            self.flush.queue.push_back(chunk);
+        }
     }
 
     fn drop_items(&mut self, chunk: ChunkId, items: &[Item<P>]) {

@@ -1,0 +1,83 @@
+//! A store whose driver has little memory: work waits for it, but never for ever.
+#![allow(missing_docs)]
+
+mod common;
+use ashlar_chunkstore::*;
+use common::*;
+use protocol::raft::{Body, Entry, Members};
+use protocol::types::*;
+use std::rc::{Rc, Weak};
+
+const CS: CopysetId = CopysetId(1);
+const CHUNKS: u32 = 4;
+const ENTRIES_A_CHUNK: u64 = 5;
+const COUNT: u16 = ENTRY_BLOCKS_MAX as u16;
+
+fn chunk(index: u32) -> ChunkId {
+    ChunkId { volume: VolumeId(1), index }
+}
+
+fn seeds(index: u64) -> Vec<u64> {
+    (0..u64::from(COUNT)).map(|at| index * 1000 + at).collect()
+}
+
+/// Fills chunks with so much that most of it is in the log only.
+fn filled(layout: &Layout) -> Rig {
+    let mut rig = Rig::new(layout);
+    rig.pass(100);
+    rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
+    rig.settle();
+    for index in 1..=ENTRIES_A_CHUNK * u64::from(CHUNKS) {
+        let (nth, within) = ((index - 1) / ENTRIES_A_CHUNK, (index - 1) % ENTRIES_A_CHUNK);
+        let range = BlockRange { first: within as u16 * COUNT, count: COUNT };
+        let body = Body::Write { chunk: chunk(nth as u32), range };
+        let crcs: Vec<u32> = seeds(index).iter().map(|seed| block_crc(&block(*seed))).collect();
+        assert!(rig.store.can_stage(COUNT.into()), "the log has room for all");
+        let entry = Entry { term: Term(1), index: LogIndex(index), body };
+        rig.store.stage(Record::Entry { copyset: CS, entry }, Some(Buf::of(&seeds(index))), &crcs);
+        rig.settle();
+        rig.store.commit(CS, LogIndex(index));
+    }
+    rig.settle();
+    rig
+}
+
+#[test]
+fn jobs_of_the_flusher_do_not_wait_for_memory_that_they_hold_themselves() {
+    let layout = Layout { log_segments: 16, reserve_slots: 4, ..small_layout() };
+    let mut rig = filled(&layout);
+    assert!(rig.store.stats().overlay_blocks > 10 * layout.ram_blocks_max as u64, "most is in the log only");
+    let budget = ENTRY_BLOCKS_MAX * layout.flush_in_flight_max;
+    rig.now.0 += layout.flush_idle_ns;
+    let mut held: Vec<Weak<Vec<u8>>> = Vec::new();
+    loop {
+        rig.drain();
+        held.retain(|buf| buf.strong_count() > 0);
+        let used: usize = held.iter().filter_map(Weak::upgrade).map(|buf| buf.len() / BLOCK_BYTES).sum();
+        let fits = |op: &Op<Buf>| !matches!(op, Op::Read { blocks, .. } if used + blocks > budget);
+        let Some(at) = rig.ops.iter().position(fits) else { break };
+        if let Op::Read { ticket, file, offset, blocks } = rig.ops[at] {
+            rig.ops.swap_remove(at);
+            let mut data = vec![0; blocks * BLOCK_BYTES];
+            rig.disk.read(file, offset, &mut data).expect("reads");
+            let data = Rc::new(data);
+            held.push(Rc::downgrade(&data));
+            rig.store.completed(ticket, Ok(Some(Buf(data))), rig.now);
+        } else {
+            rig.complete(at);
+        }
+    }
+    assert!(rig.ops.is_empty(), "{} reads wait for memory that nobody will free", rig.ops.len());
+    assert_eq!(rig.store.stats().overlay_blocks, 0, "all is in its slots");
+    for index in 1..=ENTRIES_A_CHUNK * u64::from(CHUNKS) {
+        let (nth, within) = ((index - 1) / ENTRIES_A_CHUNK, (index - 1) % ENTRIES_A_CHUNK);
+        let range = BlockRange { first: within as u16 * COUNT, count: COUNT };
+        rig.store.read(index, chunk(nth as u32), range);
+        rig.settle();
+        let read = rig.events.iter().find_map(|event| match event {
+            Event::Read { token, result: Ok(data) } if *token == index => Some(Rig::read_seeds(data)),
+            _ => None,
+        });
+        assert_eq!(read, Some(seeds(index)));
+    }
+}
