@@ -342,7 +342,10 @@ impl<P: Payload> Replay<P> {
             }
             Record::Applied { index, .. } => return self.hint(store, copyset, index, lsn < covers),
             Record::InstallBegin { .. } if lsn >= covers => {
-                self.apply_until(store, copyset, LogIndex(logged.extra))
+                // A catch-up begun anew builds on the blocks of the one before.
+                if !store.copysets[&copyset].installing {
+                    self.apply_until(store, copyset, LogIndex(logged.extra));
+                }
             }
             Record::Remove { .. } if lsn >= covers => {
                 self.entries.remove(&copyset);
@@ -391,6 +394,8 @@ impl<P: Payload> Replay<P> {
             let placed = Placed { lsn, at, extra: 0, payload: None, crcs: &crcs };
             store.apply(copyset, entry.index, entry.body, placed);
         }
+        let state = store.copysets.get_mut(&copyset).expect("known");
+        state.applied = state.applied.max(applied);
     }
 
     /// The log tells that entries up to `index` were applied. Where the checkpoint holds an
@@ -401,8 +406,7 @@ impl<P: Payload> Replay<P> {
             return;
         }
         self.apply_until(store, copyset, index);
-        let state = store.copysets.get_mut(&copyset).expect("known");
-        (state.applied, state.hinted) = (index, index);
+        store.copysets.get_mut(&copyset).expect("known").hinted = index;
     }
 
     /// Gives each copyset its entries, as far as they are contiguous and good.

@@ -443,22 +443,16 @@ impl<P: Payload> Store<P> {
         self.copyset(copyset).entries.push_back(meta);
     }
 
-    /// The same entry once more: it lies where its newest copy lies.
+    /// The same entry once more: it lies where its newest copy lies. What is applied of it stays in
+    /// the overlay with its old LSN, and is flushed before that is recycled: in an installing
+    /// copyset the new copy would not bring it back.
     fn place_again(&mut self, copyset: CopysetId, index: LogIndex, placed: Placed<'_, P>) {
         let meta = self.copyset(copyset).get_mut(index).expect("in the log");
-        let (old, body) = (meta.lsn, meta.entry.body);
+        let body = meta.entry.body;
         (meta.lsn, meta.at) = (placed.lsn, placed.at);
         meta.ram = placed.payload.clone();
-        let Body::Write { chunk, range } = body else { return };
-        self.keep_ram(copyset, index, chunk, range, &placed);
-        let Some(state) = self.chunks.get_mut(&chunk) else { return };
-        for (nth, block) in range.blocks().enumerate() {
-            if let Some(over) =
-                state.overlay.get_mut(&(block as u16)).filter(|b| b.lsn == old && b.index == index)
-            {
-                (over.lsn, over.at) = (placed.lsn, placed.at + nth as u32);
-                over.ram = placed.payload.clone().map(|p| (p, nth));
-            }
+        if let Body::Write { chunk, range } = body {
+            self.keep_ram(copyset, index, chunk, range, &placed);
         }
     }
 

@@ -382,6 +382,18 @@ fn run(seed: u64, steps: usize) -> Stats {
     world.rig.store.stats()
 }
 
+/// Seeds that failed once.
+const FAILED_ONCE: [u64; 2] = [134, 1128];
+
+#[test]
+fn seeds_that_failed_once_match_the_model() {
+    for seed in FAILED_ONCE {
+        if std::panic::catch_unwind(|| run(seed, 1500)).is_err() {
+            panic!("failed with SEED={seed}");
+        }
+    }
+}
+
 #[test]
 fn random_work_with_power_cuts_matches_the_model() {
     let base: Option<u64> = std::env::var("SEED").ok().and_then(|s| s.parse().ok());
