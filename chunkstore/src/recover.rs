@@ -278,7 +278,12 @@ fn new_store<P: Payload>(
         let mut state = Copyset::new(image.members, image.born);
         (state.hard, state.floor, state.floor_term) = (image.hard, image.floor, image.floor_term);
         (state.applied, state.damaged, state.installing) = (image.floor, image.damaged, image.installing);
-        let base = Base { floor: image.floor, term: image.floor_term, members: image.members };
+        let base = Base {
+            floor: image.floor,
+            term: image.floor_term,
+            members: image.members,
+            installing: image.installing,
+        };
         store.round.last_bases.insert(image.id, base);
         store.copysets.insert(image.id, state);
     }

@@ -35,6 +35,8 @@ pub(crate) struct Base {
     pub floor: LogIndex,
     pub term: Term,
     pub members: Members,
+    /// Whether a catch-up was under way there.
+    pub installing: bool,
 }
 
 /// The state of the round in progress, and what lasts from round to round.
@@ -49,7 +51,8 @@ pub(crate) struct Round {
     /// Highest index to be flushed whatever its LSN.
     flush_to: BTreeMap<CopysetId, LogIndex>,
     floors: BTreeMap<CopysetId, (LogIndex, Term)>,
-    /// Floors for the checkpoint: as of `covers`, since a later `InstallEnd` is replayed.
+    /// Floors for the checkpoint: as of `covers`, since a later `InstallBegin` or `InstallEnd` is
+    /// replayed, and replay must know what was under way when it comes there.
     bases: BTreeMap<CopysetId, Base>,
     /// Those of the last durable checkpoint.
     pub last_bases: BTreeMap<CopysetId, Base>,
@@ -351,7 +354,8 @@ impl<P: Payload> Store<P> {
     /// A copyset's floor after this round, and the membership there.
     fn base(&self, id: CopysetId) -> Base {
         let state = &self.copysets[&id];
-        let mut base = Base { floor: state.floor, term: state.floor_term, members: state.members };
+        let (members, installing) = (state.members, state.installing);
+        let mut base = Base { floor: state.floor, term: state.floor_term, members, installing };
         if let Some((to, term)) = self.round.floors.get(&id) {
             (base.floor, base.term) = (*to, *term);
             for meta in state.entries.iter().take_while(|e| e.entry.index <= *to) {
@@ -372,7 +376,7 @@ impl<P: Payload> Store<P> {
         } else {
             self.round.bases.get(&id).copied().unwrap_or(fresh)
         };
-        let (floor, floor_term, members) = (base.floor, base.term, base.members);
+        let Base { floor, term: floor_term, members, installing } = base;
         CopysetImage {
             id,
             hard: state.hard,
@@ -381,7 +385,7 @@ impl<P: Payload> Store<P> {
             floor_term,
             born: state.born,
             damaged: state.damaged,
-            installing: state.installing,
+            installing,
         }
     }
 

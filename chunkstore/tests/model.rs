@@ -383,7 +383,7 @@ fn run(seed: u64, steps: usize) -> Stats {
 }
 
 /// Seeds that failed once.
-const FAILED_ONCE: [u64; 2] = [134, 1128];
+const FAILED_ONCE: [u64; 8] = [134, 1128, 1257, 1360, 1379, 1606, 2454, 2533];
 
 #[test]
 fn seeds_that_failed_once_match_the_model() {
