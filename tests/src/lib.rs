@@ -15,4 +15,5 @@ pub mod cluster;
 pub mod damage;
 pub mod metrics;
 pub mod register;
+pub mod sim;
 pub mod tools;

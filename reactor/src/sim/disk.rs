@@ -281,6 +281,14 @@ impl SimDisk {
         self.handles = Table::new();
     }
 
+    /// The place of some bit in a page that holds something.
+    pub(super) fn some_bit(&self, path: &Path, random: u64) -> Option<u64> {
+        let file = self.files.get(self.names.get(path)?)?;
+        let count = file.pages.len() as u64;
+        let page = file.pages.keys().nth(random.checked_rem(count)? as usize)?;
+        Some((page * PAGE_BYTES as u64) * 8 + (random >> 32) % (PAGE_BYTES as u64 * 8))
+    }
+
     /// Inverts one bit at rest, in what is read and what is durable.
     pub(super) fn flip(&mut self, path: &Path, bit: u64) -> Result<(), IoError> {
         let missing = IoError::new("flip a bit in", libc::ENOENT).at(path.display());

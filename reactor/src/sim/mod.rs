@@ -181,6 +181,14 @@ impl SimWorld {
         self.0.borrow_mut().nodes[node].disk.flip(path, bit)
     }
 
+    /// A bit, drawn by the seed, of what was ever written to a file (and is not all zeroes);
+    /// `None` when there is nothing.
+    pub fn some_bit(&self, node: usize, path: &Path) -> Option<u64> {
+        let mut world = self.0.borrow_mut();
+        let random = split_mix(&mut world.random);
+        world.nodes[node].disk.some_bit(path, random)
+    }
+
     /// Stalls a node as SIGSTOP or a frozen machine would: its loop is not turned, while what was
     /// begun goes on and time passes.
     pub fn pause(&self, node: usize) {

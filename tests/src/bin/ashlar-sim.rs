@@ -1,0 +1,126 @@
+//! Runs seeds of the simulator; see `ashlar_tests::sim`. Normally started by `cargo xtask sim`.
+
+use ashlar_tests::sim::{self, Mix, Report};
+use clap::Parser;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::FormatTime;
+
+/// Run the production code of whole clusters under simulated faults, one cluster a seed.
+#[derive(Parser)]
+struct Args {
+    /// How many seeds.
+    #[arg(long, default_value_t = 20)]
+    seeds: u64,
+    /// The first seed.
+    #[arg(long, default_value_t = 1)]
+    from: u64,
+    /// Only this seed, with a trace on stderr (RUST_LOG chooses what of it; default info).
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Seeds at once.
+    #[arg(long, default_value_t = 1)]
+    jobs: usize,
+    /// Go on after a failing seed.
+    #[arg(long)]
+    keep_going: bool,
+}
+
+struct Virtual;
+
+impl FormatTime for Virtual {
+    fn format_time(&self, w: &mut Writer<'_>) -> std::fmt::Result {
+        let (now, node) = sim::virtual_now();
+        write!(w, "{:>14.6} node {node}", now as f64 / 1e6)
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if let Some(seed) = args.seed {
+        let filter = tracing_subscriber::EnvFilter::try_from_default_env();
+        tracing_subscriber::fmt()
+            .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
+            .with_timer(Virtual)
+            .with_writer(std::io::stderr)
+            .init();
+        eprintln!("{:#?}", Mix::of_seed(seed));
+        return match run_one(seed) {
+            Ok(report) => {
+                println!("seed {seed} passed: {report:#?}");
+                ExitCode::SUCCESS
+            }
+            Err(why) => {
+                println!("seed {seed} FAILED: {why}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let failed = run_many(&args);
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn run_one(seed: u64) -> Result<Report, String> {
+    let run = AssertUnwindSafe(|| sim::run(seed, &Mix::of_seed(seed)));
+    match catch_unwind(run) {
+        Ok(result) => result.map_err(|failure| failure.0),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+            Err(format!("panic: {}", text.unwrap_or_default()))
+        }
+    }
+}
+
+fn run_many(args: &Args) -> usize {
+    let (next, stop) = (AtomicU64::new(args.from), AtomicBool::new(false));
+    let totals: Mutex<(u64, Report)> = Mutex::default();
+    let failures: Mutex<Vec<u64>> = Mutex::default();
+    let begun = Instant::now();
+    let work = || {
+        while !stop.load(Ordering::Relaxed) {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= args.from + args.seeds {
+                return;
+            }
+            match run_one(seed) {
+                Ok(report) => {
+                    let mut totals = totals.lock().expect("no panic holds it");
+                    totals.0 += 1;
+                    totals.1 += report;
+                }
+                Err(why) => {
+                    println!("seed {seed} FAILED: {why}\n  replay: cargo xtask sim --seed {seed}");
+                    failures.lock().expect("no panic holds it").push(seed);
+                    stop.fetch_or(!args.keep_going, Ordering::Relaxed);
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..args.jobs.max(1) {
+            scope.spawn(work);
+        }
+    });
+    let (passed, total) = *totals.lock().expect("no panic holds it");
+    let failures = failures.into_inner().expect("no panic holds it");
+    let took = begun.elapsed().as_secs_f64();
+    let simulated = total.span.0 as f64 / 1e9;
+    println!("{:?}\n{:?}", total.faults, total.shards);
+    println!(
+        "{passed} seeds passed, {} failed {failures:?}: {} turns, {:.2} simulated hours in {took:.0} s ({:.0} times real time), {} requests answered, {} of unknown fate, {} errors, {} doubles",
+        failures.len(),
+        total.turns,
+        simulated / 3600.0,
+        simulated / took,
+        total.acknowledged,
+        total.unknown,
+        total.errors,
+        total.doubles,
+    );
+    failures.len()
+}

@@ -1,0 +1,291 @@
+//! The targets: each shard a real core on a simulated reactor, started, turned, and let crash.
+//!
+//! A node of the world is one shard. The shards of a target share a fate: power fails for all
+//! of them. The control thread is played by whoever holds the ends of the shards' ports.
+
+use super::{Draw, Failure, Mix};
+use protocol::control::pb;
+use protocol::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
+use protocol::types::{CopysetId, ShardAddr, Span, TargetId, VolumeId};
+use reactor::host::{CoreLoop, Turn};
+use reactor::sim::{SimReactor, SimWorld};
+use reactor::{IoError, Reactor};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::ops::AddAssign;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use target_daemon::CopysetStanding;
+use target_daemon::assemble::{ShardPlan, build_core, format_shard};
+use target_daemon::control::{ControlEnds, ShardPort, ToShard, shard_ports};
+use target_daemon::core_loop::{Core, Port};
+
+/// How often the standing of a shard is looked at: once in so many turns.
+const LOOK_EVERY: u64 = 8;
+
+/// What shards counted.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Tally {
+    /// Leaders elected, as seen.
+    pub terms: u64,
+    /// Times that a shard gave up because its disk failed.
+    pub failed_disks: u64,
+    /// Starts of shards.
+    pub starts: u64,
+}
+
+impl AddAssign for Tally {
+    fn add_assign(&mut self, one: Self) {
+        self.terms += one.terms;
+        self.failed_disks += one.failed_disks;
+        self.starts += one.starts;
+    }
+}
+
+struct Node {
+    plan: ShardPlan,
+    life: Option<Life>,
+}
+
+struct Life {
+    core: Core<SimReactor>,
+    ends: ControlEnds,
+    turns: u64,
+    failed: bool,
+}
+
+/// All targets.
+pub struct Fleet {
+    world: SimWorld,
+    nodes: Vec<Node>,
+    shards: usize,
+    arena_bytes: usize,
+    map: Arc<ClusterMap>,
+    /// Who led a copyset in a term.
+    leaders: BTreeMap<(CopysetId, u64), usize>,
+    tally: Tally,
+}
+
+/// Where a shard is reached by others, and by hosts.
+pub fn addresses(node: usize) -> (SocketAddr, SocketAddr) {
+    let ip = [10, 0, (node / 256) as u8, (node % 256) as u8];
+    (SocketAddr::from((ip, 7000)), SocketAddr::from((ip, 10_809)))
+}
+
+/// The name of a volume.
+pub fn volume_name(volume: usize) -> String {
+    format!("vol{volume}")
+}
+
+impl Fleet {
+    /// Formats and starts every target.
+    pub fn new(world: &SimWorld, mix: &Mix) -> Result<Self, Failure> {
+        let plan = |node: usize| ShardPlan {
+            dir: PathBuf::from(format!("/shard-{node}")),
+            me: ShardAddr {
+                target: TargetId((node / mix.shards) as u32 + 1),
+                shard: (node % mix.shards) as u16,
+            },
+            disk: [node as u8; 16],
+            layout: mix.layout,
+            election_timeout: mix.election_timeout,
+            heartbeat: Span(mix.election_timeout.0 / 5),
+            hibernate_after: mix.hibernate_after,
+            io_timeout: None,
+        };
+        let nodes = (0..mix.targets * mix.shards).map(|node| Node { plan: plan(node), life: None });
+        let mut fleet = Self {
+            world: world.clone(),
+            nodes: nodes.collect(),
+            shards: mix.shards,
+            arena_bytes: mix.arena_bytes,
+            map: Arc::new(cluster_map(mix)),
+            leaders: BTreeMap::new(),
+            tally: Tally::default(),
+        };
+        for node in 0..fleet.nodes.len() {
+            let mut reactor = fleet.reactor(node)?;
+            let formatted = format_shard(&mut reactor, &fleet.nodes[node].plan);
+            formatted.map_err(|problem| Failure(format!("shard {node} cannot be formatted: {problem}")))?;
+            fleet.start_on(node, reactor)?;
+        }
+        Ok(fleet)
+    }
+
+    /// Shards of all targets.
+    pub fn nodes(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Targets.
+    pub fn targets(&self) -> usize {
+        self.nodes.len() / self.shards
+    }
+
+    /// The nodes of a target.
+    pub fn nodes_of(&self, target: usize) -> std::ops::Range<usize> {
+        target * self.shards..(target + 1) * self.shards
+    }
+
+    /// Where a shard's files lie.
+    pub fn dir(&self, node: usize) -> PathBuf {
+        self.nodes[node].plan.dir.clone()
+    }
+
+    /// The map that all of them have.
+    pub fn map(&self) -> &ClusterMap {
+        &self.map
+    }
+
+    /// Whether a target runs.
+    pub fn is_up(&self, target: usize) -> bool {
+        self.nodes[target * self.shards].life.is_some()
+    }
+
+    /// Whether a shard of a target has given up because its disk failed.
+    pub fn has_failed(&self, target: usize) -> bool {
+        self.nodes_of(target).any(|node| self.nodes[node].life.as_ref().is_some_and(|life| life.failed))
+    }
+
+    /// What was counted.
+    pub fn tally(&self) -> Tally {
+        Tally { terms: self.leaders.len() as u64, ..self.tally }
+    }
+
+    fn reactor(&self, node: usize) -> Result<SimReactor, Failure> {
+        let started = self.world.start(node, self.arena_bytes);
+        started.map_err(|error| Failure(format!("no reactor for shard {node}: {error}")))
+    }
+
+    /// Starts a target that is down.
+    pub fn start(&mut self, target: usize) -> Result<(), Failure> {
+        for node in self.nodes_of(target) {
+            let reactor = self.reactor(node)?;
+            self.start_on(node, reactor)?;
+        }
+        Ok(())
+    }
+
+    fn start_on(&mut self, node: usize, reactor: SimReactor) -> Result<(), Failure> {
+        self.tally.starts += 1;
+        let waker = reactor.waker();
+        let (ends, mut ports) = shard_ports(vec![Box::new(move || waker.wake())]);
+        let port: ShardPort = ports.pop().expect("one shard, one port");
+        let (peer, nbd) = addresses(node);
+        let listen = |reactor: &mut SimReactor| {
+            let mut open = |port, addr| Ok((port, reactor.listen(addr)?));
+            let both = open(Port::Peer, peer).and_then(|p| Ok(vec![p, open(Port::Nbd, nbd)?]));
+            Ok(both.unwrap_or_else(|error: IoError| panic!("shard {node} cannot listen: {error}")))
+        };
+        let core =
+            build_core(reactor, &self.nodes[node].plan, port, Arc::new(AtomicBool::new(false)), listen)
+                .map_err(|problem| Failure(format!("shard {node} does not start: {problem}")))?;
+        let _ = ends.shards()[0].send(ToShard::Map(self.map.clone()));
+        self.nodes[node].life = Some(Life { core, ends, turns: 0, failed: false });
+        Ok(())
+    }
+
+    /// Cuts the power of a target.
+    pub fn crash(&mut self, target: usize) {
+        for node in self.nodes_of(target) {
+            self.world.crash(node);
+            self.nodes[node].life = None;
+        }
+    }
+
+    /// One turn of a shard's loop.
+    pub fn turn(&mut self, node: usize) -> Result<(), Failure> {
+        let Some(life) = &mut self.nodes[node].life else { return Ok(()) };
+        if matches!(life.core.turn(), Turn::Stop) {
+            return Err(Failure(format!("shard {node} stopped by itself")));
+        }
+        while let Some((_, report)) = life.ends.try_report() {
+            if let target_daemon::control::FromShard::Failed { .. } = report {
+                life.failed = true;
+                self.tally.failed_disks += 1;
+            }
+        }
+        life.turns += 1;
+        if life.turns.is_multiple_of(LOOK_EVERY) {
+            let standings = life.core.standings();
+            self.look(node, &standings)?;
+        }
+        Ok(())
+    }
+
+    /// At most one leader a term.
+    fn look(&mut self, node: usize, standings: &[CopysetStanding]) -> Result<(), Failure> {
+        for standing in standings.iter().filter(|s| s.role == copyset::Role::Leader) {
+            let leader = *self.leaders.entry((standing.id, standing.term)).or_insert(node);
+            if leader != node {
+                return Err(Failure(format!(
+                    "copyset {} has two leaders in term {}: nodes {leader} and {node}",
+                    standing.id, standing.term
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// How the replicas of a shard stand.
+    pub fn standings(&self, node: usize) -> Vec<CopysetStanding> {
+        self.nodes[node].life.as_ref().map_or(Vec::new(), |life| life.core.standings())
+    }
+
+    /// Sends a shard's control side a message.
+    pub fn tell(&self, node: usize, message: ToShard) {
+        if let Some(life) = &self.nodes[node].life {
+            let _ = life.ends.shards()[0].send(message);
+        }
+    }
+
+    /// What a shard told of itself last.
+    pub fn status(&self, node: usize) -> Option<pb::ShardStatus> {
+        self.nodes[node].life.as_ref()?.ends.shards()[0].status()
+    }
+
+    /// All standings as text.
+    pub fn describe(&self) -> String {
+        let mut text = String::new();
+        for node in 0..self.nodes.len() {
+            let state = if self.nodes[node].life.is_some() { "up" } else { "down" };
+            text += &format!("node {node} {state}\n");
+            for standing in self.standings(node) {
+                text += &format!("  {standing:?}\n");
+            }
+            if let Some(status) = self.status(node) {
+                text += &format!("  {status:?}\n");
+            }
+        }
+        text
+    }
+}
+
+fn cluster_map(mix: &Mix) -> ClusterMap {
+    let mut map = ClusterMap { cluster: [7; 16], generation: 1, ..ClusterMap::default() };
+    for target in 0..mix.targets {
+        let nodes = target * mix.shards..(target + 1) * mix.shards;
+        let peers = nodes.map(|node| addresses(node).0).collect();
+        map.targets.insert(TargetId(target as u32 + 1), TargetEntry { peers });
+    }
+    // Placement by a walk over the targets: every shard gets its share.
+    let mut draw = Draw::new(mix.targets as u64);
+    for copyset in 0..mix.copysets {
+        let member = |n: usize| ShardAddr {
+            target: TargetId(((copyset + n) % mix.targets) as u32 + 1),
+            shard: (draw.below(mix.shards as u64)) as u16,
+        };
+        let members = (0..3).map(member).collect();
+        map.copysets.insert(CopysetId(copyset as u32 + 1), CopysetEntry { members });
+    }
+    for (n, (bytes, block_bytes)) in mix.volumes.iter().enumerate() {
+        let id = VolumeId(n as u32 + 1);
+        let copysets = map.copysets.keys().copied().collect();
+        let (bytes, block_bytes) = (*bytes, *block_bytes);
+        let entry = VolumeEntry { name: volume_name(n), bytes, block_bytes, copysets, deleted: false };
+        map.volumes.insert(id, entry);
+        map.exports.push(ExportEntry { volume: id, protocol: ExportProtocol::Nbd });
+    }
+    map
+}

@@ -1,0 +1,203 @@
+//! What a seed draws: the shape of the cluster, its limits, its load and its faults.
+//!
+//! Swarm testing: each seed leaves most things out and overdoes the others, for many bugs show
+//! only when something else does not happen.
+
+use super::Draw;
+use chunkstore::Layout;
+use protocol::types::{BLOCK_BYTES, Span};
+
+/// What may go wrong, and about how often; `None` leaves it out.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Faults {
+    /// Mean time between power cuts of one target.
+    pub crash: Option<Span>,
+    /// Of power cuts, how many in a thousand hit every target at once.
+    pub crash_all_permille: u64,
+    /// The longest that a target stays down.
+    pub down_max: Span,
+    /// Mean time between partitions.
+    pub partition: Option<Span>,
+    /// Mean time between resets of connections.
+    pub reset: Option<Span>,
+    /// Mean time between stalls of a target.
+    pub pause: Option<Span>,
+    /// Mean time between slow links.
+    pub slow_link: Option<Span>,
+    /// Ops of disks that take 100 times as long, in ppm.
+    pub slow_disk_ppm: u32,
+    /// Reads that return one wrong bit, on the one target whose disk is bad, in ppm.
+    pub read_flip_ppm: u32,
+    /// Reads that fail there, in ppm.
+    pub read_error_ppm: u32,
+    /// Writes that fail there, in ppm.
+    pub write_error_ppm: u32,
+    /// Syncs that fail there, in ppm.
+    pub sync_error_ppm: u32,
+    /// Mean time between bits that rot in its chunk files.
+    pub rot_chunks: Option<Span>,
+    /// Bits that rot in its log while it is down, each time it goes down.
+    pub rot_log_permille: u64,
+}
+
+/// Everything that a seed decides about a run.
+#[derive(Clone, Debug)]
+pub struct Mix {
+    /// Targets.
+    pub targets: usize,
+    /// Shards of each.
+    pub shards: usize,
+    /// Copysets of three replicas.
+    pub copysets: usize,
+    /// Bytes and block size of each volume.
+    pub volumes: Vec<(u64, u32)>,
+    /// NBD clients.
+    pub hosts: usize,
+    /// Requests that a host keeps in flight, at most.
+    pub depth: usize,
+    /// The longest that a host waits between two requests, in microseconds.
+    pub think_us_max: u64,
+    /// Of requests: reads, zeroes, trims, flushes in a thousand; the rest are writes.
+    pub reads_permille: u64,
+    /// See `reads_permille`.
+    pub zeroes_permille: u64,
+    /// See `reads_permille`.
+    pub flushes_permille: u64,
+    /// The longest request, in blocks.
+    pub blocks_max: u64,
+    /// Places of a volume that are used: windows, and blocks of each.
+    pub windows: (u64, u64),
+    /// No two writes of a block are in flight at once.
+    pub exclusive: bool,
+    /// A host gives up a connection on which nothing was answered for so long.
+    pub patience: Option<Span>,
+    /// How long load and faults last.
+    pub load: Span,
+    /// Bytes of each shard's arena.
+    pub arena_bytes: usize,
+    /// Sizes of each shard's store.
+    pub layout: Layout,
+    /// The shortest election time-out.
+    pub election_timeout: Span,
+    /// How long a copyset is idle before it hibernates.
+    pub hibernate_after: Span,
+    /// What goes wrong.
+    pub faults: Faults,
+}
+
+impl Mix {
+    /// A small cluster without faults.
+    pub fn calm() -> Self {
+        Self {
+            targets: 3,
+            shards: 1,
+            copysets: 2,
+            volumes: vec![(64 << 20, 4096)],
+            hosts: 2,
+            depth: 4,
+            think_us_max: 4_000,
+            reads_permille: 400,
+            zeroes_permille: 50,
+            flushes_permille: 10,
+            blocks_max: 40,
+            windows: (2, 96),
+            exclusive: false,
+            patience: None,
+            load: Span::ms(4_000),
+            arena_bytes: 16 << 20,
+            layout: small_layout(&mut Draw::new(1)),
+            election_timeout: Span::ms(500),
+            hibernate_after: Span::ms(2_000),
+            faults: Faults::default(),
+        }
+    }
+
+    /// What a seed draws.
+    pub fn of_seed(seed: u64) -> Self {
+        let mut draw = Draw::new(seed ^ 0x6d69_7800);
+        let draw = &mut draw;
+        let targets = draw.of(&[3, 3, 3, 4, 5]);
+        let shards = draw.of(&[1, 1, 2]);
+        let volume =
+            |draw: &mut Draw| (draw.of(&[16 << 20, 24 << 20, 64 << 20]), draw.of(&[512, 4096, 4096]));
+        let volumes = (0..draw.of(&[1, 1, 2])).map(|_| volume(draw)).collect();
+        Self {
+            targets,
+            shards,
+            copysets: draw.between(1, 4) as usize,
+            volumes,
+            hosts: draw.between(1, 4) as usize,
+            depth: draw.of(&[1, 2, 4, 8, 16]),
+            think_us_max: draw.of(&[500, 3_000, 10_000, 50_000]),
+            reads_permille: draw.of(&[100, 300, 500]),
+            zeroes_permille: draw.of(&[0, 50, 200]),
+            flushes_permille: draw.of(&[0, 20]),
+            blocks_max: draw.of(&[1, 4, 33, 80]),
+            windows: draw.of(&[(1, 4), (1, 40), (3, 64), (4, 200)]),
+            exclusive: draw.chance(500),
+            patience: draw.of(&[None, None, Some(Span::ms(1_500)), Some(Span::ms(8_000))]),
+            load: Span::ms(draw.of(&[8_000, 15_000, 30_000])),
+            arena_bytes: draw.of(&[8 << 20, 16 << 20, 32 << 20]),
+            layout: small_layout(draw),
+            election_timeout: Span::ms(draw.of(&[500, 500, 300, 1_000])),
+            hibernate_after: Span::ms(draw.of(&[400, 2_000, 10_000])),
+            faults: Faults::draw(draw),
+        }
+    }
+}
+
+impl Faults {
+    fn draw(draw: &mut Draw) -> Self {
+        let mut faults = Self { down_max: Span::ms(draw.of(&[300, 2_000, 8_000])), ..Self::default() };
+        let sometimes = |draw: &mut Draw, permille: u64| {
+            let mean = draw.of(&[500, 1_500, 5_000]);
+            draw.chance(permille).then_some(Span::ms(mean))
+        };
+        faults.crash = sometimes(draw, 600);
+        faults.crash_all_permille = draw.of(&[0, 100, 500]);
+        faults.partition = sometimes(draw, 400);
+        faults.reset = sometimes(draw, 300);
+        faults.pause = sometimes(draw, 300);
+        faults.slow_link = sometimes(draw, 200);
+        faults.slow_disk_ppm = draw.of(&[0, 0, 1_000, 50_000]);
+        if draw.chance(350) {
+            let kind = draw.below(6);
+            faults.read_flip_ppm = if kind == 0 { 20_000 } else { 0 };
+            faults.read_error_ppm = if kind == 1 { 20_000 } else { 0 };
+            faults.write_error_ppm = if kind == 2 { 100 } else { 0 };
+            faults.sync_error_ppm = if kind == 3 { 2_000 } else { 0 };
+            faults.rot_chunks = (kind == 4).then_some(Span::ms(300));
+            faults.rot_log_permille = if kind == 5 { 500 } else { 0 };
+        }
+        faults
+    }
+
+    /// Whether something other than power cuts happens to disks.
+    pub fn has_bad_disk(&self) -> bool {
+        self.read_flip_ppm + self.read_error_ppm + self.write_error_ppm + self.sync_error_ppm > 0
+            || self.rot_chunks.is_some()
+            || self.rot_log_permille > 0
+    }
+}
+
+/// A store so small that it recycles, flushes and reads back all the time.
+fn small_layout(draw: &mut Draw) -> Layout {
+    let batch_blocks_max = draw.of(&[32, 64]);
+    let least = 4 * (batch_blocks_max + 8);
+    let segment_blocks = least + draw.of(&[0, 7, 100]);
+    Layout {
+        segment_bytes: segment_blocks * BLOCK_BYTES as u32,
+        log_segments: draw.of(&[4, 5, 8, 16]),
+        slots_per_file: draw.of(&[1, 4]),
+        slots_max: 32,
+        format_segments: 2,
+        reserve_slots: draw.of(&[0, 1, 2]),
+        batch_blocks_max,
+        batches_in_flight_max: draw.of(&[1, 2, 4]),
+        flush_in_flight_max: draw.of(&[1, 4]),
+        table_cache_max: draw.of(&[1, 2, 64]),
+        ram_blocks_max: draw.of(&[1, 64, 1024]),
+        seal_idle_ns: 50_000_000,
+        flush_idle_ns: draw.of(&[200_000_000, 2_000_000_000]),
+    }
+}

@@ -1,0 +1,257 @@
+//! What goes wrong, and when.
+//!
+//! Each kind of fault has its own clock, drawn from its mean. Disks lie only on one target (the
+//! victim), so that a quorum of every copyset stays intact, as the promise demands; power may
+//! fail anywhere, everywhere at once too.
+
+use super::fleet::Fleet;
+use super::{Draw, Failure, Mix};
+use protocol::types::{Span, Time};
+use reactor::sim::{Faults as DiskFaults, SimWorld};
+use std::collections::BTreeSet;
+use std::ops::AddAssign;
+use std::path::PathBuf;
+
+/// Faults injected, by kind.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Count {
+    /// Power cuts, a target each.
+    pub crashes: u64,
+    /// Partitions.
+    pub partitions: u64,
+    /// Resets of all connections between two nodes.
+    pub resets: u64,
+    /// Stalls.
+    pub pauses: u64,
+    /// Slow links.
+    pub slow_links: u64,
+    /// Bits that rotted.
+    pub rotten: u64,
+    /// Disks replaced by their power being cut, after they failed.
+    pub revived: u64,
+}
+
+impl AddAssign for Count {
+    fn add_assign(&mut self, one: Self) {
+        self.crashes += one.crashes;
+        self.partitions += one.partitions;
+        self.resets += one.resets;
+        self.pauses += one.pauses;
+        self.slow_links += one.slow_links;
+        self.rotten += one.rotten;
+        self.revived += one.revived;
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum What {
+    Crash,
+    Start(usize),
+    Partition,
+    Heal(usize, usize),
+    Reset,
+    Pause,
+    Resume(usize),
+    SlowLink,
+    FastLink(usize, usize),
+    Rot,
+}
+
+/// The source of all trouble.
+pub struct Nemesis {
+    draw: Draw,
+    mix: Mix,
+    agenda: BTreeSet<(Time, What)>,
+    victim: usize,
+    /// What was injected.
+    pub count: Count,
+}
+
+impl Nemesis {
+    /// From the mix.
+    pub fn new(mix: &Mix, seed: u64, now: Time) -> Self {
+        let mut draw = Draw::new(seed ^ 0x6e65_6d65);
+        let victim = draw.below(mix.targets as u64) as usize;
+        let mut nemesis =
+            Self { draw, mix: mix.clone(), agenda: BTreeSet::new(), victim, count: Count::default() };
+        for what in [What::Crash, What::Partition, What::Reset, What::Pause, What::SlowLink, What::Rot] {
+            nemesis.plan(what, now);
+        }
+        nemesis
+    }
+
+    fn plan(&mut self, what: What, now: Time) {
+        let faults = &self.mix.faults;
+        let mean = match what {
+            What::Crash => faults.crash,
+            What::Partition => faults.partition,
+            What::Reset => faults.reset,
+            What::Pause => faults.pause,
+            What::SlowLink => faults.slow_link,
+            What::Rot => faults.rot_chunks,
+            _ => None,
+        };
+        if let Some(mean) = mean {
+            let after = Span(self.draw.between(1, 2 * mean.0));
+            self.agenda.insert((now + after, what));
+        }
+    }
+
+    fn later(&mut self, now: Time, most: Span, what: What) {
+        let after = Span(self.draw.between(1_000_000, most.0));
+        self.agenda.insert((now + after, what));
+    }
+
+    /// When [`Nemesis::act`] wants to be called.
+    pub fn next(&self) -> Time {
+        self.agenda.first().map_or(Time(u64::MAX), |(at, _)| *at)
+    }
+
+    /// Does what is due.
+    pub fn act(&mut self, world: &SimWorld, fleet: &mut Fleet) -> Result<(), Failure> {
+        let now = world.now();
+        self.set_disk(world, fleet);
+        while let Some((_, what)) = self.agenda.first().copied().filter(|(at, _)| *at <= now) {
+            self.agenda.pop_first();
+            self.strike(world, fleet, what, now)?;
+            self.plan(what, now);
+        }
+        Ok(())
+    }
+
+    fn set_disk(&self, world: &SimWorld, fleet: &Fleet) {
+        let faults = &self.mix.faults;
+        for node in 0..fleet.nodes() {
+            let bad = fleet.nodes_of(self.victim).contains(&node);
+            let ppm = |ppm: u32| if bad { ppm } else { 0 };
+            world.set_faults(
+                node,
+                DiskFaults {
+                    read_error_ppm: ppm(faults.read_error_ppm),
+                    read_flip_ppm: ppm(faults.read_flip_ppm),
+                    write_error_ppm: ppm(faults.write_error_ppm),
+                    sync_error_ppm: ppm(faults.sync_error_ppm),
+                    slow_ppm: faults.slow_disk_ppm,
+                },
+            );
+        }
+    }
+
+    fn strike(&mut self, world: &SimWorld, fleet: &mut Fleet, what: What, now: Time) -> Result<(), Failure> {
+        let nodes = fleet.nodes() as u64 + self.mix.hosts as u64;
+        match what {
+            What::Crash => self.crash(world, fleet, now),
+            What::Start(target) => self.start(world, fleet, target)?,
+            What::Partition => {
+                let (a, b) = self.pair(nodes);
+                self.count.partitions += 1;
+                if self.draw.chance(400) {
+                    world.partition_one_way(a, b);
+                    self.later(now, Span::ms(4_000), What::Heal(a, b));
+                } else if self.draw.chance(400) {
+                    // One node alone.
+                    for other in (0..nodes as usize).filter(|other| *other != a) {
+                        world.partition(a, other);
+                        self.later(now, Span::ms(4_000), What::Heal(a, other));
+                    }
+                } else {
+                    world.partition(a, b);
+                    self.later(now, Span::ms(4_000), What::Heal(a, b));
+                }
+            }
+            What::Heal(a, b) => world.heal(a, b),
+            What::Reset => {
+                let (a, b) = self.pair(nodes);
+                self.count.resets += 1;
+                world.reset_connections(a, b);
+            }
+            What::Pause => {
+                let node = self.draw.below(fleet.nodes() as u64) as usize;
+                self.count.pauses += 1;
+                world.pause(node);
+                self.later(now, Span::ms(3_000), What::Resume(node));
+            }
+            What::Resume(node) => world.resume(node),
+            What::SlowLink => {
+                let (a, b) = self.pair(nodes);
+                self.count.slow_links += 1;
+                let extra = Span::us(self.draw.between(100, 300_000));
+                world.slow_link(a, b, extra);
+                self.later(now, Span::ms(5_000), What::FastLink(a, b));
+            }
+            What::FastLink(a, b) => world.slow_link(a, b, Span(0)),
+            What::Rot => self.rot(world, fleet, "chunks", "chunks")?,
+        }
+        Ok(())
+    }
+
+    fn pair(&mut self, nodes: u64) -> (usize, usize) {
+        let a = self.draw.below(nodes);
+        let b = (a + self.draw.between(1, nodes - 1)) % nodes;
+        (a as usize, b as usize)
+    }
+
+    fn crash(&mut self, world: &SimWorld, fleet: &mut Fleet, now: Time) {
+        let all = self.draw.chance(self.mix.faults.crash_all_permille);
+        let one = self.draw.below(fleet.targets() as u64) as usize;
+        for target in (0..fleet.targets()).filter(|target| all || *target == one) {
+            if !fleet.is_up(target) {
+                continue;
+            }
+            self.count.crashes += 1;
+            tracing::info!(target, "power cut");
+            fleet.nodes_of(target).for_each(|node| world.resume(node));
+            fleet.crash(target);
+            self.later(now, self.mix.faults.down_max, What::Start(target));
+        }
+    }
+
+    fn start(&mut self, world: &SimWorld, fleet: &mut Fleet, target: usize) -> Result<(), Failure> {
+        if fleet.is_up(target) {
+            return Ok(());
+        }
+        if target == self.victim && self.draw.chance(self.mix.faults.rot_log_permille) {
+            self.rot(world, fleet, "log", "log")?;
+        }
+        tracing::info!(target, "starts");
+        fleet.start(target)
+    }
+
+    /// Inverts a bit somewhere in the victim's files of a kind.
+    fn rot(&mut self, world: &SimWorld, fleet: &Fleet, dir: &str, ends: &str) -> Result<(), Failure> {
+        let node = fleet.nodes_of(self.victim).start + self.draw.below(self.mix.shards as u64) as usize;
+        let number = self.draw.below(if dir == "log" { self.mix.layout.log_segments.into() } else { 4 });
+        let path: PathBuf = fleet.dir(node).join(dir).join(format!("{number:05}.{ends}"));
+        if let Some(bit) = world.some_bit(node, &path) {
+            self.count.rotten += 1;
+            tracing::info!(node, ?path, bit, "a bit rots");
+            world.flip_bit(node, &path, bit).map_err(|error| Failure(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// Ends everything that is wrong, and brings every target up.
+    pub fn heal(&mut self, world: &SimWorld, fleet: &mut Fleet) -> Result<(), Failure> {
+        self.agenda.clear();
+        let nodes = fleet.nodes() + self.mix.hosts;
+        for a in 0..nodes {
+            world.set_faults(a, DiskFaults::default());
+            world.resume(a);
+            for b in a + 1..nodes {
+                world.heal(a, b);
+                world.slow_link(a, b, Span(0));
+            }
+        }
+        for target in 0..fleet.targets() {
+            if fleet.is_up(target) && fleet.has_failed(target) {
+                // A shard whose disk failed serves nothing until it is started anew.
+                self.count.revived += 1;
+                fleet.crash(target);
+            }
+            if !fleet.is_up(target) {
+                fleet.start(target)?;
+            }
+        }
+        Ok(())
+    }
+}
