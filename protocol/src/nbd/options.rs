@@ -4,6 +4,9 @@ use super::session::{Lookup, Phase, Progress, Session, Then, Violation, take};
 use super::wire::*;
 use super::{Event, ExportInfo, Refusal};
 
+/// How much of an unknown export's name a refusal repeats.
+const NAME_SHOWN_CHARS: usize = 80;
+
 /// Appends one reply to an option.
 fn reply(option: u32, kind: u32, data: &[&[u8]], out: &mut Vec<u8>) {
     let bytes: usize = data.iter().map(|part| part.len()).sum();
@@ -185,7 +188,7 @@ impl Session {
             return Err(Violation::Export(lossy()));
         }
         let name = valid_name(data).ok_or_else(|| Violation::Export(lossy()))?.to_owned();
-        self.phase = Phase::Lookup(Lookup::ExportName { name: name.clone() });
+        self.phase = Phase::Lookup { name: name.clone(), lookup: Lookup::ExportName };
         Ok(Event::Export { name })
     }
     fn meta_context(&mut self, option: u32, data: &[u8], out: &mut Vec<u8>) -> Option<Event> {
@@ -205,25 +208,26 @@ impl Session {
             refuse(option, rep::ERR_INVALID, "the option's data is malformed", out);
             return None;
         };
-        self.phase = Phase::Lookup(lookup);
+        self.phase = Phase::Lookup { name: name.clone(), lookup };
         Some(Event::Export { name })
     }
     pub(super) fn looked_up(
         &mut self,
+        asked: String,
         lookup: Lookup,
         answer: Result<ExportInfo, Refusal>,
         out: &mut Vec<u8>,
     ) -> Result<(), Violation> {
         let export = match (answer, &lookup) {
             (Ok(export), _) => export,
-            (Err(_), Lookup::ExportName { name }) => return Err(Violation::Export(name.clone())),
+            (Err(_), Lookup::ExportName) => return Err(Violation::Export(asked)),
             (Err(refusal), _) => {
-                refuse_export(lookup.option(), &refusal, out);
+                refuse_export(lookup.option(), &asked, &refusal, out);
                 return Ok(());
             }
         };
         match lookup {
-            Lookup::ExportName { .. } => self.attach_by_name(export, out),
+            Lookup::ExportName => self.attach_by_name(export, out),
             Lookup::Info { go, name, description } => self.inform(export, go, name, description, out),
             Lookup::Meta { set, found } => self.answer_meta(&export, set, found, out),
         }
@@ -293,7 +297,7 @@ impl Session {
 impl Lookup {
     fn option(&self) -> u32 {
         match self {
-            Lookup::ExportName { .. } => opt::EXPORT_NAME,
+            Lookup::ExportName => opt::EXPORT_NAME,
             Lookup::Info { go: true, .. } => opt::GO,
             Lookup::Info { go: false, .. } => opt::INFO,
             Lookup::Meta { set: true, .. } => opt::SET_META_CONTEXT,
@@ -302,12 +306,22 @@ impl Lookup {
     }
 }
 
-fn refuse_export(option: u32, refusal: &Refusal, out: &mut Vec<u8>) {
+fn refuse_export(option: u32, asked: &str, refusal: &Refusal, out: &mut Vec<u8>) {
     match refusal {
-        Refusal::Unknown => refuse(option, rep::ERR_UNKNOWN, "no export of that name", out),
+        Refusal::Unknown => refuse(option, rep::ERR_UNKNOWN, &unknown_export(asked), out),
         Refusal::Policy(text) => refuse(option, rep::ERR_POLICY, text, out),
         Refusal::Shutdown => refuse(option, rep::ERR_SHUTDOWN, "the server is shutting down", out),
     }
+}
+
+fn unknown_export(asked: &str) -> String {
+    if asked.is_empty() {
+        return "no export was named, and there is no default; `nbdinfo --list` shows the names".to_owned();
+    }
+    // A name has up to 4,096 bytes, which is all that a reply's text may have.
+    let (end, dots) =
+        asked.char_indices().nth(NAME_SHOWN_CHARS).map_or((asked.len(), ""), |(at, _)| (at, "..."));
+    format!("no export is named {:?}{dots}; `nbdinfo --list` shows the names", &asked[..end])
 }
 
 fn unsupported(option: u32) -> &'static str {

@@ -56,7 +56,10 @@ pub(super) enum Phase {
     ClientFlags,
     Options,
     /// An export's name was asked of the caller, for this.
-    Lookup(Lookup),
+    Lookup {
+        name: String,
+        lookup: Lookup,
+    },
     /// A list was asked of the caller.
     List,
     /// Bytes to be thrown away.
@@ -72,7 +75,7 @@ pub(super) enum Phase {
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Lookup {
-    ExportName { name: String },
+    ExportName,
     Info { go: bool, name: bool, description: bool },
     Meta { set: bool, found: bool },
 }
@@ -134,7 +137,7 @@ impl Session {
     }
     /// Whether an answer of the caller is awaited.
     pub fn is_waiting(&self) -> bool {
-        matches!(self.phase, Phase::Lookup(_) | Phase::List)
+        matches!(self.phase, Phase::Lookup { .. } | Phase::List)
     }
     /// From now on everything is refused because the server is stopping.
     pub fn stop(&mut self) {
@@ -149,7 +152,7 @@ impl Session {
             Phase::Skip { left, .. } => Ok(self.skip(left, input, out)),
             Phase::Attaching => Ok(self.attached()),
             Phase::Transmission => self.request(input, out),
-            Phase::Lookup(_) | Phase::List | Phase::Ended => Ok(Progress::default()),
+            Phase::Lookup { .. } | Phase::List | Phase::Ended => Ok(Progress::default()),
         };
         if result.is_err() {
             self.phase = Phase::Ended;
@@ -162,10 +165,10 @@ impl Session {
         answer: Result<ExportInfo, Refusal>,
         out: &mut Vec<u8>,
     ) -> Result<(), Violation> {
-        let Phase::Lookup(lookup) = core::mem::replace(&mut self.phase, Phase::Options) else {
+        let Phase::Lookup { name, lookup } = core::mem::replace(&mut self.phase, Phase::Options) else {
             panic!("no export was asked for");
         };
-        let result = self.looked_up(lookup, answer, out);
+        let result = self.looked_up(name, lookup, answer, out);
         if result.is_err() {
             self.phase = Phase::Ended;
         }

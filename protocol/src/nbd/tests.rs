@@ -248,6 +248,21 @@ fn option_lengths_up_to_the_largest_are_skipped_or_close() {
 }
 
 #[test]
+fn a_refusal_repeats_the_name_that_was_asked_for() {
+    let long = "x".repeat(4096);
+    for (name, told) in
+        [("nope", "\"nope\""), ("a\u{7}b", "\"a\\u{7}b\""), (&long, "xxx\"..."), ("", "default")]
+    {
+        let mut host = Host::haggling();
+        host.exports.clear();
+        host.encode(|out| client::info_option(opt::GO, name, &[], out));
+        let [reply] = &host.option_replies()[..] else { panic!("one reply") };
+        let text = String::from_utf8(reply.data.clone()).expect("UTF-8");
+        assert!(reply.kind == rep::ERR_UNKNOWN && text.contains(told) && text.len() <= 4096, "{text}");
+    }
+}
+
+#[test]
 fn names_of_every_length_and_of_bad_bytes() {
     for (name, kind) in [
         (vec![], rep::ACK),
