@@ -15,6 +15,7 @@ mod export;
 mod files;
 pub mod identity;
 mod links;
+mod lock;
 mod mem;
 pub mod metrics;
 mod run;

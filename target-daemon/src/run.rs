@@ -6,6 +6,7 @@ use crate::control::{self, ShardPort, shard_ports};
 use crate::core_loop::{Core, Port as ListenFor};
 use crate::files::{FileMedia, Files};
 use crate::identity::Identity;
+use crate::lock::DirLock;
 use chunkstore::{InspectReport, Layout};
 use protocol::control::{Problem, ProblemKind};
 use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, ShardAddr, Span};
@@ -43,8 +44,9 @@ pub fn format(config: &TargetConfig) -> Result<(), Problem> {
 /// What is on a target's disk, every checksum verified; one report a shard. The target must not run.
 ///
 /// # Errors
-/// There is no target, or a superblock or both checkpoints cannot be read.
+/// There is no target, it runs, or a superblock or both checkpoints cannot be read.
 pub fn inspect(dir: &Path) -> Result<Vec<InspectReport>, Problem> {
+    let _lock = DirLock::for_reading(dir)?;
     let mut reports = Vec::new();
     for shard in 0.. {
         let dir = shard_dir(dir, shard);
@@ -77,6 +79,7 @@ pub fn inspect(dir: &Path) -> Result<Vec<InspectReport>, Problem> {
 /// Nothing could be started. What happens later is logged, and the other shards go on.
 pub fn run(config: TargetConfig, ready: impl FnOnce(Box<dyn Fn() + Send + Sync>)) -> Result<(), Problem> {
     let identity = Identity::open(&config.dir, config.target())?;
+    let _lock = DirLock::for_running(&config.dir)?;
     let stop = Arc::new(AtomicBool::new(false));
     let nbd = listen_nbd(&config)?;
     let wakers: Vec<Arc<OnceLock<Waker>>> = (0..config.shards).map(|_| Arc::default()).collect();
