@@ -9,6 +9,7 @@ use crate::size::Size;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use std::path::PathBuf;
+use target_daemon::identity::{Identity, to_hex};
 
 /// Commands on a disk.
 #[derive(Subcommand)]
@@ -29,7 +30,8 @@ pub struct InspectArgs {
 
 #[derive(Serialize)]
 struct ShardShown {
-    cluster: String,
+    /// `None` until the target has joined one.
+    cluster: Option<String>,
     disk: String,
     target: u32,
     shard: u16,
@@ -107,11 +109,18 @@ pub fn run(command: DiskCommand) -> Outcome {
 }
 
 fn read(dir: &std::path::Path) -> Result<Vec<ShardShown>, crate::problem::Problem> {
-    let reports = target_daemon::inspect(dir)?.into_iter().map(|report| {
+    let inspected = target_daemon::inspect(dir)?;
+    // A superblock is written before its target joins a cluster; the identity's file knows it.
+    let (identity, unreadable) = match Identity::load(dir) {
+        Ok(identity) => (identity, None),
+        Err(problem) => (None, Some(problem.to_string())),
+    };
+    let cluster = identity.and_then(|identity| identity.cluster).map(|id| to_hex(&id));
+    let reports = inspected.into_iter().map(|report| {
         let from = report.checkpoint;
         ShardShown {
-            cluster: hex(&report.identity.cluster),
-            disk: hex(&report.identity.disk),
+            cluster: cluster.clone(),
+            disk: to_hex(&report.identity.disk),
             target: report.identity.target,
             shard: report.identity.shard,
             superblock: SuperblockShown {
@@ -171,14 +180,10 @@ fn read(dir: &std::path::Path) -> Result<Vec<ShardShown>, crate::problem::Proble
                 .collect(),
             blocks_good: report.blocks_good,
             blocks_in_replay: report.blocks_in_replay,
-            problems: report.problems,
+            problems: unreadable.iter().cloned().chain(report.problems).collect(),
         }
     });
     Ok(reports.collect())
-}
-
-fn hex(id: &[u8; 16]) -> String {
-    target_daemon::identity::to_hex(id)
 }
 
 fn text(shard: &ShardShown) -> String {
@@ -188,8 +193,9 @@ fn text(shard: &ShardShown) -> String {
 fn superblock(shard: &ShardShown) -> String {
     let ShardShown { target, shard: index, cluster, disk, superblock: s, .. } = shard;
     format!(
-        "target {target} shard {index}: cluster {cluster}, disk {disk}\n\
+        "target {target} shard {index}: cluster {}, disk {disk}\n\
          superblock  {} log segments of {}, {} slots a file, at most {} slots\n",
+        cluster.as_deref().unwrap_or("none yet"),
         s.log_segments,
         Size(s.segment_bytes.into()),
         s.slots_per_file,
@@ -239,7 +245,7 @@ fn slots(shard: &ShardShown) -> String {
 
 fn verdict(shard: &ShardShown) -> String {
     let counts = format!(
-        "checksums   {} blocks verified, {} more are written anew by the log\n",
+        "checksums   {} blocks verified at rest; {} are newer in the log, which will write them anew\n",
         shard.blocks_good, shard.blocks_in_replay
     );
     if shard.problems.is_empty() {

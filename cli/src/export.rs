@@ -148,7 +148,9 @@ async fn remove(args: OneArgs) -> Outcome {
     args.cluster.connect()?.remove_export(volume_ref(&args.volume), protocol).await?;
     let name = protocol_name(protocol_to_pb(protocol));
     let shown = serde_json::json!({"volume": args.volume, "protocol": name});
-    args.output.print(&shown, |_| format!("{} is no longer offered over {name}", args.volume))?;
+    let told =
+        |volume| format!("{volume} is no longer offered over {name}; hosts attached now stay attached");
+    args.output.print(&shown, |_| told(&args.volume))?;
     Ok(Exit::Ok)
 }
 
