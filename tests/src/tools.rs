@@ -239,6 +239,8 @@ pub fn fio_verify(uri: &str, args: &[&str]) -> Run {
             "--verify=crc32c",
             "--verify_fatal=1",
             "--serialize_overlap=1",
+            // Else fio leaves a file behind in the current directory.
+            "--verify_state_save=0",
         ])
         .arg("--exitall_on_error=1")
         .arg(format!("--uri={uri}"))
