@@ -166,7 +166,9 @@ impl Shard {
 
     /// Asks for whatever is next, as far as windows and the log's room allow.
     fn catch_up_step(&mut self, id: CopysetId) {
-        let room = self.store.can_stage(FETCHES_MAX * ENTRY_BLOCKS_MAX);
+        // As many fetches as there is room in the log for: all that was asked for may come at once.
+        let fits = |n: &usize| self.store.can_stage(n * ENTRY_BLOCKS_MAX);
+        let room = (1..=FETCHES_MAX).rev().find(fits).unwrap_or(0);
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
         let Some(catch_up) = &mut hosted.catch_up else { return };
         if !matches!(catch_up.phase, Phase::Fetching) {
@@ -176,7 +178,7 @@ impl Shard {
         if let Some(chunk) = &mut catch_up.current {
             let chunk_id = chunk.id;
             let mut asks = Vec::new();
-            while room && chunk.asked.len() < FETCHES_MAX {
+            while chunk.asked.len() < room {
                 let Some(range) = chunk.todo.pop_front() else { break };
                 chunk.asked.push(range);
                 asks.push(range);
