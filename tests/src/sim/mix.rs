@@ -187,7 +187,8 @@ fn small_layout(draw: &mut Draw) -> Layout {
     let segment_blocks = least + draw.of(&[0, 7, 100]);
     Layout {
         segment_bytes: segment_blocks * BLOCK_BYTES as u32,
-        log_segments: draw.of(&[4, 5, 8, 16]),
+        // An Append of 256 blocks must find room in a log that is being recycled.
+        log_segments: draw.of(&[8, 9, 12, 16]),
         slots_per_file: draw.of(&[1, 4]),
         slots_max: 32,
         format_segments: 2,
