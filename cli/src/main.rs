@@ -58,7 +58,7 @@ enum Command {
     /// Measure, compare, keep results.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
-    /// Is this machine set up well?
+    /// Make this machine ready for a target, see what it lacks, put it back as it was.
     #[command(subcommand)]
     Tune(tuning::TuneCommand),
 }
@@ -87,7 +87,10 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
 }
 
 fn tune(command: tuning::TuneCommand) -> Outcome {
-    Ok(if tuning::run(command)? { Exit::Ok } else { Exit::CheckFailed })
+    Ok(match tuning::run(command)? {
+        tuning::Exit::Ok => Exit::Ok,
+        tuning::Exit::CheckFailed => Exit::CheckFailed,
+    })
 }
 
 fn block_on(work: impl Future<Output = Outcome>) -> Outcome {
@@ -123,6 +126,9 @@ mod tests {
             "status --dir d -o json",
             "disk inspect d -o json",
             "tune check -o json",
+            "tune apply scheduler --profile throughput --dry-run",
+            "tune undo -o json",
+            "tune probe d --size 64M",
         ] {
             let words = std::iter::once("ashlar").chain(line.split(' '));
             if let Err(refusal) = Cli::try_parse_from(words) {

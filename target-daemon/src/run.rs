@@ -20,6 +20,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use tuning::device::Limits;
+use tuning::start::{AtStart, Start};
 
 /// Chunk slots of a chunk file: 256 MiB of data a file, so that 16 TiB need 65,536 open files.
 const SLOTS_PER_FILE: u32 = 16;
@@ -80,6 +82,7 @@ pub fn inspect(dir: &Path) -> Result<Vec<InspectReport>, Problem> {
 pub fn run(config: TargetConfig, ready: impl FnOnce(Box<dyn Fn() + Send + Sync>)) -> Result<(), Problem> {
     let identity = Identity::open(&config.dir, config.target())?;
     let _lock = DirLock::for_running(&config.dir)?;
+    let host_setup = look_at_host(&config);
     let stop = Arc::new(AtomicBool::new(false));
     let nbd = listen_nbd(&config)?;
     let wakers: Vec<Arc<OnceLock<Waker>>> = (0..config.shards).map(|_| Arc::default()).collect();
@@ -101,6 +104,7 @@ pub fn run(config: TargetConfig, ready: impl FnOnce(Box<dyn Fn() + Send + Sync>)
     let build = Build {
         config: config.clone(),
         identity,
+        limits: host_setup.limits,
         parts: Arc::new(Mutex::new(parts)),
         failures: failures.clone(),
     };
@@ -117,6 +121,20 @@ pub fn run(config: TargetConfig, ready: impl FnOnce(Box<dyn Fn() + Send + Sync>)
     ran.map_err(|error| cannot("run the shards", &error))?;
     let failed = failures.lock().unwrap_or_else(PoisonError::into_inner).pop();
     failed.map_or(Ok(()), Err)
+}
+
+/// Says what on this machine costs performance, and reads what `tune probe` found of the disk.
+/// The result is kept while the target runs: it may hold processors out of deep sleep.
+fn look_at_host(config: &TargetConfig) -> AtStart {
+    let start = Start { dir: &config.dir, cpus: &config.cpus, shards: config.shards };
+    let told = tuning::start::at_start(&start);
+    for line in &told.lines {
+        tracing::warn!("{line}");
+    }
+    if let Some(limits) = &told.limits {
+        tracing::info!(?limits, "limits from device.toml");
+    }
+    told
 }
 
 /// Wakes a shard once it runs.
@@ -141,6 +159,7 @@ struct Parts {
 struct Build {
     config: TargetConfig,
     identity: Identity,
+    limits: Option<Limits>,
     parts: Arc<Mutex<Vec<Option<Parts>>>>,
     failures: Arc<Mutex<Vec<Problem>>>,
 }
@@ -174,11 +193,13 @@ impl Build {
         let ring = RingConfig {
             arena_bytes: config.arena_bytes as usize,
             spin_us_max: config.spin_us_max,
+            entries: ring_entries(self.limits),
             ..RingConfig::default()
         };
         let ring = Ring::new(ring).map_err(|error| cannot("set up io_uring", &error))?;
         let _ = parts.waker.set(ring.waker());
-        let plan = plan(config, &self.identity, shard_index);
+        let mut plan = plan(config, &self.identity, shard_index);
+        plan.layout = limited(plan.layout, self.limits);
         build_core(ring, &plan, parts.port, parts.stop, |ring| self.listen(ring, shard_index, parts.nbd))
     }
 
@@ -230,6 +251,18 @@ fn cores(config: &TargetConfig) -> Vec<CoreSpec> {
 
 fn shard_dir(dir: &Path, shard: u16) -> PathBuf {
     dir.join(format!("shard-{shard}"))
+}
+
+/// The disk's own limits, where they were measured.
+fn limited(layout: Layout, limits: Option<Limits>) -> Layout {
+    let Some(Limits { batches_in_flight_max, flush_in_flight_max, .. }) = limits else { return layout };
+    Layout { batches_in_flight_max, flush_in_flight_max, ..layout }
+}
+
+/// Room in the ring for what the disk takes at once and as much for sockets, twice over.
+fn ring_entries(limits: Option<Limits>) -> u32 {
+    let depth = limits.map_or(0, |limits| limits.queue_depth);
+    (depth * 4).next_power_of_two().clamp(RingConfig::default().entries, 4096)
 }
 
 fn plan(config: &TargetConfig, identity: &Identity, shard: u16) -> ShardPlan {

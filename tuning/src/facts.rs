@@ -1,100 +1,151 @@
-//! What is read from the machine. A fact that cannot be read is absent.
+//! What tuners need to know that no small text file says: where the data lies, how much room there
+//! is, which daemons run, what the network cards' rings are.
+//!
+//! Invariant: a fact that cannot be had is absent, never guessed.
 
-use nix::sys::resource::{Resource, getrlimit};
-use nix::sys::stat::{major, minor, stat};
-use std::fs;
-use std::path::{Path, PathBuf};
+use crate::cpus::Cpus;
+use crate::tree::Tree;
+use nix::sys::stat::{SFlag, major, minor, stat};
+use nix::sys::statvfs::statvfs;
+use std::collections::BTreeMap;
+use std::path::Path;
 
-/// Everything the checks look at.
-#[derive(Clone, Debug, Default)]
+/// Facts beside the tree.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Facts {
-    /// `kernel.io_uring_disabled`: 0 allowed, 1 for privileged groups only, 2 forbidden. Kernels
-    /// below 6.6 do not have it.
-    pub io_uring_disabled: Option<String>,
-    /// Major and minor version of the kernel.
-    pub kernel: Option<(u32, u32)>,
-    /// Bytes of memory that may be locked; `u64::MAX` without a limit.
-    pub memlock_bytes: Option<u64>,
-    /// Files that may be open at once, and how far a process may raise that by itself.
-    pub nofile: Option<(u64, u64)>,
-    /// The chosen word of transparent_hugepage/enabled.
-    pub transparent_hugepages: Option<String>,
-    /// The chosen IO scheduler of the disk.
-    pub scheduler: Option<String>,
-    /// Whether the disk says that it rotates.
-    pub rotational: Option<bool>,
-    /// The type of the file system beneath the folder.
-    pub file_system: Option<String>,
-    /// CPU governors in use, each once.
-    pub governors: Vec<String>,
+    /// The folder (or device) in question, absolute.
+    pub dir: Option<String>,
+    /// The device number of the file system beneath the folder, or of the device.
+    pub disk: Option<(u64, u64)>,
+    /// Bytes free for us in that file system.
+    pub free_bytes: Option<u64>,
+    /// Bytes of that file system in all.
+    pub total_bytes: Option<u64>,
+    /// The processors that the shards are pinned to; empty when they are not.
+    pub cpus: Cpus,
+    /// Shards on this machine.
+    pub shards: u32,
+    /// The network card that was named; else all that are up are looked at.
+    pub nic: Option<String>,
+    /// Running processes of which tuners know, by name; absent when nobody looked.
+    pub daemons: Option<Vec<String>>,
+    /// Rings and coalescing by network card; absent when nobody asked or the card does not say.
+    pub rings: BTreeMap<String, NicRings>,
 }
+
+/// What a network card says of its rings (descriptors) and of interrupt coalescing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct NicRings {
+    /// Receive ring now.
+    pub rx: u32,
+    /// Receive ring at most.
+    pub rx_max: u32,
+    /// Send ring now.
+    pub tx: u32,
+    /// Send ring at most.
+    pub tx_max: u32,
+    /// Microseconds that a receive interrupt may wait; absent when the card does not say.
+    pub rx_usecs: Option<u32>,
+    /// Whether the card chooses that by itself.
+    pub adaptive_rx: Option<bool>,
+}
+
+/// The processes of which tuners know, as `/proc/PID/comm` has them (15 letters at most).
+const KNOWN: &[&str] =
+    &["irqbalance", "tuned", "chronyd", "ntpd", "openntpd", "systemd-timesyn", "ptp4l", "phc2sys"];
 
 impl Facts {
-    /// Reads them; `disk` is a folder on the disk in question.
-    pub fn read(disk: &Path) -> Self {
-        let queue = queue_of(disk);
-        let of_queue = |name| queue.as_ref().and_then(|queue| word(&queue.join(name)));
-        Self {
-            io_uring_disabled: word(Path::new("/proc/sys/kernel/io_uring_disabled")),
-            kernel: word(Path::new("/proc/sys/kernel/osrelease")).and_then(|release| version(&release)),
-            memlock_bytes: getrlimit(Resource::RLIMIT_MEMLOCK).ok().map(|(soft, _)| soft),
-            nofile: getrlimit(Resource::RLIMIT_NOFILE).ok(),
-            transparent_hugepages: word(Path::new("/sys/kernel/mm/transparent_hugepage/enabled"))
-                .and_then(|words| chosen(&words)),
-            scheduler: of_queue("scheduler").and_then(|words| chosen(&words)),
-            rotational: of_queue("rotational").map(|flag| flag == "1"),
-            file_system: fs::read_to_string("/proc/self/mountinfo").ok().and_then(|m| file_system(&m, disk)),
-            governors: governors(),
+    /// What the host says of a folder or device. Without `thorough`, only what is cheap: no
+    /// search through all processes, no questions to network cards.
+    pub fn read(tree: &dyn Tree, at: &Path, thorough: bool) -> Self {
+        let mut facts = Self { shards: 1, ..Self::default() };
+        facts.dir = at.canonicalize().ok().and_then(|dir| Some(dir.to_str()?.to_owned()));
+        if let Ok(meta) = stat(at) {
+            let is_device = SFlag::from_bits_truncate(meta.st_mode).contains(SFlag::S_IFBLK);
+            let device = if is_device { meta.st_rdev } else { meta.st_dev };
+            facts.disk = Some((major(device), minor(device)));
+            if let Ok(room) = statvfs(at)
+                && !is_device
+            {
+                facts.free_bytes = Some(room.blocks_available() as u64 * room.fragment_size() as u64);
+                facts.total_bytes = Some(room.blocks() as u64 * room.fragment_size() as u64);
+            }
         }
+        if thorough {
+            facts.daemons = Some(daemons(tree));
+            facts.rings = crate::ethtool::rings(tree);
+        }
+        facts
+    }
+
+    /// Sets one from its text form.
+    pub fn set(&mut self, name: &str, value: &str) -> Option<()> {
+        match name.split_once(' ').unwrap_or((name, "")) {
+            ("dir", _) => self.dir = Some(value.into()),
+            ("disk", _) => {
+                let (major, minor) = value.split_once(':')?;
+                self.disk = Some((major.parse().ok()?, minor.parse().ok()?));
+            }
+            ("free_bytes", _) => self.free_bytes = Some(value.parse().ok()?),
+            ("total_bytes", _) => self.total_bytes = Some(value.parse().ok()?),
+            ("cpus", _) => self.cpus = Cpus::parse(value)?,
+            ("shards", _) => self.shards = value.parse().ok()?,
+            ("nic", _) => self.nic = Some(value.into()),
+            ("daemons", _) => self.daemons = Some(value.split_whitespace().map(str::to_owned).collect()),
+            ("rings", nic) => drop(self.rings.insert(nic.into(), NicRings::parse(value)?)),
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// Those that are known, in their text form.
+    pub fn list(&self) -> Vec<(String, String)> {
+        let mut list: Vec<(String, String)> = Vec::new();
+        let mut add = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                list.push((name.to_owned(), value));
+            }
+        };
+        add("dir", self.dir.clone());
+        add("disk", self.disk.map(|(major, minor)| format!("{major}:{minor}")));
+        add("free_bytes", self.free_bytes.map(|bytes| bytes.to_string()));
+        add("total_bytes", self.total_bytes.map(|bytes| bytes.to_string()));
+        add("cpus", (!self.cpus.is_empty()).then(|| self.cpus.list()));
+        add("shards", (self.shards > 0).then(|| self.shards.to_string()));
+        add("nic", self.nic.clone());
+        add("daemons", self.daemons.as_ref().map(|names| names.join(" ")));
+        for (nic, rings) in &self.rings {
+            add(&format!("rings {nic}"), Some(rings.text()));
+        }
+        list
     }
 }
 
-fn word(path: &Path) -> Option<String> {
-    fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
-}
+impl NicRings {
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split_whitespace();
+        let mut next = || words.next()?.parse().ok();
+        let rings = Self { rx: next()?, rx_max: next()?, tx: next()?, tx_max: next()?, ..Self::default() };
+        let rx_usecs = words.next().and_then(|word| word.parse().ok());
+        let adaptive_rx = words.next().and_then(|word| word.parse().ok());
+        Some(Self { rx_usecs, adaptive_rx, ..rings })
+    }
 
-/// "none [mq-deadline] kyber" -> "mq-deadline"; a single word stands for itself.
-fn chosen(words: &str) -> Option<String> {
-    match words.split_once('[').and_then(|(_, rest)| rest.split_once(']')) {
-        Some((word, _)) => Some(word.to_owned()),
-        None => (!words.is_empty() && !words.contains(' ')).then(|| words.to_owned()),
+    fn text(&self) -> String {
+        let Self { rx, rx_max, tx, tx_max, rx_usecs, adaptive_rx } = self;
+        let usecs = rx_usecs.map_or("-".to_owned(), |usecs| usecs.to_string());
+        let adaptive = adaptive_rx.map_or("-".to_owned(), |adaptive| adaptive.to_string());
+        format!("{rx} {rx_max} {tx} {tx_max} {usecs} {adaptive}")
     }
 }
 
-/// "6.18.3-amd64" -> (6, 18)
-fn version(release: &str) -> Option<(u32, u32)> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
-}
-
-/// The queue folder of the disk beneath a folder; a partition has none, its disk does.
-fn queue_of(folder: &Path) -> Option<PathBuf> {
-    let device = stat(folder).ok()?.st_dev;
-    let device = fs::canonicalize(format!("/sys/dev/block/{}:{}", major(device), minor(device))).ok()?;
-    [device.join("queue"), device.parent()?.join("queue")].into_iter().find(|queue| queue.is_dir())
-}
-
-/// The type of the deepest mount that holds the folder, as `/proc/self/mountinfo` has it.
-fn file_system(mounts: &str, folder: &Path) -> Option<String> {
-    let folder = folder.canonicalize().ok()?;
-    let beneath = mounts.lines().filter_map(|line| {
-        let (mount, kind) = line.split_once(" - ")?;
-        let point = mount.split(' ').nth(4)?;
-        folder
-            .starts_with(point)
-            .then(|| (point.len(), kind.split(' ').next().unwrap_or_default().to_owned()))
-    });
-    // The last of equals is mounted over the others.
-    beneath.max_by_key(|(length, _)| *length).map(|(_, kind)| kind)
-}
-
-fn governors() -> Vec<String> {
-    let Ok(cpus) = fs::read_dir("/sys/devices/system/cpu") else { return Vec::new() };
-    let files = cpus.flatten().map(|cpu| cpu.path().join("cpufreq/scaling_governor"));
-    let mut governors: Vec<_> = files.filter_map(|file| word(&file)).collect();
-    governors.sort();
-    governors.dedup();
-    governors
+fn daemons(tree: &dyn Tree) -> Vec<String> {
+    let pids = tree.list("/proc").into_iter().filter(|name| name.starts_with(|c: char| c.is_ascii_digit()));
+    let comms = pids.filter_map(|pid| tree.read(&format!("/proc/{pid}/comm")).ok());
+    let mut known: Vec<_> = comms.filter(|comm| KNOWN.contains(&comm.as_str())).collect();
+    known.sort();
+    known.dedup();
+    known
 }
 
 #[cfg(test)]
@@ -102,24 +153,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_way_of_marking_a_choice() {
-        assert_eq!(chosen("none [mq-deadline] kyber").as_deref(), Some("mq-deadline"));
-        assert_eq!(chosen("none").as_deref(), Some("none"));
-        assert_eq!(chosen("a b"), None);
-        assert_eq!(chosen(""), None);
-    }
-
-    #[test]
-    fn kernel_releases() {
-        assert_eq!(version("6.18.3-amd64"), Some((6, 18)));
-        assert_eq!(version("5.10"), Some((5, 10)));
-        assert_eq!(version("linux"), None);
-    }
-
-    #[test]
-    fn the_deepest_mount_wins() {
-        let mounts = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:5 / /proc rw - proc proc rw\n";
-        assert_eq!(file_system(mounts, Path::new("/proc/self")).as_deref(), Some("proc"));
-        assert_eq!(file_system(mounts, Path::new("/")).as_deref(), Some("ext4"));
+    fn facts_survive_their_text_form() {
+        let mut facts = Facts::default();
+        for (name, value) in [
+            ("dir", "/srv/a"),
+            ("disk", "259:1"),
+            ("free_bytes", "10"),
+            ("total_bytes", "20"),
+            ("cpus", "2-5"),
+            ("shards", "4"),
+            ("nic", "eth1"),
+            ("daemons", "chronyd irqbalance"),
+            ("rings eth1", "512 8192 512 8192 50 true"),
+            ("rings eth2", "512 8192 512 8192 - -"),
+        ] {
+            facts.set(name, value).expect(name);
+        }
+        let mut again = Facts::default();
+        for (name, value) in facts.list() {
+            again.set(&name, &value).expect("its own text");
+        }
+        assert_eq!(facts, again);
+        assert_eq!(facts.set("disk", "x"), None);
+        assert_eq!(facts.set("colour", "x"), None);
     }
 }

@@ -18,10 +18,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("reactor", &["protocol"]),
     ("transport", &["protocol", "reactor"]),
     ("client", &["protocol", "transport", "reactor"]),
-    ("target-daemon", &["protocol", "copyset", "chunkstore", "reactor", "transport", "client"]),
+    ("target-daemon", &["protocol", "copyset", "chunkstore", "reactor", "transport", "client", "tuning"]),
     ("mds-lite", &["protocol"]),
     ("bench", &["protocol", "client"]),
-    ("tuning", &[]),
+    ("tuning", &["protocol", "reactor"]),
     ("cli", &["protocol", "client", "target-daemon", "mds-lite", "bench", "tuning"]),
     ("xtask", &[]),
 ];

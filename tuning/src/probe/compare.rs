@@ -1,0 +1,207 @@
+//! Our measure beside fio's, of the same file, in turns: is ours to be trusted?
+//!
+//! Each round measures every load by both, and each round begins with the other one, so that a
+//! drift of the machine favours neither. Medians over the rounds are compared.
+
+use super::measure::{Bench, Load, Run};
+use super::subject::Subject;
+use crate::command::{Exit, Output};
+use crate::render::Style;
+use anyhow::{Context, ensure};
+use comfy_table::{Cell, Color};
+use serde::Serialize;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// How far apart both may be.
+const APART_MAX: f64 = 0.10;
+
+/// One load, measured by both.
+#[derive(Debug, Serialize)]
+struct Row {
+    load: Load,
+    depth: u32,
+    ours_iops: f64,
+    fio_iops: f64,
+    /// Ours over fio's, less 1.
+    apart: f64,
+    /// The greatest distance of a round of ours from the median, in parts of it.
+    ours_spread: f64,
+    /// The same of fio's.
+    fio_spread: f64,
+    ours_us: f64,
+    fio_us: f64,
+    within: bool,
+}
+
+/// Measures and prints.
+///
+/// # Errors
+/// fio is missing or fails, or an IO fails.
+pub fn run(
+    bench: &mut Bench,
+    subject: &Subject,
+    time: Duration,
+    rounds: u32,
+    output: Output,
+) -> anyhow::Result<Exit> {
+    let mut loads =
+        vec![Load::READ, Load { depth: 16, ..Load::READ }, Load { depth: 8, ..Load::STREAM_READ }];
+    if subject.may_write() {
+        let writes = [
+            Load::WRITE,
+            Load { depth: 16, ..Load::WRITE },
+            Load::DSYNC,
+            Load { depth: 8, ..Load::STREAM_WRITE },
+        ];
+        loads.extend(writes);
+    }
+    let mut rows = Vec::new();
+    for load in loads {
+        rows.push(measure(bench, subject, load, time, rounds)?);
+    }
+    let all_within = rows.iter().all(|row| row.within);
+    match output {
+        Output::Json => crate::command::print(&serde_json::to_string_pretty(&rows)?)?,
+        Output::Text => crate::command::print(&text(&rows))?,
+    }
+    Ok(if all_within { Exit::Ok } else { Exit::CheckFailed })
+}
+
+fn measure(
+    bench: &mut Bench,
+    subject: &Subject,
+    load: Load,
+    time: Duration,
+    rounds: u32,
+) -> anyhow::Result<Row> {
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for round in 0..rounds {
+        for turn in 0..2 {
+            if (round + turn) % 2 == 0 {
+                ours.push(bench.run(load, time)?);
+            } else {
+                theirs.push(fio(subject, load, time)?);
+            }
+        }
+        eprintln!("{load}, depth {}, round {} of {rounds}", load.depth, round + 1);
+    }
+    let rate = |runs: &[Run]| median(runs.iter().map(|run| run.iops).collect());
+    let wait = |runs: &[Run]| median(runs.iter().map(|run| run.p50_us).collect());
+    let spread = |runs: &[Run], middle: f64| {
+        runs.iter().map(|run| (run.iops / middle - 1.0).abs()).fold(0.0, f64::max)
+    };
+    let (ours_iops, fio_iops) = (rate(&ours), rate(&theirs));
+    let apart = ours_iops / fio_iops - 1.0;
+    Ok(Row {
+        load,
+        depth: load.depth,
+        ours_iops,
+        fio_iops,
+        apart,
+        ours_spread: spread(&ours, ours_iops),
+        fio_spread: spread(&theirs, fio_iops),
+        ours_us: wait(&ours),
+        fio_us: wait(&theirs),
+        within: apart.abs() <= APART_MAX,
+    })
+}
+
+fn text(rows: &[Row]) -> String {
+    let row = |row: &Row| {
+        let colour = if row.within { Color::Green } else { Color::Red };
+        let percent = |part: f64| format!("{:.0} %", part * 100.0);
+        vec![
+            Cell::new(row.load),
+            Cell::new(row.depth),
+            Cell::new(format!("{:.0}", row.ours_iops)),
+            Cell::new(format!("{:.0}", row.fio_iops)),
+            Cell::new(format!("{:+.1} %", row.apart * 100.0)).fg(colour),
+            Cell::new(format!("{:.0}", row.ours_us)),
+            Cell::new(format!("{:.0}", row.fio_us)),
+            Cell::new(format!("{}, {}", percent(row.ours_spread), percent(row.fio_spread))),
+        ]
+    };
+    let header = ["LOAD", "DEPTH", "OURS IOPS", "FIO IOPS", "APART", "OURS P50 US", "FIO P50 US", "SPREAD"];
+    let table = Style::of_stdout().table(&header, rows.iter().map(row).collect());
+    let within = rows.iter().filter(|row| row.within).count();
+    format!("{table}\n{within} of {} loads within {:.0} % of fio\n", rows.len(), APART_MAX * 100.0)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
+}
+
+fn fio(subject: &Subject, load: Load, time: Duration) -> anyhow::Result<Run> {
+    let rw = match (load.write, load.stream) {
+        (false, false) => "randread",
+        (false, true) => "read",
+        (true, false) => "randwrite",
+        (true, true) => "write",
+    };
+    // fio splits a file's name at colons.
+    let name = subject.path().display().to_string().replace(':', "\\:");
+    let mut command = Command::new("fio");
+    command
+        .args(["--name=probe", "--ioengine=io_uring", "--direct=1", "--fallocate=none", "--norandommap"])
+        .args([
+            "--randrepeat=0",
+            "--time_based",
+            "--output-format=json",
+            "--overwrite=1",
+            "--allow_file_create=0",
+        ])
+        .args([format!("--filename={name}"), format!("--size={}", subject.bytes()), format!("--rw={rw}")])
+        .args([format!("--bs={}", load.io_bytes()), format!("--iodepth={}", load.depth)])
+        .arg(format!("--runtime={}ms", time.as_millis()));
+    if load.dsync {
+        command.arg("--sync=dsync");
+    }
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.context("fio cannot be run; install it: sudo apt-get install fio")?;
+    ensure!(output.status.success(), "fio failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    parse(&String::from_utf8_lossy(&output.stdout), load)
+}
+
+fn parse(text: &str, load: Load) -> anyhow::Result<Run> {
+    let json: serde_json::Value = serde_json::from_str(&text[text.find('{').unwrap_or(0)..])?;
+    let job = &json["jobs"][0];
+    ensure!(job["error"].as_i64() == Some(0), "fio met an IO error");
+    let side = &job[if load.write { "write" } else { "read" }];
+    let number = |value: &serde_json::Value| value.as_f64().context("fio's JSON has an unknown form");
+    let iops = number(&side["iops"])?;
+    ensure!(iops > 0.0, "fio did no IO");
+    let percentile = |name: &str| number(&side["clat_ns"]["percentile"][name]).map(|ns| ns / 1000.0);
+    Ok(Run {
+        load,
+        iops,
+        bytes_s: iops * load.io_bytes() as f64,
+        mean_us: number(&side["clat_ns"]["mean"])? / 1000.0,
+        p50_us: percentile("50.000000")?,
+        p99_us: percentile("99.000000")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_of_fio_with_an_error_is_no_figure() -> anyhow::Result<()> {
+        let good = r#"note: x
+            {"jobs": [{"error": 0, "read": {"iops": 100.5, "clat_ns": {"mean": 2000.0,
+            "percentile": {"50.000000": 1500, "99.000000": 9000}}}}]}"#;
+        let run = parse(good, Load::READ)?;
+        assert_eq!((run.iops, run.p50_us, run.p99_us), (100.5, 1.5, 9.0));
+        assert!(parse(&good.replace("\"error\": 0", "\"error\": 5"), Load::READ).is_err());
+        assert!(parse(good, Load::WRITE).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!((median(vec![3.0, 1.0, 2.0]), median(vec![4.0, 1.0])), (2.0, 2.5));
+    }
+}

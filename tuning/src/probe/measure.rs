@@ -1,0 +1,234 @@
+//! Our own measure of a disk: so many direct IOs in flight over io_uring, for so long.
+//!
+//! It uses the reactor that the target uses, so that what is measured is what the target gets.
+//! Invariant: exactly `depth` IOs are in flight from the first completion to the last submission.
+
+use super::subject::Subject;
+use anyhow::{Context, ensure};
+use hdrhistogram::Histogram;
+use protocol::types::Span;
+use reactor::ring::{Ring, RingConfig};
+use reactor::{BufMut, Completion, Disk, File, IoBuf, Op, OpenOptions, Reactor};
+use serde::{Serialize, Serializer};
+use std::fmt;
+use std::time::Duration;
+
+/// Bytes of a random IO.
+const BLOCK_BYTES: u64 = 4096;
+/// Bytes of an IO in order: the longest that a target sends.
+const STREAM_BYTES: u64 = 128 << 10;
+/// IOs in flight while the file is filled.
+const FILL_DEPTH: u32 = 8;
+
+/// A load: what is done, of which size, how many at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Load {
+    /// Writes rather than reads.
+    pub write: bool,
+    /// Durable (RWF_DSYNC).
+    pub dsync: bool,
+    /// In order rather than at random.
+    pub stream: bool,
+    /// IOs in flight.
+    pub depth: u32,
+}
+
+impl Load {
+    /// Random reads of 4 KiB.
+    pub const READ: Self = Self { write: false, dsync: false, stream: false, depth: 1 };
+    /// Random writes of 4 KiB.
+    pub const WRITE: Self = Self { write: true, ..Self::READ };
+    /// Durable random writes of 4 KiB.
+    pub const DSYNC: Self = Self { dsync: true, ..Self::WRITE };
+    /// Reads of 128 KiB in order.
+    pub const STREAM_READ: Self = Self { stream: true, ..Self::READ };
+    /// Writes of 128 KiB in order.
+    pub const STREAM_WRITE: Self = Self { stream: true, ..Self::WRITE };
+
+    /// Bytes of each IO.
+    pub fn io_bytes(&self) -> u64 {
+        if self.stream { STREAM_BYTES } else { BLOCK_BYTES }
+    }
+}
+
+impl fmt::Display for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let order = if self.stream { "stream " } else { "random " };
+        let durable = if self.dsync { "durable " } else { "" };
+        let what = if self.write { "write" } else { "read" };
+        write!(f, "{durable}{order}{what} {}K", self.io_bytes() >> 10)
+    }
+}
+
+impl Serialize for Load {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// What came of a load.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Run {
+    /// What it was.
+    pub load: Load,
+    /// IOs a second.
+    pub iops: f64,
+    /// Bytes a second.
+    pub bytes_s: f64,
+    /// Mean latency.
+    pub mean_us: f64,
+    /// Median latency.
+    pub p50_us: f64,
+    /// The latency that 99 of 100 IOs stay under.
+    pub p99_us: f64,
+}
+
+impl Run {
+    /// One line of progress.
+    pub fn line(&self) -> String {
+        let Self { load, iops, p50_us, p99_us, .. } = self;
+        format!("{load}, depth {}: {iops:.0} IOPS, {p50_us:.0} us, 99 % below {p99_us:.0} us", load.depth)
+    }
+}
+
+/// A subject opened for measuring.
+pub struct Bench {
+    ring: Ring,
+    file: File,
+    bytes: u64,
+    random: u64,
+}
+
+impl Bench {
+    /// Opens it past the page cache.
+    ///
+    /// # Errors
+    /// No io_uring here, or the file system refuses direct IO.
+    pub fn open(subject: &Subject) -> anyhow::Result<Self> {
+        let arena_bytes = 32 << 20;
+        // Without spinning, so that what is measured is the disk and not our patience.
+        let config =
+            RingConfig { arena_bytes, spin_us_max: 0, register_arena: true, ..RingConfig::default() };
+        let mut ring = Ring::new(config)?;
+        let options = OpenOptions { read_only: !subject.may_write(), ..OpenOptions::EXISTING };
+        let file = ring.open(subject.path(), options)?;
+        ensure!(ring.disk().is_direct(file), "the file system refuses direct IO, as tmpfs does");
+        if !subject.is_device() {
+            ring.allocate_blocking(file, 0, subject.bytes())?;
+        }
+        let random = ring.random() | 1;
+        Ok(Self { ring, file, bytes: subject.bytes(), random })
+    }
+
+    /// Writes everything once.
+    ///
+    /// # Errors
+    /// The disk fails or is full.
+    pub fn fill(&mut self) -> anyhow::Result<()> {
+        let load = Load { depth: FILL_DEPTH, ..Load::STREAM_WRITE };
+        let pieces = self.bytes / load.io_bytes();
+        self.drive(load, |issued, _| issued < pieces)?;
+        self.ring.sync_blocking(self.file)?;
+        Ok(())
+    }
+
+    /// Measures a load for so long.
+    ///
+    /// # Errors
+    /// An IO fails.
+    pub fn run(&mut self, load: Load, time: Duration) -> anyhow::Result<Run> {
+        let limit = Span(time.as_nanos() as u64);
+        let (times, elapsed) = self.drive(load, |_, elapsed| elapsed < limit)?;
+        let iops = times.len() as f64 / (elapsed.0 as f64 / 1e9);
+        let us = |ns: u64| ns as f64 / 1000.0;
+        Ok(Run {
+            load,
+            iops,
+            bytes_s: iops * load.io_bytes() as f64,
+            mean_us: times.mean() / 1000.0,
+            p50_us: us(times.value_at_quantile(0.5)),
+            p99_us: us(times.value_at_quantile(0.99)),
+        })
+    }
+
+    /// Keeps `depth` IOs in flight while `more` (told how many were sent and for how long) says so.
+    fn drive(
+        &mut self,
+        load: Load,
+        more: impl Fn(u64, Span) -> bool,
+    ) -> anyhow::Result<(Histogram<u64>, Span)> {
+        let mut times = Histogram::<u64>::new(3)?;
+        let blocks = (load.io_bytes() / BLOCK_BYTES) as usize;
+        let mut spare: Vec<BufMut> = Vec::new();
+        for _ in 0..load.depth {
+            let mut buf = self.ring.arena().alloc(blocks).context("the arena is too small for this depth")?;
+            self.scramble(&mut buf);
+            spare.push(buf);
+        }
+        let start = self.ring.now();
+        let mut sent = vec![start; load.depth as usize];
+        let (mut issued, mut in_flight) = (0_u64, 0_u32);
+        let mut completions: Vec<Completion> = Vec::new();
+        while let Some(buf) = spare.pop() {
+            self.submit(load, in_flight.into(), issued, buf);
+            (issued, in_flight) = (issued + 1, in_flight + 1);
+        }
+        while in_flight > 0 {
+            self.ring.turn(None, &mut completions);
+            let now = self.ring.now();
+            for completion in completions.drain(..) {
+                completion.result.context("an IO of the probe failed")?;
+                let slot = completion.token as usize;
+                times.record((now - sent[slot]).0.max(1))?;
+                in_flight -= 1;
+                if more(issued, now - start) {
+                    let buf = take_back(completion.buf, completion.bufs).context("a buffer was lost")?;
+                    sent[slot] = now;
+                    self.submit(load, completion.token, issued, buf);
+                    (issued, in_flight) = (issued + 1, in_flight + 1);
+                }
+            }
+        }
+        Ok((times, self.ring.now() - start))
+    }
+
+    fn submit(&mut self, load: Load, token: u64, nth: u64, buf: BufMut) {
+        let pieces = self.bytes / load.io_bytes();
+        let piece = if load.stream { nth % pieces } else { self.next_random() % pieces };
+        let (file, offset) = (self.file, piece * load.io_bytes());
+        let op = if load.write {
+            Op::WriteAt {
+                file,
+                offset,
+                bufs: [IoBuf::whole(buf.freeze())].into_iter().collect(),
+                dsync: load.dsync,
+            }
+        } else {
+            Op::ReadAt { file, offset, buf, bytes: load.io_bytes() as u32 }
+        };
+        self.ring.submit(token, op);
+    }
+
+    /// Xorshift: good enough for offsets, and cheap.
+    fn next_random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    /// Bytes that a disk cannot compress.
+    fn scramble(&mut self, buf: &mut BufMut) {
+        for word in buf.chunks_exact_mut(8) {
+            word.copy_from_slice(&self.next_random().to_le_bytes());
+        }
+    }
+}
+
+/// The memory of an IO, to be used again.
+fn take_back(buf: Option<BufMut>, bufs: reactor::IoList) -> Option<BufMut> {
+    buf.or_else(|| match bufs.into_iter().next()? {
+        IoBuf::Shared { buf, .. } => buf.try_unique().ok(),
+        _ => None,
+    })
+}
