@@ -175,6 +175,10 @@ impl<P: Payload> Store<P> {
         assert_eq!(crcs.len(), blocks, "one CRC a payload block");
         assert!(payload.as_ref().map_or(0, Payload::blocks) >= blocks, "the payload holds the blocks");
         self.last_stage = self.now;
+        if matches!(record, Record::Create { .. }) {
+            // Its LSN tells the records of an earlier replica of the same id from its own.
+            self.log.close();
+        }
         let extra = self.extra(&record);
         let in_log = payload.as_ref().filter(|_| blocks > 0).map(|p| (p.clone(), blocks));
         let (lsn, at) = self.log.stage(record, extra, in_log, crcs);
