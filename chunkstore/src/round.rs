@@ -86,6 +86,11 @@ impl Round {
     pub(crate) fn resume(&mut self, seq: u64, covers: u64, ready: (u32, u32)) {
         (self.seq, self.last_covers, self.last_ready) = (seq, covers, ready);
     }
+    /// What the round has in mind for a replica is not meant for another one of the same id.
+    pub(crate) fn forget(&mut self, copyset: CopysetId) {
+        self.floors.remove(&copyset);
+        self.flush_to.remove(&copyset);
+    }
     pub(crate) fn touch(&mut self, file: FileId) {
         self.dirty_files.insert(file);
     }

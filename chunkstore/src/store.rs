@@ -506,6 +506,7 @@ impl<P: Payload> Store<P> {
 
     fn remove(&mut self, copyset: CopysetId) {
         let Some(state) = self.copysets.remove(&copyset) else { return };
+        self.round.forget(copyset);
         for chunk in state.chunks {
             if let Some(state) = self.chunks.get_mut(&chunk) {
                 state.refs = 0;
