@@ -13,10 +13,10 @@ use crate::metrics::ShardCounters;
 use chunkstore::Payload;
 use client::volume::{Action, Config, IoError, Request, SubmitError, VolumeIo};
 use protocol::map::{ClusterMap, ExportProtocol};
-use protocol::nbd::{ExportInfo, NbdError, Refusal};
+use protocol::nbd::{ExportInfo, NbdError, Refusal, Violation};
 use protocol::peer::{IoReply, IoRequest};
-use protocol::types::{BLOCK_BYTES, ShardAddr, Time, VolumeId, block_crc, crc_at_rest};
-use reactor::{Completion, Op, Reactor, Socket};
+use protocol::types::{BLOCK_BYTES, ENTRY_BYTES_MAX, ShardAddr, Time, VolumeId, block_crc, crc_at_rest};
+use reactor::{Arena, Completion, Op, Reactor, Socket};
 use slab::Slab;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -38,8 +38,8 @@ pub enum ExportOut {
 /// What a request of [`VolumeIo`] was made for.
 enum Purpose {
     Read { offset: u64, length: u32, parts: BTreeMap<u64, ReadParts>, corrupt: bool },
-    Write { offset: u64 },
-    Zero,
+    Write { offset: u64, length: u32 },
+    Zero { length: u64 },
     Status,
 }
 
@@ -134,6 +134,7 @@ impl Export {
                 self.counts.connections += 1;
             }
             None => {
+                self.counters.refused_too_many.add(1);
                 tracing::warn!("no room for another NBD connection; refused");
                 reactor.submit(Owner { kind: u8::MAX, index: 0 }.token(0), Op::Close { socket });
             }
@@ -173,8 +174,10 @@ impl Export {
     /// Sends answers, looks at what came. True if that brought new requests.
     pub fn pump<R: Reactor>(&mut self, reactor: &mut R, now: Time) -> bool {
         let keys: Vec<usize> = self.conns.iter().map(|(key, _)| key).collect();
+        let share = self.share_bytes(reactor.arena());
         let mut any = false;
         for key in keys {
+            self.conns[key].limit_bytes(share);
             if self.conns[key].needs_pump() {
                 let mut events = Vec::new();
                 self.conns[key].pump(reactor, &mut events);
@@ -186,6 +189,14 @@ impl Export {
             }
         }
         any
+    }
+
+    /// What one client may hold: an equal part of what all may, one part left for who comes next.
+    /// Clients that stop taking replies (a paused virtual machine) keep what they hold.
+    fn share_bytes(&self, arena: &Arena) -> usize {
+        let blocks = arena.capacity_blocks().saturating_sub(self.limits.arena_reserve_blocks);
+        let share = blocks * BLOCK_BYTES / (self.conns.len() + 1);
+        share.clamp(ENTRY_BYTES_MAX, self.limits.bytes_max.max(ENTRY_BYTES_MAX))
     }
 
     /// Refuses new requests: the target is stopping.
@@ -209,7 +220,8 @@ impl Export {
                 self.conns[key].answer_export(answer);
             }
             NbdEvent::ListExports => {
-                let names: Vec<(String, String)> = self.names().map(|n| (n, String::new())).collect();
+                let names: Vec<(String, String)> =
+                    self.names().map(|name| (name.clone(), description(&name))).collect();
                 self.conns[key].answer_list(&names);
             }
             NbdEvent::Attached(info) => tracing::info!(volume = info.name, "NBD client attached"),
@@ -230,7 +242,7 @@ impl Export {
                 let lead = offset as usize % BLOCK_BYTES;
                 let crc = block_crc(&buf[lead..lead + length as usize]);
                 let payload = Mem::whole(buf);
-                self.begin(key, req, Purpose::Write { offset }, now, |volume| Request::WritePiece {
+                self.begin(key, req, Purpose::Write { offset, length }, now, |volume| Request::WritePiece {
                     volume,
                     offset,
                     length,
@@ -243,7 +255,7 @@ impl Export {
                 if from >= to {
                     return self.conns[key].zero_done(req, Ok(()));
                 }
-                self.begin(key, req, Purpose::Zero, now, |volume| Request::Zero {
+                self.begin(key, req, Purpose::Zero { length: to - from }, now, |volume| Request::Zero {
                     volume,
                     offset: from,
                     length: to - from,
@@ -279,7 +291,7 @@ impl Export {
         }
         Ok(ExportInfo {
             id: u64::from(id.0),
-            description: format!("Ashlar volume {name}"),
+            description: description(&name),
             name,
             bytes: volume.bytes,
             block_bytes: volume.block_bytes,
@@ -319,6 +331,7 @@ impl Export {
             }
             Err(error) => {
                 tracing::debug!(%error, "a request was refused");
+                self.counters.errors_other.add(1);
                 self.ended(key, Err(refusal(error)), now);
                 true
             }
@@ -329,11 +342,18 @@ impl Export {
     fn closed(&mut self, conn: usize, reason: &NbdCloseReason, now: Time) {
         match reason {
             NbdCloseReason::Disconnect => tracing::debug!("NBD client disconnected"),
+            NbdCloseReason::Violation(what @ Violation::Export(_)) => {
+                self.counters.refused_no_export.add(1);
+                tracing::info!(%what, "NBD connection closed");
+            }
             NbdCloseReason::Violation(what) => {
                 self.counts.violations += 1;
                 tracing::warn!(%what, "NBD connection closed: the client broke the protocol");
             }
-            reason => tracing::info!(%reason, "NBD connection closed"),
+            reason => {
+                self.counters.refused_timed_out.add(u64::from(*reason == NbdCloseReason::TooSlow));
+                tracing::info!(%reason, "NBD connection closed");
+            }
         }
         let orphans: Vec<usize> =
             self.pending.iter().filter(|(_, p)| p.conn == conn).map(|(key, _)| key).collect();
@@ -357,12 +377,20 @@ impl Export {
             any = true;
             match action {
                 Action::Send { to, request, payload } => {
+                    let route =
+                        if to == self.me { &self.counters.io_local } else { &self.counters.io_forwarded };
+                    route.add(1);
                     self.out.push_back(ExportOut::Send { to, request, payload });
                 }
                 Action::ReadPiece { id, offset, length, present, crcs, payload } => {
                     self.read_piece(id as usize, (offset, length), present, &crcs, &payload);
                 }
-                Action::Done { id, result } => self.ended(id as usize, result.map_err(nbd_error), now),
+                Action::Done { id, result } => {
+                    if let Err(error) = result {
+                        self.count_error(error);
+                    }
+                    self.ended(id as usize, result.map_err(nbd_error), now);
+                }
                 Action::StatusDone { id, runs } => self.status_done(id as usize, &runs),
                 Action::NeedMap => self.out.push_back(ExportOut::NeedMap),
                 Action::FirstWrite { volume, segment } => {
@@ -431,36 +459,51 @@ impl Export {
 
     fn ended(&mut self, key: usize, result: Result<(), NbdError>, now: Time) {
         let Some(pending) = self.pending.try_remove(key) else { return };
-        self.count(&pending, result, now);
+        let corrupt = matches!(pending.purpose, Purpose::Read { corrupt: true, .. });
+        let result = if corrupt { result.and(Err(NbdError::Io)) } else { result };
+        if result.is_ok() {
+            self.count(&pending, now);
+        } else if corrupt {
+            self.counters.errors_corrupt.add(1);
+        }
         let Some(conn) = self.conns.get_mut(pending.conn) else { return };
         match pending.purpose {
-            Purpose::Read { offset, parts, corrupt, .. } => {
-                let result = if corrupt { Err(NbdError::Io) } else { result };
+            Purpose::Read { offset, parts, .. } => {
                 conn.read_done(pending.req, offset, result.map(|()| parts.into_values().flatten().collect()));
             }
-            Purpose::Write { offset } => conn.write_piece_done(pending.req, offset, result),
-            Purpose::Zero => conn.zero_done(pending.req, result),
+            Purpose::Write { offset, .. } => conn.write_piece_done(pending.req, offset, result),
+            Purpose::Zero { .. } => conn.zero_done(pending.req, result),
             Purpose::Status => conn.status_done(pending.req, result.map(|()| &[][..])),
         }
     }
 
-    fn count(&self, pending: &Pending, result: Result<(), NbdError>, now: Time) {
+    fn count(&self, pending: &Pending, now: Time) {
         let (counters, took) = (&self.counters, (now - pending.since).0);
-        match (&pending.purpose, result) {
-            (_, Err(NbdError::NoSpace)) => counters.errors_no_space.add(1),
-            (_, Err(NbdError::Shutdown)) => counters.errors_other.add(1),
-            (_, Err(_)) => counters.errors_corrupt.add(1),
-            (Purpose::Read { length, .. }, Ok(())) => {
+        let written = match pending.purpose {
+            Purpose::Read { length, .. } => {
                 counters.reads.add(1);
-                counters.read_bytes.add(u64::from(*length));
+                counters.read_bytes.add(length.into());
                 counters.read_latency.record(took);
+                return;
             }
-            (Purpose::Write { .. } | Purpose::Zero, Ok(())) => {
-                counters.writes.add(1);
-                counters.write_latency.record(took);
-            }
-            (Purpose::Status, Ok(())) => {}
-        }
+            Purpose::Write { length, .. } => length.into(),
+            Purpose::Zero { length } => length,
+            Purpose::Status => return,
+        };
+        counters.writes.add(1);
+        counters.write_bytes.add(written);
+        counters.write_latency.record(took);
+    }
+
+    fn count_error(&self, error: IoError) {
+        let counters = &self.counters;
+        let counter = match error {
+            IoError::NoSpace => &counters.errors_no_space,
+            IoError::Corrupt => &counters.errors_corrupt,
+            IoError::TimedOut => &counters.errors_timed_out,
+            IoError::Stopped | IoError::Gone | IoError::Io => &counters.errors_other,
+        };
+        counter.add(1);
     }
 
     fn status_done(&mut self, key: usize, runs: &[(u64, bool)]) {
@@ -474,6 +517,10 @@ impl Export {
     pub fn me(&self) -> ShardAddr {
         self.me
     }
+}
+
+fn description(volume: &str) -> String {
+    format!("Ashlar volume {volume}")
 }
 
 /// What is to be zeroed: a trim only whole blocks, since its edges need not change.

@@ -321,6 +321,10 @@ impl NbdConn {
     pub fn export(&self) -> Option<&ExportInfo> {
         self.session.export()
     }
+    /// Sets [`NbdLimits::bytes_max`]; what is held beyond it is given back as it is answered.
+    pub fn limit_bytes(&mut self, bytes_max: usize) {
+        self.limits.bytes_max = bytes_max;
+    }
     /// From now on every new request and option is refused, because the server is stopping.
     pub fn stop(&mut self) {
         self.session.stop();
@@ -558,8 +562,11 @@ impl NbdConn {
     fn has_budget(&self, bytes: usize) -> bool {
         self.bytes() == 0 || self.bytes() + bytes <= self.limits.bytes_max
     }
+    /// A client that holds nothing may have a piece of the reserve's upper half: else those that
+    /// do not take their replies would stop all others.
     fn has_room(&self, arena: &Arena, blocks: usize) -> bool {
-        arena.used_blocks() + blocks + self.limits.arena_reserve_blocks <= arena.capacity_blocks()
+        let reserve = self.limits.arena_reserve_blocks / if self.bytes() == 0 { 2 } else { 1 };
+        arena.used_blocks() + blocks + reserve <= arena.capacity_blocks()
     }
     fn alloc(&self, arena: &Arena, blocks: usize) -> Option<BufMut> {
         self.has_room(arena, blocks).then(|| arena.alloc(blocks)).flatten()

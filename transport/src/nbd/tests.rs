@@ -722,6 +722,30 @@ fn a_client_that_stops_reading_is_held_back_and_others_are_not() {
 }
 
 #[test]
+fn clients_that_stop_reading_leave_room_for_one_that_reads() {
+    let limits = NbdLimits { bytes_max: 600 << 10, arena_reserve_blocks: 512, ..NbdLimits::default() };
+    let manner = Manner { limits, arena_bytes: 4 << 20, ..Manner::default() };
+    let seen = serve(manner, |addr| {
+        let mut first = Host::attach(&addr, true);
+        first.write(1, 0, &vec![3; 2 << 20]);
+        assert_eq!(first.outcome(), (1, 0));
+        let mut greedy: Vec<_> = (0..4).map(|_| Host::attach(&addr, true)).collect();
+        for host in &mut greedy {
+            (0..20).for_each(|cookie| host.request(cmd::READ, 0, cookie, 0, 2 << 20));
+        }
+        // Together they hold more than the share of clients.
+        std::thread::sleep(Duration::from_millis(300));
+        for cookie in 0..50 {
+            first.request(cmd::READ, 0, 0, 0, 1 << 20);
+            assert_eq!(first.collect(&[(0, 1 << 20)])[0].as_ref().unwrap().len(), 1 << 20, "{cookie}");
+        }
+        first.write(2, 0, &vec![4; 1 << 20]);
+        assert_eq!(first.outcome(), (2, 0));
+    });
+    assert!(seen.starved > 0, "the arena was meant to run short");
+}
+
+#[test]
 fn a_client_that_only_haggles_is_cut() {
     let limits = NbdLimits { negotiation: Span::ms(50), ..NbdLimits::default() };
     let seen = serve(Manner { limits, ..Manner::default() }, |addr| {
