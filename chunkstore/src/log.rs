@@ -35,6 +35,10 @@ pub(crate) struct BatchPlace {
     pub header_blocks: u32,
 }
 
+/// Blocks at the end of each segment kept for the empty batches of starts, one block each: a start
+/// that finds the log full must still be able to flush, and flushing begins after that batch.
+const START_BLOCKS: u32 = 8;
+
 /// Segment of a batch that was lost.
 pub(crate) const NOWHERE: u32 = u32::MAX;
 
@@ -81,8 +85,8 @@ pub(crate) struct Log<P> {
     pub durable: u64,
     /// The highest durable LSN that a header tells.
     pub attested: u64,
-    /// An empty batch is to be written as soon as possible.
-    pub force_seal: bool,
+    /// The first batch is not framed yet.
+    starting: bool,
     last_was_seal: bool,
     pub last_done: Time,
 }
@@ -109,12 +113,24 @@ impl<P: Clone> Log<P> {
             in_flight: VecDeque::new(),
             durable,
             attested: durable,
-            force_seal: false,
+            starting: false,
             last_was_seal: true,
             last_done: Time(0),
         }
     }
 
+    /// A batch is to be written as soon as possible, to attest what was read at the start. If the
+    /// log is full, an empty one before all others, since that always has a place.
+    pub(crate) fn start(&mut self) {
+        assert!(!self.has_work(), "the first batch");
+        self.starting = true;
+        if self.free.is_empty() {
+            let batch = OpenBatch::new();
+            self.closed_blocks += batch.blocks();
+            self.closed.push_back(batch);
+            self.open_lsn += 1;
+        }
+    }
     /// LSN that the next record will get, unless its batch is full.
     pub(crate) fn next_lsn(&self) -> u64 {
         self.open_lsn
@@ -160,9 +176,29 @@ impl<P: Clone> Log<P> {
         if self.free.is_empty() {
             return 0;
         }
-        let whole = (self.free.len() as u32 - 1) * (self.segment_blocks - most);
-        let here = (self.segment_blocks - self.block).saturating_sub(most);
+        let whole = (self.free.len() as u32 - 1) * (self.usable() - most);
+        let here = self.usable().saturating_sub(self.block).saturating_sub(most);
         (whole + here).saturating_sub(self.closed_blocks + self.open.blocks())
+    }
+    /// Blocks that are not written yet, without a reserve.
+    pub(crate) fn space(&self) -> u32 {
+        let most = self.batch_blocks_max + batch::HEADER_BLOCKS_MAX;
+        let here = if self.uses.is_empty() {
+            0
+        } else {
+            (self.usable() - self.block.min(self.usable())).saturating_sub(most)
+        };
+        let free = self.free.len() as u32 * (self.usable() - most);
+        (free + here).saturating_sub(self.closed_blocks + self.open.blocks())
+    }
+    /// Blocks of a segment for all batches but those of a start.
+    fn usable(&self) -> u32 {
+        self.segment_blocks - START_BLOCKS
+    }
+    /// Whether a batch of so many blocks has a place.
+    fn fits(&self, blocks: u32) -> bool {
+        let end = if self.starting { self.segment_blocks } else { self.usable() };
+        !self.uses.is_empty() && self.block + blocks <= end
     }
     /// Where a payload block lies; `None` for a batch that is not framed, lost or recycled.
     pub(crate) fn place(&self, lsn: u64, at: u32) -> Option<(u32, u32)> {
@@ -171,7 +207,9 @@ impl<P: Clone> Log<P> {
     }
     /// When an empty batch is due, if nothing else is written.
     pub(crate) fn seal_due(&self, idle: u64) -> Option<Time> {
-        let needed = self.in_flight.is_empty() && self.attested < self.durable && !self.last_was_seal;
+        let place = self.fits(1) || !self.free.is_empty();
+        let needed =
+            self.in_flight.is_empty() && self.attested < self.durable && !self.last_was_seal && place;
         needed.then_some(Time(self.last_done.0.saturating_add(idle)))
     }
     /// Whether something is staged and not framed.
@@ -180,12 +218,12 @@ impl<P: Clone> Log<P> {
     }
     /// Frames the next batch if there is something to write and room in flight.
     pub(crate) fn frame(&mut self, seal_due: bool) -> Option<Framed<P>> {
-        let work = !self.closed.is_empty() || self.open.records > 0 || seal_due || self.force_seal;
+        let work = !self.closed.is_empty() || self.open.records > 0 || seal_due || self.starting;
         if !work || self.in_flight.len() >= self.in_flight_max {
             return None;
         }
         let blocks = self.closed.front().unwrap_or(&self.open).blocks();
-        if self.uses.is_empty() || self.block + blocks > self.segment_blocks {
+        if !self.fits(blocks) {
             self.next_segment()?;
         }
         let batch = match self.closed.pop_front() {
@@ -198,7 +236,7 @@ impl<P: Clone> Log<P> {
                 std::mem::replace(&mut self.open, OpenBatch::new())
             }
         };
-        self.force_seal = false;
+        self.starting = false;
         Some(self.put(batch, blocks))
     }
     /// Opens a free segment; `None` when there is none.

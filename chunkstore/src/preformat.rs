@@ -48,12 +48,12 @@ impl<P: Payload> Store<P> {
         if self.preformat.in_flight || self.preformat.retry_at.is_some_and(|at| self.now < at) {
             return None;
         }
+        self.preformat.retry_at = None;
         if self.preformat.work.is_none() {
             self.preformat.work = Some(self.preformat_work()?);
             self.preformat.done = None;
         }
         let work = self.preformat.work?;
-        self.preformat.retry_at = None;
         self.preformat.in_flight = true;
         let file = match work {
             Work::Segment(segment) => FileId::Log(segment),

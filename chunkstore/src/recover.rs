@@ -178,7 +178,9 @@ pub fn recover<P: Payload, M: Media + ?Sized>(
     if !report.damages.is_empty() {
         store.round.past_damage = Some(log.last_lsn + 1);
         // The next batch opens a new segment, so that the damaged ones can be recycled.
-        store.log.block = store.log.segment_blocks;
+        if !store.log.free.is_empty() {
+            store.log.block = store.log.segment_blocks;
+        }
     }
     store.stats.torn_tails = u64::from(report.torn_batches > 0);
     store.stats.log_damages = report.damages.len() as u64;
@@ -244,7 +246,7 @@ fn new_store<P: Payload>(
     (log.block, log.chain, log.epoch) = (read.block, read.chain, read.epoch);
     log.places = read.places.iter().copied().collect();
     log.first_place = from.replay_lsn;
-    log.force_seal = true;
+    log.start();
     let mut store = Store {
         layout: *layout,
         identity,
@@ -346,11 +348,9 @@ impl<P: Payload> Replay<P> {
                 *entries = if logged.extra == 1 { kept } else { BTreeMap::new() };
             }
             Record::Applied { index, .. } => return self.hint(store, copyset, index, lsn < covers),
-            Record::InstallBegin { .. } if lsn >= covers => {
-                // A catch-up begun anew builds on the blocks of the one before.
-                if !store.copysets[&copyset].installing {
-                    self.apply_until(store, copyset, LogIndex(logged.extra));
-                }
+            // A catch-up begun anew builds on the blocks of the one before.
+            Record::InstallBegin { .. } if lsn >= covers && !store.copysets[&copyset].installing => {
+                self.apply_until(store, copyset, LogIndex(logged.extra));
             }
             Record::Remove { .. } if lsn >= covers => {
                 self.entries.remove(&copyset);

@@ -59,6 +59,8 @@ pub(crate) struct Round {
     copies: VecDeque<(CopysetId, LogIndex)>,
     copying: usize,
     copy_bad: bool,
+    /// Nothing more can be flushed while this is the durable LSN.
+    awaits: Option<u64>,
     outstanding: usize,
     image: Vec<u8>,
     needs_lsn: u64,
@@ -116,7 +118,7 @@ impl<P: Payload> Store<P> {
     }
 
     pub(crate) fn round_due(&self) -> Option<Time> {
-        if self.round.phase != Phase::Idle {
+        if self.round.phase != Phase::Idle || !self.round_can_begin() {
             return None;
         }
         let idle = Time(self.last_stage.0.saturating_add(self.layout.flush_idle_ns));
@@ -148,33 +150,58 @@ impl<P: Payload> Store<P> {
     fn begin_round(&mut self) {
         let due = self.round_due().is_some_and(|at| self.now >= at);
         let stop = self.stopping && !self.round.stop_done;
-        if self.log.uses.is_empty() || self.log.durable <= self.recovered || !(due || stop) {
+        if !self.round_can_begin() || !(due || stop) {
             return;
         }
-        let uses = &self.log.uses;
-        let keep = match self.round.past_damage {
-            Some(lsn) => uses.iter().position(|u| u.first_lsn >= lsn).unwrap_or(0),
-            None if self.pressed() => (uses.len() / 2).max(1),
+        let past_damage = self.round.past_damage.and_then(|lsn| {
+            // None yet if there was no free segment to go on in.
+            self.log.uses.iter().position(|u| u.first_lsn >= lsn)
+        });
+        let wanted = match past_damage {
+            Some(keep) => keep,
+            None if self.pressed() => (self.log.uses.len() / 2).max(1),
             None => 0,
         };
-        let target = uses[keep].first_lsn;
-        if keep > 0 && (target > self.log.durable + 1 || self.too_much_to_copy(target)) {
+        let keep = match wanted {
+            0 => Some(0),
+            keep if past_damage.is_some() => Some(keep).filter(|k| self.affordable(*k)),
+            most => std::iter::successors(Some(most), |k| (*k > 1).then_some(*k / 2))
+                .find(|keep| self.affordable(*keep)),
+        };
+        let Some(keep) = keep else {
             self.round.retry_at = Some(self.now + RETRY);
             if !stop && self.pool.retired.is_empty() {
                 return;
             }
             return self.open_round(self.log.uses[0].first_lsn, stop);
-        }
-        self.open_round(target, stop || keep == 0);
+        };
+        self.open_round(self.log.uses[keep].first_lsn, stop || keep == 0);
     }
 
-    /// Copying much forward would only churn: wait until more is applied.
-    fn too_much_to_copy(&self, target: u64) -> bool {
+    /// Nothing is flushed before the batch of the start is durable: slots are given out under its LSN.
+    fn round_can_begin(&self) -> bool {
+        !self.log.uses.is_empty() && self.log.durable > self.recovered
+    }
+
+    /// Whether the oldest `keep` segments can be recycled at a price that is worth it. What waits to
+    /// be applied must be copied forward, and copying much would only churn: wait until more is
+    /// applied, unless the log is full. Room is always left for the small records without which
+    /// nothing more would be committed (terms, votes, empty entries).
+    fn affordable(&self, keep: usize) -> bool {
+        let target = self.log.uses[keep].first_lsn;
+        if target > self.log.durable + 1 {
+            return false;
+        }
         let waiting =
             self.copysets.values().flat_map(|c| c.entries.iter().filter(|e| e.entry.index > c.applied));
         let blocks: usize = waiting.filter(|e| e.lsn < target).map(|e| e.crcs.len() + 1).sum();
-        let free = self.log.free.len() as u32 * self.log.segment_blocks;
-        blocks > (self.log.segment_blocks / 4).max(free / 4) as usize
+        let segment = self.log.segment_blocks as usize;
+        let worth = if self.log.room() == 0 {
+            keep * segment / 4 * 3
+        } else {
+            (segment / 4).max(self.log.free.len() * segment / 4)
+        };
+        blocks == 0 || blocks <= worth.min((self.log.space() as usize).saturating_sub(segment / 4))
     }
 
     fn open_round(&mut self, target: u64, flush_all: bool) {
@@ -186,6 +213,7 @@ impl<P: Payload> Store<P> {
         round.covers = self.log.next_lsn();
         round.below = if flush_all { round.covers } else { target };
         round.copy_bad = false;
+        round.awaits = None;
         round.floors.clear();
         round.flush_to.clear();
         round.copies.clear();
@@ -253,15 +281,23 @@ impl<P: Payload> Store<P> {
     fn end_flush(&mut self) {
         let waits = self.flush.busy() || self.round.copying > 0 || !self.round.copies.is_empty();
         if waits || !self.flush.queue.is_empty() {
+            self.round.retry_at = None;
             return;
         }
         let stuck = !self.flush.slotless.is_empty() || !self.flush.spoilt.is_empty() || self.round.copy_bad;
         // Blocks that were not durable when their chunk's turn came.
         let left = || self.wanted_chunks();
         if !stuck {
-            let left = left();
+            if self.round.awaits == Some(self.log.durable) {
+                return;
+            }
+            let (left, durable) = left();
             if !left.is_empty() {
-                self.flush.queue.extend(left);
+                // Nothing to be flushed until more is durable.
+                self.round.awaits = (!durable).then_some(self.log.durable);
+                if durable {
+                    self.flush.queue.extend(left);
+                }
                 return;
             }
         } else if self.pool.retired.is_empty() && !self.stopping {
@@ -284,24 +320,27 @@ impl<P: Payload> Store<P> {
         }
     }
 
-    fn wanted_chunks(&self) -> Vec<ChunkId> {
-        let wants = |chunk: &&ChunkId| {
-            let state = &self.chunks[*chunk];
-            state.overlay.values().any(|b| self.round.wants(state.copyset, b.lsn, b.index))
-        };
-        let durable = |chunk: &&ChunkId| {
-            let state = &self.chunks[*chunk];
-            let mut wanted =
-                state.overlay.values().filter(|b| self.round.wants(state.copyset, b.lsn, b.index));
-            wanted.any(|b| b.lsn <= self.log.durable)
-        };
-        let wanted: Vec<ChunkId> = self.dirty.iter().filter(wants).copied().collect();
-        // Those not durable yet keep the round open; they are looked at again at the next turn.
-        if wanted.iter().any(|c| durable(&c)) {
-            wanted.into_iter().filter(|c| durable(&c)).collect()
-        } else {
-            wanted
+    /// Chunks that have something for this round, and whether any of it is durable (then only those).
+    fn wanted_chunks(&self) -> (Vec<ChunkId>, bool) {
+        let (mut durable, mut others) = (Vec::new(), Vec::new());
+        for chunk in &self.dirty {
+            let state = &self.chunks[chunk];
+            let mut wanted = None;
+            for block in state.overlay.values() {
+                if self.round.wants(state.copyset, block.lsn, block.index) {
+                    wanted = Some(block.lsn <= self.log.durable);
+                    if wanted == Some(true) {
+                        break;
+                    }
+                }
+            }
+            match wanted {
+                Some(true) => durable.push(*chunk),
+                Some(false) => others.push(*chunk),
+                None => {}
+            }
         }
+        if durable.is_empty() { (others, false) } else { (durable, true) }
     }
 
     /// A checkpoint that promises no more than the last one did.
