@@ -67,8 +67,8 @@ impl Facts {
             if let Ok(room) = statvfs(at)
                 && !is_device
             {
-                facts.free_bytes = Some(room.blocks_available() as u64 * room.fragment_size() as u64);
-                facts.total_bytes = Some(room.blocks() as u64 * room.fragment_size() as u64);
+                facts.free_bytes = Some(room.blocks_available() * room.fragment_size());
+                facts.total_bytes = Some(room.blocks() * room.fragment_size());
             }
         }
         if thorough {

@@ -47,8 +47,8 @@ impl MemTree {
                 continue;
             }
             if let Some(fact) = line.strip_prefix("fact ") {
-                let (name, value) = fact.split_once(" = ").ok_or_else(bad)?;
-                facts.set(name, value).ok_or_else(bad)?;
+                let (name, value) = fact.split_once(" =").ok_or_else(bad)?;
+                facts.set(name, value.trim()).ok_or_else(bad)?;
                 continue;
             }
             let (path, node) = if let Some((path, to)) = line.split_once(" -> ") {

@@ -92,9 +92,11 @@ impl Machine<'_> {
     pub fn pci_of(&self, device: &str) -> Option<String> {
         let mut real = self.tree.resolve(device)?;
         // The namespaces of a multipath NVMe disk hang on a virtual subsystem: take its first controller.
-        if real.contains("/virtual/nvme-subsystem/") {
-            let controller = self.tree.list(&real).into_iter().find(|name| is_controller(name))?;
-            real = self.tree.resolve(&format!("{real}/{controller}"))?;
+        if let Some(at) = real.rfind("/nvme-subsys").filter(|_| real.starts_with("/sys/devices/virtual/")) {
+            let end = real[at + 1..].find('/').map_or(real.len(), |length| at + 1 + length);
+            let subsystem = &real[..end];
+            let controller = self.tree.list(subsystem).into_iter().find(|name| is_controller(name))?;
+            real = self.tree.resolve(&format!("{subsystem}/{controller}"))?;
         }
         while real.starts_with("/sys/devices/") {
             if self.tree.exists(&format!("{real}/numa_node")) && self.tree.exists(&format!("{real}/vendor")) {

@@ -30,7 +30,8 @@ fn check(text: &str, expected: ExpectFile) {
         page += &format!("## {}\n", profile.word());
         for Finding { tuner, mark, item, .. } in findings(text, profile) {
             let change = item.change.as_ref().map(|c| format!(" => {}", c.new)).unwrap_or_default();
-            page += &format!("{mark:<4} {tuner} [{}] {} ({}){change}\n", item.object, item.found, item.wanted);
+            page +=
+                &format!("{mark:<4} {tuner} [{}] {} ({}){change}\n", item.object, item.found, item.wanted);
         }
     }
     expected.assert_eq(&page);
@@ -99,10 +100,8 @@ fn a_dev_profile_only_raises_limits() {
     for text in [VM, SERVER, LAPTOP] {
         for finding in findings(text, Profile::Dev) {
             if let Some(change) = finding.item.change {
-                let (old, new): (i64, i64) = (
-                    finding.item.found.parse().expect("a number"),
-                    change.new.parse().expect("a number"),
-                );
+                let (old, new): (i64, i64) =
+                    (finding.item.found.parse().expect("a number"), change.new.parse().expect("a number"));
                 assert!(new > old && finding.item.wanted.ends_with("or more"), "{}", finding.tuner);
             }
         }
@@ -120,7 +119,8 @@ fn tcp_buffers_are_never_lowered() {
 fn a_starting_target_names_what_costs_it_and_the_command_that_mends_it() {
     let (tree, facts) = parsed(SERVER);
     let lines = start::lines_of(&Machine { tree: &tree, facts: &facts, profile: Profile::Latency });
-    let scheduler = lines.iter().find(|line| line.starts_with("governor")).expect("the server's governor costs");
+    let scheduler =
+        lines.iter().find(|line| line.starts_with("governor")).expect("the server's governor costs");
     assert!(scheduler.contains("ashlar tune apply governor"), "{scheduler}");
     assert!(lines.iter().all(|line| !line.contains('\n') && line.contains("to mend: ")));
     let optional = tuners::all().into_iter().filter(|t| t.severity == Severity::Optional);
@@ -136,7 +136,8 @@ fn a_capture_of_a_machine_gives_the_same_findings() {
         let recorder = Recorder::new(&tree);
         let whole = |tree: &dyn ashlar_tuning::tree::Tree| {
             let profiles = Profile::ALL.into_iter();
-            let all = profiles.map(|profile| look(&tuners::all(), &Machine { tree, facts: &facts, profile }, true));
+            let all =
+                profiles.map(|profile| look(&tuners::all(), &Machine { tree, facts: &facts, profile }, true));
             all.map(|found| serde_json::to_string(&found).expect("it is data")).collect::<Vec<_>>()
         };
         let first = whole(&recorder);

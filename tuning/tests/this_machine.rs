@@ -9,7 +9,7 @@ use ashlar_tuning::facts::Facts;
 use ashlar_tuning::journal::FileJournal;
 use ashlar_tuning::look::items;
 use ashlar_tuning::machine::Machine;
-use ashlar_tuning::model::Profile;
+use ashlar_tuning::model::{Change, Form, Profile};
 use ashlar_tuning::tree::{HostTree, Tree};
 use ashlar_tuning::tuners;
 use std::collections::BTreeMap;
@@ -63,7 +63,11 @@ fn touched(facts: &Facts, tree: &HostTree) -> BTreeMap<String, String> {
         "vm/nr_hugepages",
     ];
     let settings = settings.into_iter().map(|name| format!("/proc/sys/{name}"));
-    queues.chain(settings).filter_map(|path| Some((tree.read(&path).ok()?, path))).map(|(t, p)| (p, t)).collect()
+    queues
+        .chain(settings)
+        .filter_map(|path| Some((tree.read(&path).ok()?, path)))
+        .map(|(t, p)| (p, t))
+        .collect()
 }
 
 #[test]
@@ -102,6 +106,21 @@ fn what_this_kernel_takes_is_set_and_put_back_exactly() -> anyhow::Result<()> {
                     }
                     Applied::Refused { why } => println!("SKIPPED {name} {}: refused: {why}", item.object),
                     other => println!("{name} {}: {other:?}", item.object),
+                }
+            }
+        }
+        // These read as wanted on many machines: other values that every kernel takes show that
+        // they too can be set and put back.
+        let queues = Machine { tree: &tree, facts: &facts, profile }.disks();
+        let depths = queues.iter().map(|disk| (disk.queue("nr_requests"), "64"));
+        for (path, new) in depths.chain([("/proc/sys/net/core/somaxconn".to_owned(), "5000")]) {
+            let change = Change { path, new: new.into(), form: Form::Words, collateral: Vec::new() };
+            let mut engine = Engine { tree: &mut tree, journal: &mut journal, now: now.clone() };
+            match engine.apply("forced", "", &change)? {
+                Applied::Refused { why } => println!("SKIPPED {}: refused: {why}", change.path),
+                applied => {
+                    set += usize::from(applied == Applied::Applied);
+                    println!("{}: {applied:?} {new}", change.path);
                 }
             }
         }

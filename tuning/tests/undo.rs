@@ -125,13 +125,15 @@ fn shuffled(mut tree: MemTree, random: &[u8]) -> MemTree {
     for (path, node) in &mut tree.nodes {
         let Node::File(text, _) = node else { continue };
         let luck = random.next().unwrap_or(0);
-        let settable = path.starts_with("/proc/sys/") || path.contains("/queue/") || path.contains("/queues/");
+        let settable =
+            path.starts_with("/proc/sys/") || path.contains("/queue/") || path.contains("/queues/");
         if text.contains('[') {
             let words: Vec<_> = text.split(' ').map(|word| word.trim_matches(['[', ']'])).collect();
             let nth = usize::from(luck) % words.len();
-            let marked = words.iter().enumerate().map(|(at, word)| {
-                if at == nth { format!("[{word}]") } else { (*word).to_owned() }
-            });
+            let marked = words
+                .iter()
+                .enumerate()
+                .map(|(at, word)| if at == nth { format!("[{word}]") } else { (*word).to_owned() });
             *text = marked.collect::<Vec<_>>().join(" ");
         } else if settable && luck % 2 == 0 && text.parse::<i64>().is_ok() {
             *text = (i64::from(luck) * 40).to_string();
@@ -200,8 +202,7 @@ fn every_single_step_of_a_whole_apply_may_be_the_last() {
         for after in [false, true] {
             let (mut tree, mut records) = (before.clone(), Vec::new());
             let power = Power::until(steps, after);
-            finished |=
-                apply(&mut tree, &mut records, &facts, Profile::Throughput, &names, &power).is_ok();
+            finished |= apply(&mut tree, &mut records, &facts, Profile::Throughput, &names, &power).is_ok();
             undo(&mut tree, &mut records, &Power::forever()).expect("power");
             assert_eq!(meaning(&tree), meaning(&before), "after {steps} steps");
         }

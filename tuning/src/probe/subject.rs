@@ -34,7 +34,7 @@ impl Subject {
 
     fn in_folder(at: &Path, bytes: u64) -> anyhow::Result<Self> {
         let room = nix::sys::statvfs::statvfs(at)?;
-        let free = room.blocks_available() as u64 * room.fragment_size() as u64;
+        let free = room.blocks_available() * room.fragment_size();
         ensure!(
             free / 2 >= bytes,
             "{} has {} MiB free; --size may take half of that at most",

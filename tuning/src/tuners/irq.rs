@@ -5,7 +5,7 @@
 
 use crate::cpus::Cpus;
 use crate::machine::Machine;
-use crate::model::{Form, GONE_AT_REBOOT, Item, Mode, NOT_OURS, Severity, Tuner};
+use crate::model::{Form, GONE_AT_REBOOT, Item, Mode, NOT_OURS, Profile, Severity, Tuner};
 
 pub static TUNERS: &[Tuner] = &[
     Tuner {
@@ -32,7 +32,7 @@ pub static TUNERS: &[Tuner] = &[
         why: "an interrupt on a core that polls stops it for microseconds each time",
         risk: "the spare cores must carry them all",
         places: &["/proc/irq/N/smp_affinity_list", "/sys/.../msi_irqs"],
-        default: "off the shards' cores, where those are pinned (--cpus)",
+        default: "off the shards' cores, where those are pinned (--cpus; dev: as it is)",
         reboot: GONE_AT_REBOOT,
         sources: &[
             "kernel: Documentation/core-api/irq/irq-affinity.rst",
@@ -51,7 +51,7 @@ pub static TUNERS: &[Tuner] = &[
         why: "an interrupt on a core that polls stops it for microseconds each time",
         risk: "the spare cores must carry them all",
         places: &["/proc/irq/N/smp_affinity_list", "/sys/class/net/NIC/device/msi_irqs"],
-        default: "off the shards' cores, where those are pinned (--cpus)",
+        default: "off the shards' cores, where those are pinned (--cpus; dev: as it is)",
         reboot: GONE_AT_REBOOT,
         sources: &["kernel: Documentation/core-api/irq/irq-affinity.rst", "rpk: net", "seastar: perftune.py"],
         at_start: false,
@@ -102,9 +102,12 @@ fn moved(machine: &Machine<'_>, name: &str, device: &str) -> Vec<Item> {
     if irqs.is_empty() {
         return vec![Item::unsupported(name, "no interrupts of its own are listed")];
     }
+    let found = format!("{} interrupts", irqs.len());
     if machine.facts.cpus.is_empty() {
-        let found = format!("{} interrupts", irqs.len());
         return vec![Item::info(name, &found, "as they are: no cores are pinned (--cpus)")];
+    }
+    if machine.profile == Profile::Dev {
+        return vec![Item::info(name, &found, "as they are")];
     }
     let spare = machine.spare();
     let item = |irq: u32| {
