@@ -24,6 +24,13 @@ enum Command {
     Test(steps::TestArgs),
     /// What CI runs: the same as `test`.
     Ci(steps::TestArgs),
+    /// Run whole simulated clusters, one a seed: --seeds N [--from S] [--jobs J], or --seed S to
+    /// replay one with a trace. The first failing seed is printed and the exit status is 1.
+    Sim {
+        /// What the simulator takes; `--help` tells all of it.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Check which crate uses which, and the rules on unsafe and on file headers.
     Arrows,
     /// Install the Debian packages that the tests with real clients use, when allowed to.
@@ -39,6 +46,7 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Test(args) | Command::Ci(args) => steps::test(&args),
+        Command::Sim { args } => steps::sim(&args),
         Command::Arrows => steps::arrows(),
         Command::Setup => packages::ensure().map(drop),
         Command::Fmt { check } => steps::fmt(check),

@@ -65,6 +65,13 @@ pub fn arrows() -> Result<()> {
     Ok(())
 }
 
+/// Builds the simulator and runs it.
+pub fn sim(args: &[String]) -> Result<()> {
+    let build = ["build", "--quiet", "--profile", "sim", "--package", INTEROP, "--bin", "ashlar-sim"];
+    run(&mut cargo(&build))?;
+    run(Command::new(target_folder().join("sim/ashlar-sim")).args(args))
+}
+
 /// Formats all code, or only checks.
 pub fn fmt(check: bool) -> Result<()> {
     let arguments: &[&str] = if check { &["fmt", "--all", "--check"] } else { &["fmt", "--all"] };

@@ -16,6 +16,7 @@ const SECTOR_BYTES: usize = 512;
 const PAGE_BYTES: usize = 4096;
 
 type Sector = [u8; SECTOR_BYTES];
+static ZEROES: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 #[derive(Default)]
 pub(super) struct SimDisk {
@@ -81,7 +82,7 @@ impl SimFile {
             let piece = (PAGE_BYTES - skip).min(bytes.len() - done);
             let from = &bytes[done..done + piece];
             // Zeroes over nothing are nothing: preformatting costs no memory.
-            if self.pages.contains_key(&page) || from.iter().any(|byte| *byte != 0) {
+            if self.pages.contains_key(&page) || from != &ZEROES[..piece] {
                 let page = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE_BYTES]));
                 page[skip..skip + piece].copy_from_slice(from);
             }

@@ -37,7 +37,7 @@ use protocol::types::{Span, Time};
 
 use crate::api::{
     Addr, Completion, Disk, File, IoBuf, IoError, IoList, Listener, Op, OpenOptions, Output, Reactor, Stats,
-    Waker,
+    Waker, list_len,
 };
 use crate::arena::{Arena, BufMut};
 use crate::ring::split_mix;
@@ -444,7 +444,9 @@ impl Node {
 }
 
 fn gather(bufs: &IoList) -> Vec<u8> {
-    bufs.iter().flat_map(|buf| buf.bytes().iter().copied()).collect()
+    let mut bytes = Vec::with_capacity(list_len(bufs));
+    bufs.iter().for_each(|buf| bytes.extend_from_slice(buf.bytes()));
+    bytes
 }
 
 /// What direct IO demands of an offset or a length.

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use protocol::types::{Span, Time};
 
-use super::{Event, Partitions, World, pair};
+use super::{Event, Partitions, World, gather, pair};
 use crate::api::{Addr, Completion, IoError, IoList, Listener, Op, Output, Socket, list_len};
 use crate::arena::BufMut;
 use crate::table::Table;
@@ -320,7 +320,7 @@ impl World {
                 Err(IoError::new("send", libc::EPIPE))
             } else {
                 end.unreceived += list_len(&bufs);
-                let bytes = bufs.iter().flat_map(|buf| buf.bytes().iter().copied()).collect();
+                let bytes = gather(&bufs);
                 self.post(socket, Parcel::Bytes(bytes));
                 Ok(Output::Sent)
             };
@@ -366,9 +366,11 @@ impl World {
         }
         let Some((token, mut buf, from, to)) = end.recv.take() else { return };
         let count = if reset { 0 } else { end.inbox.len().min(to - from) };
-        for (slot, byte) in buf[from..from + count].iter_mut().zip(end.inbox.drain(..count)) {
-            *slot = byte;
-        }
+        let (front, back) = end.inbox.as_slices();
+        let cut = front.len().min(count);
+        buf[from..from + cut].copy_from_slice(&front[..cut]);
+        buf[from + cut..from + count].copy_from_slice(&back[..count - cut]);
+        end.inbox.drain(..count);
         let result = match end.ended {
             Some(Err(errno)) => Err(IoError::new("receive", errno)),
             _ => Ok(Output::Received(count as u32)),
