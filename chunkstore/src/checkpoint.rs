@@ -46,6 +46,8 @@ pub(crate) struct CopysetImage {
     pub members: Members,
     pub floor: LogIndex,
     pub floor_term: Term,
+    /// So many entries after the floor are applied, and all that they wrote is in the slots.
+    pub ahead: u32,
     /// Records of lower LSN belong to an earlier replica of the same id.
     pub born: u64,
     pub damaged: bool,
@@ -131,7 +133,7 @@ fn put_copyset(out: &mut Vec<u8>, it: &CopysetImage) {
     out.u16(it.hard.vote.is_some().into());
     out.u64(it.hard.term.0);
     out.u32(it.hard.vote.map_or(0, |t| t.0));
-    out.u32(0);
+    out.u32(it.ahead);
     out.u64(it.floor.0);
     out.u64(it.floor_term.0);
     out.u64(it.born);
@@ -142,12 +144,11 @@ fn get_copyset(get: &mut Get<'_>) -> Option<CopysetImage> {
     let id = CopysetId(get.u32()?);
     let (damaged, installing, voted) = (get.u8()? != 0, get.u8()? != 0, get.u16()? != 0);
     let term = Term(get.u64()?);
-    let vote = TargetId(get.u32()?);
-    get.u32()?;
+    let (vote, ahead) = (TargetId(get.u32()?), get.u32()?);
     let (floor, floor_term, born) = (LogIndex(get.u64()?), Term(get.u64()?), get.u64()?);
     let hard = HardState { term, vote: voted.then_some(vote) };
     let members = get_members(get)?;
-    Some(CopysetImage { id, hard, members, floor, floor_term, born, damaged, installing })
+    Some(CopysetImage { id, hard, members, floor, floor_term, ahead, born, damaged, installing })
 }
 
 fn put_slot(out: &mut Vec<u8>, it: &SlotImage) {

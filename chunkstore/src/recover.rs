@@ -279,7 +279,8 @@ fn new_store<P: Payload>(
     for image in &from.copysets {
         let mut state = Copyset::new(image.members, image.born);
         (state.hard, state.floor, state.floor_term) = (image.hard, image.floor, image.floor_term);
-        (state.applied, state.damaged, state.installing) = (image.floor, image.damaged, image.installing);
+        state.applied = LogIndex(image.floor.0 + u64::from(image.ahead));
+        (state.hinted, state.damaged, state.installing) = (state.applied, image.damaged, image.installing);
         let base = Base {
             floor: image.floor,
             term: image.floor_term,

@@ -54,6 +54,9 @@ pub(crate) struct Round {
     /// Floors for the checkpoint: as of `covers`, since a later `InstallBegin` or `InstallEnd` is
     /// replayed, and replay must know what was under way when it comes there.
     bases: BTreeMap<CopysetId, Base>,
+    /// Of a round that flushes everything: what is applied when it begins, and so in the slots at
+    /// its end. A replay need not bring it back.
+    flushed: BTreeMap<CopysetId, LogIndex>,
     /// Those of the last durable checkpoint.
     pub last_bases: BTreeMap<CopysetId, Base>,
     copies: VecDeque<(CopysetId, LogIndex)>,
@@ -236,6 +239,8 @@ impl<P: Payload> Store<P> {
             chunks.extend(wanted.map(|b| b.lsn).min().map(|lsn| (lsn, *chunk)));
         }
         chunks.sort_unstable();
+        let whole = self.copysets.iter().filter(|(_, c)| flush_all && !c.installing);
+        self.round.flushed = whole.map(|(id, c)| (*id, c.applied)).collect();
         self.round.bases = self.copysets.keys().map(|id| (*id, self.base(*id))).collect();
         self.flush.queue = chunks.into_iter().map(|(_, chunk)| chunk).collect();
         self.flush.slotless.clear();
@@ -348,6 +353,7 @@ impl<P: Payload> Store<P> {
         self.round.target = self.log.uses[0].first_lsn;
         self.round.covers = self.round.last_covers;
         self.round.floors.clear();
+        self.round.flushed.clear();
         self.round.bases = self.round.last_bases.clone();
     }
 
@@ -421,12 +427,15 @@ impl<P: Payload> Store<P> {
             self.round.bases.get(&id).copied().unwrap_or(fresh)
         };
         let Base { floor, term: floor_term, members, installing } = base;
+        let flushed = self.round.flushed.get(&id).filter(|_| state.born < self.round.covers && !installing);
+        let ahead = flushed.map_or(0, |to| u32::try_from(to.0.saturating_sub(floor.0)).unwrap_or(0));
         CopysetImage {
             id,
             hard: state.hard,
             members,
             floor,
             floor_term,
+            ahead,
             born: state.born,
             damaged: state.damaged,
             installing,

@@ -313,3 +313,12 @@ fn an_entry_never_committed_does_not_pin_the_log() {
     };
     assert_eq!(data.block(1), block(2));
 }
+
+#[test]
+fn what_an_idle_flush_wrote_is_read_from_its_slot_after_a_restart() {
+    let rig = flushed();
+    let (mut rig, found, _) = reopen(rig);
+    assert_eq!((found[0].applied, found[0].entries.len()), (LogIndex(3), 3), "kept for followers that lag");
+    assert_eq!(rig.store.stats().overlay_blocks, 0, "and yet not to be flushed again");
+    assert_eq!([read(&mut rig, 1), read(&mut rig, 3)], [Ok(101), Ok(103)]);
+}
