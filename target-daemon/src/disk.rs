@@ -40,7 +40,7 @@ pub struct DiskDriver {
     kind: u8,
     files: Files,
     running: Slab<Running>,
-    stalled: VecDeque<StoreOp<Mem>>,
+    stalled: VecDeque<Box<StoreOp<Mem>>>,
     reserve: Vec<BufMut>,
     finished: VecDeque<Finished>,
 }
@@ -61,11 +61,10 @@ impl DiskDriver {
         !self.stalled.is_empty()
     }
 
-    /// Whether more operations may be taken from the store: none while others wait for memory,
-    /// lest they overtake.
+    /// Runs an operation, or keeps it until there is memory for it. Operations may overtake.
     pub fn run<R: Reactor>(&mut self, reactor: &mut R, op: StoreOp<Mem>) {
-        if let Err(op) = self.try_run(reactor, op) {
-            self.stalled.push_back(op);
+        if let Some(op) = self.try_run(reactor, op) {
+            self.stalled.push_back(Box::new(op));
         }
     }
 
@@ -73,8 +72,8 @@ impl DiskDriver {
     pub fn retry<R: Reactor>(&mut self, reactor: &mut R) {
         for _ in 0..self.stalled.len() {
             let Some(op) = self.stalled.pop_front() else { return };
-            if let Err(op) = self.try_run(reactor, op) {
-                self.stalled.push_back(op);
+            if let Some(op) = self.try_run(reactor, *op) {
+                self.stalled.push_back(Box::new(op));
             }
         }
     }
@@ -120,10 +119,11 @@ impl DiskDriver {
         }
     }
 
-    fn try_run<R: Reactor>(&mut self, reactor: &mut R, op: StoreOp<Mem>) -> Result<(), StoreOp<Mem>> {
+    /// Gives the operation back when there is no memory for it.
+    fn try_run<R: Reactor>(&mut self, reactor: &mut R, op: StoreOp<Mem>) -> Option<StoreOp<Mem>> {
         match op {
             StoreOp::Read { ticket, file, offset, blocks } => {
-                let Some(buf) = reactor.arena().alloc(blocks) else { return Err(op) };
+                let Some(buf) = reactor.arena().alloc(blocks) else { return Some(op) };
                 self.submit(reactor, ticket, file, |file| {
                     let bytes = (blocks * BLOCK_BYTES) as u32;
                     (Op::ReadAt { file, offset, buf, bytes }, Then::Nothing, 0)
@@ -131,7 +131,7 @@ impl DiskDriver {
             }
             StoreOp::Write { ticket, file, offset, ref pieces, dsync } => {
                 let is_log = matches!(file, FileId::Log(_));
-                let Ok((bufs, reserved)) = self.gather(reactor, pieces, is_log) else { return Err(op) };
+                let Ok((bufs, reserved)) = self.gather(reactor, pieces, is_log) else { return Some(op) };
                 self.submit(reactor, ticket, file, |file| {
                     (Op::WriteAt { file, offset, bufs, dsync }, Then::Nothing, reserved)
                 });
@@ -142,14 +142,14 @@ impl DiskDriver {
             StoreOp::Create { ticket, file, bytes } => {
                 if let Err(error) = self.files.make(reactor, file) {
                     self.finished.push_back((ticket, Err(IoError { errno: error.errno })));
-                    return Ok(());
+                    return None;
                 }
                 self.submit(reactor, ticket, file, |file| {
                     (Op::Allocate { file, offset: 0, bytes }, Then::Sync(file), 0)
                 });
             }
         }
-        Ok(())
+        None
     }
 
     fn submit<R: Reactor>(

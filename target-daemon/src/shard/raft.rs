@@ -32,10 +32,10 @@ impl Shard {
         payload: Mems,
     ) {
         let now = self.now;
-        if let Kind::Append { entries, .. } = &message.kind {
-            if !self.take_payloads(id, entries, &crcs, payload) {
-                return;
-            }
+        if let Kind::Append { entries, .. } = &message.kind
+            && !self.take_payloads(id, entries, &crcs, payload)
+        {
+            return;
         }
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
         hosted.replica.handle(from, message, now);
@@ -185,15 +185,13 @@ impl Shard {
     /// first, it and what follows it to the same peer wait in the outbox.
     fn send_raft(&mut self, id: CopysetId, to: ShardAddr, message: Message) {
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
-        if let Some(outbox) = hosted.outboxes.get_mut(&to)
-            && outbox.loading.is_some()
+        if let Some(outbox) = hosted.outboxes.get_mut(&to).filter(|outbox| outbox.loading.is_some())
+            && matches!(message.kind, Kind::Append { .. })
         {
-            if matches!(message.kind, Kind::Append { .. }) {
-                if outbox.behind.len() < OUTBOX_MAX {
-                    outbox.behind.push_back(message);
-                }
-                return;
+            if outbox.behind.len() < OUTBOX_MAX {
+                outbox.behind.push_back(message);
             }
+            return;
         }
         let work = LoadWork { copyset: id, to, message, payload: Mems::new(), crcs: Vec::new(), next: 0 };
         self.gather(work);
@@ -215,7 +213,7 @@ impl Shard {
                     EntryPayload::NeedsLoad => return self.load(work),
                     // Compacted or truncated since: Raft will find another way.
                     EntryPayload::Ram(None, _) | EntryPayload::Gone => {
-                        return self.flush_outbox(&work, false);
+                        return self.give_up(&work);
                     }
                 }
             }
@@ -254,13 +252,13 @@ impl Shard {
             }
             Err(error) => {
                 tracing::warn!(copyset = work.copyset.0, %error, "an entry cannot be read back from the log");
-                self.flush_outbox(&work, true);
+                self.give_up(&work);
             }
         }
     }
 
     /// Gives up on a message: what came behind it is of no use without it.
-    fn flush_outbox(&mut self, work: &LoadWork, _failed: bool) {
+    fn give_up(&mut self, work: &LoadWork) {
         if let Some(hosted) = self.hosted.get_mut(&work.copyset) {
             hosted.outboxes.remove(&work.to);
         }
