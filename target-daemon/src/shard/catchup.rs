@@ -285,7 +285,10 @@ impl Shard {
     fn finish_catch_up(&mut self, id: CopysetId, whole_at: LogIndex) {
         let Some(catch_up) = self.hosted.get_mut(&id).and_then(|h| h.catch_up.as_mut()) else { return };
         let (Phase::Ending, Some(base)) = (&catch_up.phase, catch_up.base) else { return };
-        let fits = self.hosted.get(&id).is_some_and(|h| h.replica.install_fits((base.index, base.term)));
+        let fits = |replica: &copyset::Replica| {
+            replica.install_fits((base.index, base.term)) && base.index >= replica.applied_index()
+        };
+        let fits = self.hosted.get(&id).is_some_and(|h| fits(&h.replica));
         let Some(catch_up) = self.hosted.get_mut(&id).and_then(|h| h.catch_up.as_mut()) else { return };
         if !fits {
             // The log has moved past what was fetched: `nudge_catch_up` begins anew.
