@@ -1,7 +1,7 @@
 //! Our measure beside fio's, of the same file, in turns: is ours to be trusted?
 //!
 //! Each round measures every load by both, and each round begins with the other one, so that a
-//! drift of the machine favours neither. Medians over the rounds are compared.
+//! drift of the machine favours neither. What counts is the median of the rounds' ratios.
 
 use super::measure::{Bench, Load, Run};
 use super::subject::Subject;
@@ -16,6 +16,9 @@ use std::time::Duration;
 /// How far apart both may be.
 const APART_MAX: f64 = 0.10;
 
+/// Rounds that differ by more than this tell of other work on the machine.
+const UNQUIET: f64 = 0.25;
+
 /// One load, measured by both.
 #[derive(Debug, Serialize)]
 struct Row {
@@ -23,7 +26,7 @@ struct Row {
     depth: u32,
     ours_iops: f64,
     fio_iops: f64,
-    /// Ours over fio's, less 1.
+    /// The median over the rounds of ours over fio's, less 1.
     apart: f64,
     /// The greatest distance of a round of ours from the median, in parts of it.
     ours_spread: f64,
@@ -92,7 +95,9 @@ fn measure(
         runs.iter().map(|run| (run.iops / middle - 1.0).abs()).fold(0.0, f64::max)
     };
     let (ours_iops, fio_iops) = (rate(&ours), rate(&theirs));
-    let apart = ours_iops / fio_iops - 1.0;
+    // Both of a round ran one after the other: their ratio holds even while the machine drifts.
+    let ratios = ours.iter().zip(&theirs).map(|(ours, fio)| ours.iops / fio.iops).collect();
+    let apart = median(ratios) - 1.0;
     Ok(Row {
         load,
         depth: load.depth,
@@ -125,7 +130,10 @@ fn text(rows: &[Row]) -> String {
     let header = ["LOAD", "DEPTH", "OURS IOPS", "FIO IOPS", "APART", "OURS P50 US", "FIO P50 US", "SPREAD"];
     let table = Style::of_stdout().table(&header, rows.iter().map(row).collect());
     let within = rows.iter().filter(|row| row.within).count();
-    format!("{table}\n{within} of {} loads within {:.0} % of fio\n", rows.len(), APART_MAX * 100.0)
+    let unquiet = rows.iter().any(|row| row.ours_spread.max(row.fio_spread) > UNQUIET);
+    let note =
+        if unquiet { "\nthe machine is not quiet (see SPREAD): more --rounds, or try later" } else { "" };
+    format!("{table}\n{within} of {} loads within {:.0} % of fio{note}\n", rows.len(), APART_MAX * 100.0)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -153,6 +161,8 @@ fn fio(subject: &Subject, load: Load, time: Duration) -> anyhow::Result<Run> {
             "--overwrite=1",
             "--allow_file_create=0",
         ])
+        // The whole latency, as ours has it: from submission on.
+        .args(["--lat_percentiles=1", "--clat_percentiles=0"])
         .args([format!("--filename={name}"), format!("--size={}", subject.bytes()), format!("--rw={rw}")])
         .args([format!("--bs={}", load.io_bytes()), format!("--iodepth={}", load.depth)])
         .arg(format!("--runtime={}ms", time.as_millis()));
@@ -173,12 +183,12 @@ fn parse(text: &str, load: Load) -> anyhow::Result<Run> {
     let number = |value: &serde_json::Value| value.as_f64().context("fio's JSON has an unknown form");
     let iops = number(&side["iops"])?;
     ensure!(iops > 0.0, "fio did no IO");
-    let percentile = |name: &str| number(&side["clat_ns"]["percentile"][name]).map(|ns| ns / 1000.0);
+    let percentile = |name: &str| number(&side["lat_ns"]["percentile"][name]).map(|ns| ns / 1000.0);
     Ok(Run {
         load,
         iops,
         bytes_s: iops * load.io_bytes() as f64,
-        mean_us: number(&side["clat_ns"]["mean"])? / 1000.0,
+        mean_us: number(&side["lat_ns"]["mean"])? / 1000.0,
         p50_us: percentile("50.000000")?,
         p99_us: percentile("99.000000")?,
     })
@@ -191,7 +201,7 @@ mod tests {
     #[test]
     fn a_run_of_fio_with_an_error_is_no_figure() -> anyhow::Result<()> {
         let good = r#"note: x
-            {"jobs": [{"error": 0, "read": {"iops": 100.5, "clat_ns": {"mean": 2000.0,
+            {"jobs": [{"error": 0, "read": {"iops": 100.5, "lat_ns": {"mean": 2000.0,
             "percentile": {"50.000000": 1500, "99.000000": 9000}}}}]}"#;
         let run = parse(good, Load::READ)?;
         assert_eq!((run.iops, run.p50_us, run.p99_us), (100.5, 1.5, 9.0));
