@@ -25,6 +25,9 @@ struct Args {
     /// Seeds at once.
     #[arg(long, default_value_t = 1)]
     jobs: usize,
+    /// The family of runs.
+    #[arg(long, default_value = "swarm", value_parser = sim::FAMILIES)]
+    family: String,
     /// Go on after a failing seed.
     #[arg(long)]
     keep_going: bool,
@@ -48,8 +51,8 @@ fn main() -> ExitCode {
             .with_timer(Virtual)
             .with_writer(std::io::stderr)
             .init();
-        eprintln!("{:#?}", Mix::of_seed(seed));
-        return match run_one(seed) {
+        eprintln!("{:#?}", mix(&args, seed));
+        return match run_one(&args, seed) {
             Ok(report) => {
                 println!("seed {seed} passed: {report:#?}");
                 ExitCode::SUCCESS
@@ -64,8 +67,12 @@ fn main() -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn run_one(seed: u64) -> Result<Report, String> {
-    let run = AssertUnwindSafe(|| sim::run(seed, &Mix::of_seed(seed)));
+fn mix(args: &Args, seed: u64) -> Mix {
+    Mix::of_family(&args.family, seed).expect("the parser knows the families")
+}
+
+fn run_one(args: &Args, seed: u64) -> Result<Report, String> {
+    let run = AssertUnwindSafe(|| sim::run(seed, &mix(args, seed)));
     match catch_unwind(run) {
         Ok(result) => result.map_err(|failure| failure.0),
         Err(panic) => {
@@ -87,14 +94,20 @@ fn run_many(args: &Args) -> usize {
             if seed >= args.from + args.seeds {
                 return;
             }
-            match run_one(seed) {
+            match run_one(args, seed) {
                 Ok(report) => {
                     let mut totals = totals.lock().expect("no panic holds it");
                     totals.0 += 1;
+                    if totals.0.is_multiple_of(10) {
+                        println!("{} seeds passed after {:.0} s", totals.0, begun.elapsed().as_secs_f64());
+                    }
                     totals.1 += report;
                 }
                 Err(why) => {
-                    println!("seed {seed} FAILED: {why}\n  replay: cargo xtask sim --seed {seed}");
+                    println!(
+                        "seed {seed} FAILED: {why}\n  replay: cargo xtask sim --family {} --seed {seed}",
+                        args.family
+                    );
                     failures.lock().expect("no panic holds it").push(seed);
                     stop.fetch_or(!args.keep_going, Ordering::Relaxed);
                 }

@@ -7,6 +7,11 @@ use super::Draw;
 use chunkstore::Layout;
 use protocol::types::{BLOCK_BYTES, Span};
 
+/// Families of runs: `swarm` draws everything; `calm` has no faults; `partial` writes parts of few
+/// blocks through elections; `lag` leaves one of three replicas behind while the log is recycled;
+/// `rot` damages one disk at rest.
+pub const FAMILIES: [&str; 5] = ["swarm", "calm", "partial", "lag", "rot"];
+
 /// What may go wrong, and about how often; `None` leaves it out.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Faults {
@@ -110,6 +115,39 @@ impl Mix {
             hibernate_after: Span::ms(2_000),
             faults: Faults::default(),
         }
+    }
+
+    /// What a seed draws within a family of runs; see [`FAMILIES`]. `None`: there is no such family.
+    pub fn of_family(family: &str, seed: u64) -> Option<Self> {
+        let mut mix = Self::of_seed(seed);
+        match family {
+            "swarm" => {}
+            "calm" => mix = Self::calm(),
+            "partial" => {
+                mix.volumes = vec![(16 << 20, 512)];
+                (mix.hosts, mix.depth, mix.think_us_max, mix.windows) = (4, 16, 500, (1, 4));
+                (mix.blocks_max, mix.zeroes_permille, mix.load) = (2, 50, Span::ms(8_000));
+                mix.faults = Faults { down_max: Span::ms(600), ..Faults::default() };
+                mix.faults.crash = Some(Span::ms(700));
+                mix.election_timeout = Span::ms(300);
+            }
+            "lag" => {
+                (mix.hosts, mix.depth, mix.think_us_max) = (4, 16, 500);
+                (mix.copysets, mix.targets, mix.shards) = (1, 3, 1);
+                mix.blocks_max = 80;
+                mix.faults = Faults { down_max: Span::ms(3_000), ..Faults::default() };
+                mix.faults.crash = Some(Span::ms(2_500));
+                mix.faults.pause = Some(Span::ms(1_500));
+            }
+            "rot" => {
+                mix.faults = Faults { down_max: Span::ms(500), ..mix.faults };
+                mix.faults.rot_chunks = Some(Span::ms(100));
+                mix.faults.rot_log_permille = 500;
+                mix.faults.crash = Some(Span::ms(2_000));
+            }
+            _ => return None,
+        }
+        Some(mix)
     }
 
     /// What a seed draws.

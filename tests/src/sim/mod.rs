@@ -25,7 +25,7 @@ use fleet::Fleet;
 pub use fleet::Tally;
 use history::History;
 use host::Host;
-pub use mix::Mix;
+pub use mix::{FAMILIES, Mix};
 pub use nemesis::Count;
 use nemesis::Nemesis;
 use protocol::types::{Span, Time};
