@@ -152,7 +152,7 @@ impl Shard {
         if role == Role::Leader {
             self.counts.elections_won += 1;
             tracing::info!(copyset = id.0, term = term.0, "leads");
-            return;
+            return self.order_inherited(id);
         }
         tracing::debug!(copyset = id.0, term = term.0, ?role, ?leader, "role changed");
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
@@ -166,6 +166,20 @@ impl Shard {
         hosted.outboxes.clear();
         for request in refused {
             self.part_not_leader(request, id);
+        }
+    }
+
+    /// Entries of earlier leaders that are not applied yet come before everything proposed from now
+    /// on: a write to part of a block must read what they leave behind.
+    fn order_inherited(&mut self, id: CopysetId) {
+        let Some(hosted) = self.hosted.get_mut(&id) else { return };
+        let (applied, last) = (hosted.replica.applied_index(), hosted.replica.last_index());
+        for index in applied.next().0..=last.0 {
+            if let Some(Body::Write { chunk, range } | Body::Zero { chunk, range }) =
+                hosted.replica.entry(LogIndex(index)).map(|entry| entry.body)
+            {
+                hosted.ordering.proposed(LogIndex(index), chunk, range);
+            }
         }
     }
 
