@@ -211,8 +211,10 @@ fn describe(register: Register, ops: &[Op], what: &str) -> String {
 mod tests {
     use super::*;
 
-    /// Operations as (write?, value, begun, ended); 0 for an end that never came.
-    fn verdict(exclusive: bool, ops: &[(bool, u64, u64, u64)]) -> Result<u64, Failure> {
+    /// (write?, value, begun, ended); 0 for an end that never came.
+    type Told = (bool, u64, u64, u64);
+
+    fn verdict(exclusive: bool, ops: &[Told]) -> Result<u64, Failure> {
         let mut history = History::default();
         for (write, value, begun, ended) in ops {
             if *write {
@@ -232,7 +234,7 @@ mod tests {
 
     #[test]
     fn histories_of_a_register_pass() {
-        let good: &[&[(bool, u64, u64, u64)]] = &[
+        let good: &[&[Told]] = &[
             &[(R, 0, 1, 2), (W, 1, 3, 4), (R, 1, 5, 6)],
             &[(W, 1, 1, 10), (W, 2, 2, 9), (R, 1, 11, 12)],
             &[(W, 1, 1, 10), (R, 1, 2, 3), (R, 0, 1, 4)],
@@ -247,7 +249,7 @@ mod tests {
 
     #[test]
     fn histories_known_to_be_bad_are_caught() {
-        let bad: &[(&str, &[(bool, u64, u64, u64)])] = &[
+        let bad: &[(&str, &[Told])] = &[
             ("lost write", &[(W, 1, 1, 2), (W, 2, 3, 4), (R, 1, 5, 6)]),
             ("lost to the beginning", &[(W, 1, 1, 2), (R, 0, 3, 4)]),
             ("stale after seen", &[(W, 1, 1, 2), (W, 2, 3, 20), (R, 2, 4, 5), (R, 1, 6, 7)]),
