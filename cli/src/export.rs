@@ -7,6 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use client::control::volume_ref;
 use protocol::control::{pb, protocol_to_pb};
 use protocol::map::ExportProtocol;
+use protocol::nvme_tcp::identify::nqn;
 use serde::Serialize;
 
 /// Commands on exports.
@@ -46,12 +47,14 @@ pub struct ListArgs {
 #[derive(Clone, Copy, ValueEnum)]
 enum Protocol {
     Nbd,
+    Nvme,
 }
 
 impl From<Protocol> for ExportProtocol {
     fn from(protocol: Protocol) -> Self {
         match protocol {
             Protocol::Nbd => ExportProtocol::Nbd,
+            Protocol::Nvme => ExportProtocol::Nvme,
         }
     }
 }
@@ -79,12 +82,16 @@ struct Place {
     uris: Vec<String>,
 }
 
-impl From<&pb::Export> for Shown {
-    fn from(export: &pb::Export) -> Self {
+impl Shown {
+    fn new(export: &pb::Export, cluster: &[u8; 16]) -> Self {
+        let is_nvme = export.protocol() == pb::ExportProtocol::Nvme;
         let places = export.places.iter().map(|place| Place {
             target: place.target,
             online: place.online,
-            uris: uris(&export.name, &place.tcp, &place.unix),
+            uris: match is_nvme {
+                true => nvme_uri(&place.tcp, &nqn(cluster, &export.name)).into_iter().collect(),
+                false => uris(&export.name, &place.tcp, &place.unix),
+            },
         });
         Self {
             volume: export.name.clone(),
@@ -99,6 +106,11 @@ pub fn uris(volume: &str, tcp: &str, unix: &str) -> Vec<String> {
     let tcp = (!tcp.is_empty()).then(|| nbd_uri(tcp, volume));
     let unix = (!unix.is_empty()).then(|| nbd_unix_uri(unix, volume));
     tcp.into_iter().chain(unix).collect()
+}
+
+/// A path to a subsystem; an empty address is one that is not offered.
+fn nvme_uri(address: &str, nqn: &str) -> Option<String> {
+    (!address.is_empty()).then(|| format!("nvme+tcp://{address}/{nqn}"))
 }
 
 /// The URI of a volume at HOST:PORT.
@@ -131,14 +143,18 @@ pub async fn run(command: ExportCommand) -> Outcome {
 }
 
 async fn add(args: OneArgs) -> Outcome {
-    let export = args.cluster.connect()?.add_export(volume_ref(&args.volume), args.protocol.into()).await?;
-    args.output.print(&vec![Shown::from(&export)], |shown| listing(shown))?;
+    let mds = args.cluster.connect()?;
+    let export = mds.add_export(volume_ref(&args.volume), args.protocol.into()).await?;
+    let cluster = mds.map_now().await?.cluster;
+    args.output.print(&vec![Shown::new(&export, &cluster)], |shown| listing(shown))?;
     Ok(Exit::Ok)
 }
 
 async fn list(args: ListArgs) -> Outcome {
-    let exports = args.cluster.connect()?.exports(None).await?;
-    let shown: Vec<_> = exports.iter().map(Shown::from).collect();
+    let mds = args.cluster.connect()?;
+    let exports = mds.exports(None).await?;
+    let cluster = mds.map_now().await?.cluster;
+    let shown: Vec<_> = exports.iter().map(|export| Shown::new(export, &cluster)).collect();
     args.output.print(&shown, |shown| listing(shown))?;
     Ok(Exit::Ok)
 }

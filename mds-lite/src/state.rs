@@ -445,7 +445,10 @@ impl State {
     }
 
     fn make_map(&self) -> ClusterMap {
-        let target = |record: &TargetRecord| TargetEntry { peers: record.peers.clone() };
+        let target = |record: &TargetRecord| TargetEntry {
+            peers: record.peers.clone(),
+            nvme: record.endpoints.nvme_tcp,
+        };
         let copyset = |record: &CopysetRecord| CopysetEntry { members: record.members.clone() };
         let volume = |record: &VolumeRecord| VolumeEntry {
             name: record.name.clone(),

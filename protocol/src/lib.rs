@@ -8,6 +8,7 @@
 pub mod frame;
 pub mod map;
 pub mod nbd;
+pub mod nvme_tcp;
 pub mod peer;
 pub mod raft;
 pub mod types;

@@ -26,10 +26,12 @@ pub struct ClusterMap {
 }
 
 /// One target as others reach it.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct TargetEntry {
     /// One listening address a shard, in the order of shards.
     pub peers: Vec<SocketAddr>,
+    /// Where hosts reach it over NVMe/TCP.
+    pub nvme: Option<SocketAddr>,
 }
 
 /// One copyset.

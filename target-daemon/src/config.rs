@@ -77,6 +77,12 @@ pub struct Listen {
     /// NBD over a Unix socket: a path. Absent: not offered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_unix: Option<PathBuf>,
+    /// NVMe over TCP: IP:PORT. Absent: not offered. With several shards the first one serves it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nvme: Option<SocketAddr>,
+    /// NVMe discovery at a port of its own, by custom 8009; `nvme` serves it too. Absent: only there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nvme_discovery: Option<SocketAddr>,
 }
 
 /// The write-ahead log of each shard.
@@ -106,6 +112,10 @@ pub struct Export {
     /// How long an IO may wait for a quorum before the host gets an error. Absent: for ever.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub io_timeout_s: Option<u32>,
+    /// The IP address that NVMe discovery tells hosts to connect to. Absent: `advertise`, else the
+    /// one listened on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nvme_advertise: Option<std::net::IpAddr>,
 }
 
 /// What runs the shards' threads.
@@ -252,9 +262,11 @@ impl TargetConfig {
                 "list one IP:PORT a shard",
             );
         }
-        let Listen { peer, admin, metrics, nbd, nbd_unix } = &self.listen;
+        let Listen { peer, admin, metrics, nbd, nbd_unix, nvme, nvme_discovery } = &self.listen;
         let named = peer.iter().map(|a| ("peer", *a)).chain([("admin", *admin), ("metrics", *metrics)]);
-        let all: Vec<_> = named.chain(nbd.map(|a| ("nbd", a))).collect();
+        let offered = [("nbd", nbd), ("nvme", nvme), ("nvme_discovery", nvme_discovery)];
+        let offered = offered.into_iter().filter_map(|(key, address)| address.map(|a| (key, a)));
+        let all: Vec<_> = named.chain(offered).collect();
         for (at, (key, address)) in all.iter().enumerate() {
             if address.port() == 0 {
                 return refuse(key, address, "others must know the port", "choose a port");
@@ -283,6 +295,15 @@ impl TargetConfig {
     /// The id as the rest of the system has it.
     pub fn target(&self) -> TargetId {
         TargetId(self.id)
+    }
+
+    /// The NVMe address that hosts are told; `None` if there is none that could be told.
+    pub fn nvme_advertised(&self) -> Option<SocketAddr> {
+        let mut address = self.advertised(self.listen.nvme?);
+        if let Some(ip) = self.export.nvme_advertise {
+            address.set_ip(ip);
+        }
+        Some(address).filter(|address| !address.ip().is_unspecified())
     }
 
     /// A listening address as others are to use it.

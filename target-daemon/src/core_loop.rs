@@ -12,13 +12,13 @@
 
 use crate::control::{FromShard, ShardPort, ToShard};
 use crate::disk::DiskDriver;
-use crate::export::{Export, ExportOut};
+use crate::export::{ConnInfo, Export, ExportOut};
 use crate::links::{LinkEvent, Links};
 use crate::mem::Mems;
 use crate::shard::{CopysetStanding, Origin, Output, Shard};
 use crate::standing::{self, Snapshot};
 use chunkstore::Layout;
-use protocol::control::{Problem, ProblemKind, pb};
+use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb};
 use protocol::peer::PeerMessage;
 use protocol::types::{Span, Time};
 use reactor::host::{CoreLoop, Turn};
@@ -39,6 +39,8 @@ pub mod kind {
     pub const NBD: u8 = 4;
     /// Accepts; the index is the place in the list of listeners.
     pub const ACCEPT: u8 = 5;
+    /// NVMe/TCP hosts.
+    pub const NVME: u8 = 6;
 }
 
 /// How often clocks of connections are looked at and the standing is published.
@@ -60,6 +62,8 @@ pub enum Port {
     Peer,
     /// NBD clients.
     Nbd,
+    /// NVMe/TCP hosts, to volumes and for discovery alike.
+    Nvme,
 }
 
 /// One core of a target.
@@ -144,6 +148,7 @@ impl<R: Reactor> Core<R> {
             kind::LINK => self.links.on_completion(reactor, completion),
             kind::CONNECT => self.links.connected(reactor, completion),
             kind::NBD => self.export.on_completion(reactor, completion, now),
+            kind::NVME => self.export.on_completion_nvme(reactor, completion, now),
             kind::ACCEPT => self.accepted(owner.index as usize, completion.result),
             _ => {}
         }
@@ -156,6 +161,7 @@ impl<R: Reactor> Core<R> {
                 match port {
                     Port::Peer => self.links.accepted(&mut self.reactor, socket),
                     Port::Nbd => self.export.accepted(&mut self.reactor, socket),
+                    Port::Nvme => self.export.accepted_nvme(&mut self.reactor, socket),
                 }
                 accept(&mut self.reactor, index, listener);
             }
@@ -207,12 +213,12 @@ impl<R: Reactor> Core<R> {
     }
 
     fn connections(&self) -> Vec<pb::Connection> {
-        let told = |(id, volume, in_flight): (usize, protocol::types::VolumeId, usize)| pb::Connection {
-            id: id as u64,
+        let told = |conn: ConnInfo| pb::Connection {
+            id: conn.id,
             shard: self.shard_index.into(),
-            protocol: pb::ExportProtocol::Nbd.into(),
-            volume: volume.0,
-            in_flight: in_flight as u32,
+            protocol: protocol_to_pb(conn.protocol).into(),
+            volume: conn.volume.0,
+            in_flight: conn.in_flight as u32,
             ..pb::Connection::default()
         };
         self.export.connections().map(told).collect()

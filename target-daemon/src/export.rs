@@ -1,4 +1,4 @@
-//! Volumes offered over NBD: clients on one side, [`VolumeIo`] on the other.
+//! Volumes offered over NBD and NVMe/TCP: clients on one side, [`VolumeIo`] on the other.
 //!
 //! Everything a client asks becomes a request of [`VolumeIo`] under an id of this module's, and
 //! every answer finds its way back by that id. A client that vanishes leaves requests behind;
@@ -7,7 +7,11 @@
 //! A flush is answered at once: a write is only ever acknowledged when it is durable on a
 //! quorum, so there is nothing to flush. For the same reason FUA needs no special care, and
 //! multi-conn is true: an acknowledged write is seen by every later read on any connection.
+//! NVMe's own part is in [`nvme`].
 
+mod nvme;
+
+use self::nvme::Nvme;
 use crate::mem::{Mem, Mems};
 use crate::metrics::ShardCounters;
 use chunkstore::Payload;
@@ -43,8 +47,36 @@ enum Purpose {
     Status,
 }
 
+/// Whose request it is: the protocol, and the place among its connections.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ConnKey {
+    Nbd(usize),
+    Nvme(usize),
+}
+
+/// Why a request failed; each protocol has its own words for it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Failure {
+    Io(IoError),
+    Refused(SubmitError),
+    /// The data did not survive its way here.
+    WireCorrupt,
+}
+
+/// One connection, for whoever asks.
+pub struct ConnInfo {
+    /// Its number.
+    pub id: u64,
+    /// The volume it uses; 0 for none.
+    pub volume: VolumeId,
+    /// Its requests in flight.
+    pub in_flight: usize,
+    /// How it is attached.
+    pub protocol: ExportProtocol,
+}
+
 struct Pending {
-    conn: usize,
+    conn: ConnKey,
     req: ReqId,
     purpose: Purpose,
     since: Time,
@@ -61,13 +93,14 @@ pub struct ExportCounts {
     pub wire_corrupt: u64,
 }
 
-/// The NBD side of one shard.
+/// The side of one shard that hosts see.
 pub struct Export {
     kind: u8,
     limits: NbdLimits,
     map: Arc<ClusterMap>,
     volume: VolumeIo<Mem>,
     conns: Slab<NbdConn>,
+    nvme: Nvme,
     pending: Slab<Pending>,
     /// Requests that [`VolumeIo`] had no room for.
     deferred: VecDeque<(usize, Request<Mem>)>,
@@ -78,7 +111,7 @@ pub struct Export {
 }
 
 impl Export {
-    /// An export whose tokens have `kind`.
+    /// An export whose NBD connections' tokens have `kind`.
     pub fn new(
         kind: u8,
         config: Config,
@@ -89,6 +122,7 @@ impl Export {
         Self {
             kind,
             limits,
+            nvme: Nvme::new(&limits),
             map: Arc::default(),
             volume: VolumeIo::new(config),
             conns: Slab::new(),
@@ -105,6 +139,7 @@ impl Export {
     pub fn set_map(&mut self, map: Arc<ClusterMap>, now: Time) {
         self.map = map.clone();
         self.volume.set_map(map, now);
+        self.offer_nvme();
     }
 
     /// The routing core, for what concerns it alone (links, segments).
@@ -117,13 +152,18 @@ impl Export {
         &self.counts
     }
 
-    /// Connections open now: each one's number, the volume it uses and its requests in flight.
-    pub fn connections(&self) -> impl Iterator<Item = (usize, VolumeId, usize)> + '_ {
-        let volume = |conn: &NbdConn| VolumeId(conn.export().map_or(0, |e| e.id as u32));
-        self.conns.iter().map(move |(key, conn)| (key, volume(conn), conn.requests()))
+    /// Connections open now.
+    pub fn connections(&self) -> impl Iterator<Item = ConnInfo> + '_ {
+        let nbd = |(key, conn): (usize, &NbdConn)| ConnInfo {
+            id: key as u64,
+            volume: VolumeId(conn.export().map_or(0, |e| e.id as u32)),
+            in_flight: conn.requests(),
+            protocol: ExportProtocol::Nbd,
+        };
+        self.conns.iter().map(nbd).chain(self.nvme.connections())
     }
 
-    /// A client has connected.
+    /// An NBD client has connected.
     pub fn accepted<R: Reactor>(&mut self, reactor: &mut R, socket: Socket) {
         let owner = Owner { kind: self.kind, index: self.conns.vacant_key() as u32 };
         let full = self.conns.len() >= CONNECTIONS_MAX;
@@ -159,6 +199,7 @@ impl Export {
             self.conns[key].tick(reactor, now, &mut events);
             self.take(key, events, now);
         }
+        self.tick_nvme(reactor, now);
     }
 
     /// When the routing core wants to be ticked.
@@ -168,7 +209,7 @@ impl Export {
 
     /// Whether a connection waits for memory.
     pub fn is_starved(&self) -> bool {
-        self.conns.iter().any(|(_, conn)| conn.is_starved())
+        self.conns.iter().any(|(_, conn)| conn.is_starved()) || self.nvme.is_starved()
     }
 
     /// Sends answers, looks at what came. True if that brought new requests.
@@ -188,14 +229,14 @@ impl Export {
                 self.conns.remove(key);
             }
         }
-        any
+        any | self.pump_nvme(reactor, now)
     }
 
     /// What one client may hold: an equal part of what all may, one part left for who comes next.
     /// Clients that stop taking replies (a paused virtual machine) keep what they hold.
     fn share_bytes(&self, arena: &Arena) -> usize {
         let blocks = arena.capacity_blocks().saturating_sub(self.limits.arena_reserve_blocks);
-        let share = blocks * BLOCK_BYTES / (self.conns.len() + 1);
+        let share = blocks * BLOCK_BYTES / (self.conns.len() + self.nvme.len() + 1);
         share.clamp(ENTRY_BYTES_MAX, self.limits.bytes_max.max(ENTRY_BYTES_MAX))
     }
 
@@ -205,6 +246,7 @@ impl Export {
         for (_, conn) in &mut self.conns {
             conn.stop();
         }
+        self.nvme.stop();
     }
 
     fn take(&mut self, key: usize, events: Vec<NbdEvent>, now: Time) {
@@ -232,7 +274,7 @@ impl Export {
             NbdEvent::Closed { reason } => self.closed(key, &reason, now),
             NbdEvent::Read { req, offset, length } => {
                 let purpose = Purpose::Read { offset, length, parts: BTreeMap::new(), corrupt: false };
-                self.begin(key, req, purpose, now, |volume| Request::Read {
+                self.begin_nbd(key, req, purpose, now, |volume| Request::Read {
                     volume,
                     offset,
                     length: length.into(),
@@ -242,27 +284,23 @@ impl Export {
                 let lead = offset as usize % BLOCK_BYTES;
                 let crc = block_crc(&buf[lead..lead + length as usize]);
                 let payload = Mem::whole(buf);
-                self.begin(key, req, Purpose::Write { offset, length }, now, |volume| Request::WritePiece {
-                    volume,
-                    offset,
-                    length,
-                    crc,
-                    payload,
+                self.begin_nbd(key, req, Purpose::Write { offset, length }, now, |volume| {
+                    Request::WritePiece { volume, offset, length, crc, payload }
                 });
             }
             NbdEvent::Zero { req, offset, length, trim, .. } => {
-                let (from, to) = zero_range(offset, length, trim);
+                let (from, to) = zero_range(offset, length.into(), trim);
                 if from >= to {
                     return self.conns[key].zero_done(req, Ok(()));
                 }
-                self.begin(key, req, Purpose::Zero { length: to - from }, now, |volume| Request::Zero {
+                self.begin_nbd(key, req, Purpose::Zero { length: to - from }, now, |volume| Request::Zero {
                     volume,
                     offset: from,
                     length: to - from,
                 });
             }
             NbdEvent::Status { req, offset, length, .. } => {
-                self.begin(key, req, Purpose::Status, now, |volume| Request::Status {
+                self.begin_nbd(key, req, Purpose::Status, now, |volume| Request::Status {
                     volume,
                     offset,
                     length: length.into(),
@@ -299,7 +337,7 @@ impl Export {
         })
     }
 
-    fn begin(
+    fn begin_nbd(
         &mut self,
         conn: usize,
         req: ReqId,
@@ -308,8 +346,12 @@ impl Export {
         request: impl FnOnce(VolumeId) -> Request<Mem>,
     ) {
         let volume = self.conns[conn].export().map_or(VolumeId(0), |e| VolumeId(e.id as u32));
+        self.begin(ConnKey::Nbd(conn), req, purpose, now, request(volume));
+    }
+
+    fn begin(&mut self, conn: ConnKey, req: ReqId, purpose: Purpose, now: Time, request: Request<Mem>) {
         let key = self.pending.insert(Pending { conn, req, purpose, since: now });
-        self.submit(key, request(volume), now);
+        self.submit(key, request, now);
     }
 
     fn submit(&mut self, key: usize, request: Request<Mem>, now: Time) {
@@ -332,7 +374,7 @@ impl Export {
             Err(error) => {
                 tracing::debug!(%error, "a request was refused");
                 self.counters.errors_other.add(1);
-                self.ended(key, Err(refusal(error)), now);
+                self.ended(key, Err(Failure::Refused(error)), now);
                 true
             }
         }
@@ -355,12 +397,17 @@ impl Export {
                 tracing::info!(%reason, "NBD connection closed");
             }
         }
+        self.abandon(ConnKey::Nbd(conn), now);
+    }
+
+    /// Nobody waits for a connection's requests any more.
+    fn abandon(&mut self, conn: ConnKey, now: Time) {
         let orphans: Vec<usize> =
             self.pending.iter().filter(|(_, p)| p.conn == conn).map(|(key, _)| key).collect();
         for key in orphans {
             self.volume.abort(key as u64, now);
             self.deferred.retain(|(deferred, _)| *deferred != key);
-            self.ended(key, Err(NbdError::Shutdown), now);
+            self.ended(key, Err(Failure::Io(IoError::Stopped)), now);
         }
     }
 
@@ -389,7 +436,7 @@ impl Export {
                     if let Err(error) = result {
                         self.count_error(error);
                     }
-                    self.ended(id as usize, result.map_err(nbd_error), now);
+                    self.ended(id as usize, result.map_err(Failure::Io), now);
                 }
                 Action::StatusDone { id, runs } => self.status_done(id as usize, &runs),
                 Action::NeedMap => self.out.push_back(ExportOut::NeedMap),
@@ -457,16 +504,23 @@ impl Export {
         parts.insert(offset, list);
     }
 
-    fn ended(&mut self, key: usize, result: Result<(), NbdError>, now: Time) {
+    fn ended(&mut self, key: usize, result: Result<(), Failure>, now: Time) {
         let Some(pending) = self.pending.try_remove(key) else { return };
         let corrupt = matches!(pending.purpose, Purpose::Read { corrupt: true, .. });
-        let result = if corrupt { result.and(Err(NbdError::Io)) } else { result };
+        let result = if corrupt { result.and(Err(Failure::WireCorrupt)) } else { result };
         if result.is_ok() {
             self.count(&pending, now);
         } else if corrupt {
             self.counters.errors_corrupt.add(1);
         }
-        let Some(conn) = self.conns.get_mut(pending.conn) else { return };
+        match pending.conn {
+            ConnKey::Nbd(conn) => self.ended_nbd(conn, pending, result.map_err(nbd_error)),
+            ConnKey::Nvme(conn) => self.nvme.ended(conn, pending, result),
+        }
+    }
+
+    fn ended_nbd(&mut self, conn: usize, pending: Pending, result: Result<(), NbdError>) {
+        let Some(conn) = self.conns.get_mut(conn) else { return };
         match pending.purpose {
             Purpose::Read { offset, parts, .. } => {
                 conn.read_done(pending.req, offset, result.map(|()| parts.into_values().flatten().collect()));
@@ -508,7 +562,10 @@ impl Export {
 
     fn status_done(&mut self, key: usize, runs: &[(u64, bool)]) {
         let Some(pending) = self.pending.try_remove(key) else { return };
-        if let Some(conn) = self.conns.get_mut(pending.conn) {
+        // Only NBD asks for it.
+        if let ConnKey::Nbd(conn) = pending.conn
+            && let Some(conn) = self.conns.get_mut(conn)
+        {
             conn.status_done(pending.req, Ok(runs));
         }
     }
@@ -524,8 +581,8 @@ fn description(volume: &str) -> String {
 }
 
 /// What is to be zeroed: a trim only whole blocks, since its edges need not change.
-fn zero_range(offset: u64, length: u32, trim: bool) -> (u64, u64) {
-    let (block, end) = (BLOCK_BYTES as u64, offset + u64::from(length));
+fn zero_range(offset: u64, length: u64, trim: bool) -> (u64, u64) {
+    let (block, end) = (BLOCK_BYTES as u64, offset + length);
     if trim { (offset.next_multiple_of(block), end / block * block) } else { (offset, end) }
 }
 
@@ -550,17 +607,16 @@ fn push_data(list: &mut ReadParts, run: &Mem, from: usize, to: usize) {
     list.push(ReadPart::Data { buf: buf.clone(), from, to });
 }
 
-fn nbd_error(error: IoError) -> NbdError {
-    match error {
-        IoError::NoSpace => NbdError::NoSpace,
-        IoError::Stopped | IoError::Gone => NbdError::Shutdown,
-        IoError::Corrupt | IoError::Io | IoError::TimedOut => NbdError::Io,
-    }
-}
-
-fn refusal(error: SubmitError) -> NbdError {
-    match error {
-        SubmitError::UnknownVolume | SubmitError::Stopped => NbdError::Shutdown,
-        SubmitError::OutOfRange | SubmitError::Misaligned | SubmitError::Busy => NbdError::Invalid,
+fn nbd_error(failure: Failure) -> NbdError {
+    match failure {
+        Failure::Io(IoError::NoSpace) => NbdError::NoSpace,
+        Failure::Io(IoError::Stopped | IoError::Gone) => NbdError::Shutdown,
+        Failure::Io(IoError::Corrupt | IoError::Io | IoError::TimedOut) | Failure::WireCorrupt => {
+            NbdError::Io
+        }
+        Failure::Refused(SubmitError::UnknownVolume | SubmitError::Stopped) => NbdError::Shutdown,
+        Failure::Refused(SubmitError::OutOfRange | SubmitError::Misaligned | SubmitError::Busy) => {
+            NbdError::Invalid
+        }
     }
 }

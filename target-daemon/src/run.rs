@@ -1,7 +1,7 @@
 //! A target from its configuration: format it, look at it, run it.
 
 use crate::assemble::{ShardPlan, build_core, cannot, format_shard};
-use crate::config::{Host as HostChoice, TargetConfig};
+use crate::config::{Host as HostChoice, Listen, TargetConfig};
 use crate::control::{self, ShardPort, shard_ports};
 use crate::core_loop::{Core, Port as ListenFor};
 use crate::files::{FileMedia, Files};
@@ -215,6 +215,15 @@ impl Build {
         for fd in nbd {
             let listener = ring.adopt_listener(fd).map_err(|error| cannot("listen for NBD", &error))?;
             listeners.push((ListenFor::Nbd, listener));
+        }
+        // All queues of a host must meet the same controllers, so one shard has them all.
+        let Listen { nvme, nvme_discovery, .. } = &self.config.listen;
+        let offered = [("nvme", nvme), ("nvme_discovery", nvme_discovery)];
+        for (key, address) in offered.into_iter().filter(|_| shard == 0) {
+            let Some(address) = *address else { continue };
+            let listener =
+                ring.listen(address).map_err(|error| cannot_listen(key, &address.to_string(), &error))?;
+            listeners.push((ListenFor::Nvme, listener));
         }
         Ok(listeners)
     }

@@ -8,11 +8,13 @@
 //! clocks, and any knowledge of volumes.
 
 pub mod nbd;
+pub mod nvme;
 pub mod peer;
 pub mod stream;
 pub mod token;
 
 pub use nbd::{NbdCloseReason, NbdConn, NbdEvent, NbdLimits, ReadPart, ReadParts, ReqId};
+pub use nvme::{NvmeCloseReason, NvmeConn, NvmeEvent, NvmeLimits};
 pub use peer::{PeerCloseReason, PeerConn, PeerEvent, PeerLimits};
 pub use stream::{Fill, Happened, Stream};
 pub use token::Owner;

@@ -29,6 +29,7 @@ use protocol::nbd::wire::FEED_BYTES_MAX;
 use protocol::nbd::{Command, Event, ExportInfo, NbdError, Request, Session, Violation};
 use protocol::types::{BLOCK_BYTES, ENTRY_BYTES_MAX, Span, Time};
 use reactor::{Arena, Buf, BufMut, Completion, IoError, Reactor, Socket};
+pub(crate) use reads::push_part;
 use reads::{Reading, Waiting, waiting_text};
 use slab::Slab;
 use smallvec::SmallVec;
@@ -574,13 +575,13 @@ impl NbdConn {
 }
 
 /// How long a piece is that begins at `offset` of the export, of so many bytes that are left.
-fn piece_length(offset: u64, left: u32) -> u32 {
+pub(crate) fn piece_length(offset: u64, left: u32) -> u32 {
     let window = ENTRY_BYTES_MAX as u64;
     u64::from(left).min(window - offset % window) as u32
 }
 
 /// What a write's piece is charged with.
-fn piece_charge(offset: u64, length: u32) -> usize {
+pub(crate) fn piece_charge(offset: u64, length: u32) -> usize {
     let lead = (offset % BLOCK_BYTES as u64) as usize;
     (lead + length as usize).div_ceil(BLOCK_BYTES).next_power_of_two() * BLOCK_BYTES
 }

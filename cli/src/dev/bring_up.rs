@@ -2,14 +2,15 @@
 //! volume, export, and one block read through every target. Each step is asked for again
 //! until it holds; what is being waited for is told when it takes more than a second.
 
-use super::record::VolumeRecord;
+use super::record::{DiscoveryRecord, NvmeRecord, VolumeRecord};
 use super::{Plan, VOLUME, VOLUME_SIZE, probe, say};
 use crate::export::{nbd_unix_uri, nbd_uri};
 use crate::problem::Problem;
 use crate::size::Size;
 use client::control::{MdsClient, Patience, volume_ref};
-use protocol::control::{Problem as Refusal, ProblemKind, pb};
+use protocol::control::{Problem as Refusal, ProblemKind, pb, protocol_to_pb};
 use protocol::map::ExportProtocol;
+use protocol::nvme_tcp::identify::nqn;
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -27,6 +28,8 @@ const PROBE_WAIT_MAX: Duration = Duration::from_secs(2);
 pub struct Served {
     /// The exported volumes, as `dev.json` tells them.
     pub volumes: Vec<VolumeRecord>,
+    /// The NVMe discovery services.
+    pub discovery: Vec<DiscoveryRecord>,
 }
 
 struct BringUp<'a> {
@@ -110,13 +113,16 @@ impl BringUp<'_> {
     }
 
     async fn export(&mut self, volume: &pb::Volume) -> Result<(), Problem> {
-        if volume.exports().any(|protocol| protocol == pb::ExportProtocol::Nbd) {
-            return Ok(());
+        for wanted in [ExportProtocol::Nbd, ExportProtocol::Nvme] {
+            if volume.exports().any(|protocol| protocol == protocol_to_pb(wanted)) {
+                continue;
+            }
+            match self.mds.add_export(volume_ref(VOLUME), wanted).await {
+                Err(refusal) if refusal.kind != ProblemKind::AlreadyExists => return Err(refusal.into()),
+                _ => {}
+            }
         }
-        match self.mds.add_export(volume_ref(VOLUME), ExportProtocol::Nbd).await {
-            Err(refusal) if refusal.kind != ProblemKind::AlreadyExists => Err(refusal.into()),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     async fn serving(&mut self) -> Result<(), Problem> {
@@ -124,6 +130,12 @@ impl BringUp<'_> {
             let socket = self.plan.layout.socket(id)?;
             while let Err(error) = probed(&socket).await {
                 self.again("the exports to serve", format_args!("target {id}: {error}")).await;
+            }
+        }
+        let cluster = self.mds.map_now().await?.cluster;
+        for ports in &self.plan.shape.targets {
+            while let Err(error) = nvme_probed(ports.nvme, &nqn(&cluster, VOLUME)).await {
+                self.again("the NVMe exports to serve", format_args!("port {}: {error}", ports.nvme)).await;
             }
         }
         Ok(())
@@ -134,10 +146,16 @@ impl BringUp<'_> {
             .map(|id| self.plan.layout.socket(id))
             .collect::<Result<_, _>>()?;
         let volumes = self.mds.volumes(false).await?;
+        let cluster = self.mds.map_now().await?.cluster;
         let exported =
             |volume: &&pb::Volume| volume.exports().any(|protocol| protocol == pb::ExportProtocol::Nbd);
         Ok(Served {
-            volumes: volumes.iter().filter(exported).map(|v| record(self.plan, &sockets, v)).collect(),
+            volumes: volumes
+                .iter()
+                .filter(exported)
+                .map(|v| record(self.plan, &sockets, &cluster, v))
+                .collect(),
+            discovery: discovery(self.plan),
         })
     }
 }
@@ -147,18 +165,37 @@ async fn probed(socket: &std::path::Path) -> std::io::Result<()> {
     probe.await.unwrap_or_else(|_| Err(std::io::Error::other("no answer yet")))
 }
 
+async fn nvme_probed(port: u16, nqn: &str) -> std::io::Result<()> {
+    let probe = tokio::time::timeout(PROBE_WAIT_MAX, probe::connect_nvme(port, nqn));
+    probe.await.unwrap_or_else(|_| Err(std::io::Error::other("no answer yet")))
+}
+
 /// Whether a refusal is that of an MDS that is only just starting.
 fn will_pass(refusal: &Refusal) -> bool {
     matches!(refusal.kind, ProblemKind::Unreachable | ProblemKind::TimedOut | ProblemKind::NotReady)
 }
 
-fn record(plan: &Plan, sockets: &[PathBuf], volume: &pb::Volume) -> VolumeRecord {
+/// The custom port first, then those that serve volumes too.
+fn discovery(plan: &Plan) -> Vec<DiscoveryRecord> {
+    let own = plan.shape.targets.iter().filter_map(|ports| ports.discovery);
+    let ports = own.chain(plan.shape.targets.iter().map(|ports| ports.nvme));
+    let traddr = plan.advertise.to_string();
+    ports.map(|port| DiscoveryRecord { traddr: traddr.clone(), trsvcid: port.to_string() }).collect()
+}
+
+fn record(plan: &Plan, sockets: &[PathBuf], cluster: &[u8; 16], volume: &pb::Volume) -> VolumeRecord {
     let name = &volume.name;
     let host = match plan.advertise {
         std::net::IpAddr::V6(address) => format!("[{address}]"),
         address => address.to_string(),
     };
     let tcp = plan.shape.targets.iter().map(|ports| nbd_uri(&format!("{host}:{}", ports.nbd), name));
+    let over_nvme = volume.exports().any(|protocol| protocol == pb::ExportProtocol::Nvme);
+    let nvme = plan.shape.targets.iter().filter(|_| over_nvme).map(|ports| NvmeRecord {
+        traddr: plan.advertise.to_string(),
+        trsvcid: ports.nvme.to_string(),
+        nqn: nqn(cluster, name),
+    });
     let unix = sockets.iter().map(|socket| nbd_unix_uri(&socket.to_string_lossy(), name));
     VolumeRecord {
         name: name.clone(),
@@ -166,6 +203,6 @@ fn record(plan: &Plan, sockets: &[PathBuf], volume: &pb::Volume) -> VolumeRecord
         block_bytes: volume.block_bytes,
         nbd: tcp.collect(),
         nbd_unix: unix.collect(),
-        nvme: Vec::new(),
+        nvme: nvme.collect(),
     }
 }

@@ -2,10 +2,14 @@
 //! an export serves, leader and all. The few bytes of the protocol that this needs are
 //! written out here, so that a fault in our own NBD code cannot vouch for itself.
 
-use std::io::{Error, Result};
+use protocol::nvme_tcp::Sqe;
+use protocol::nvme_tcp::host::{Host, HostEvent, connect_data};
+use protocol::nvme_tcp::pdu::Digests;
+use std::io::{self, Error, Result};
+use std::net::Ipv4Addr;
 use std::path::Path;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
 
 const GREETING: &[u8; 16] = b"NBDMAGICIHAVEOPT";
 const OPTION_MAGIC: &[u8; 8] = b"IHAVEOPT";
@@ -84,6 +88,35 @@ fn request(command: u16, length: u32) -> Vec<u8> {
     bytes.extend([0; 16]);
     bytes.extend(length.to_be_bytes());
     bytes
+}
+
+/// Connects an admin queue to a subsystem at a port of this machine, as a host would.
+pub async fn connect_nvme(port: u16, nqn: &str) -> io::Result<()> {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
+    let (mut host, mut out) = (Host::default(), Vec::new());
+    host.ic_req(Digests::default(), 0, 0, &mut out);
+    stream.write_all(&out).await?;
+    let mut input = Vec::new();
+    loop {
+        let taken = host.feed(&input).map_err(io::Error::other)?;
+        let Some((used, event)) = taken else {
+            if stream.read_buf(&mut input).await? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            continue;
+        };
+        input.drain(..used);
+        match event {
+            HostEvent::Ready(_) => {
+                let data = connect_data([1; 16], u16::MAX, nqn, "nqn.2026-01.io.ashlar:probe");
+                let mut out = Vec::new();
+                host.command(&Sqe::connect(0, 0, 32, 0), &data, &mut out);
+                stream.write_all(&out).await?;
+            }
+            HostEvent::Response(cqe) if cqe.status.is_ok() => return Ok(()),
+            other => return Err(io::Error::other(format!("{other:?}"))),
+        }
+    }
 }
 
 #[cfg(test)]

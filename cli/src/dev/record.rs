@@ -21,7 +21,7 @@ pub struct DevRecord {
     pub targets: Vec<TargetRecord>,
     /// The volumes that are exported.
     pub volumes: Vec<VolumeRecord>,
-    /// NVMe discovery services; none yet.
+    /// NVMe discovery services, the one with the well-known port first.
     pub discovery: Vec<DiscoveryRecord>,
 }
 
@@ -64,7 +64,7 @@ pub struct VolumeRecord {
     pub nbd: Vec<String>,
     /// NBD over a Unix socket, one URI a target.
     pub nbd_unix: Vec<String>,
-    /// NVMe over TCP, one a target; none yet.
+    /// NVMe over TCP, one a target.
     pub nvme: Vec<NvmeRecord>,
 }
 

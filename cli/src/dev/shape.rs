@@ -21,6 +21,8 @@ pub const TARGETS_MAX: u32 = 32;
 /// Below the kernel's range for outgoing connections (32768 and up), so that none of those
 /// sits on a port of ours when a cluster is started again.
 const PORTS: std::ops::Range<u16> = 10_000..32_000;
+/// Where hosts look for NVMe discovery first.
+const DISCOVERY_PORT: u16 = 8009;
 /// How long a port that is taken is waited for.
 const TAKEN_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 const TAKEN_PAUSE: Duration = Duration::from_millis(50);
@@ -47,6 +49,12 @@ pub struct TargetPorts {
     pub metrics: u16,
     /// NBD over TCP.
     pub nbd: u16,
+    /// NVMe over TCP; chosen later in clusters that are older than it.
+    #[serde(default)]
+    pub nvme: u16,
+    /// NVMe discovery, at the first target: 8009 where that is free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub discovery: Option<u16>,
 }
 
 impl Shape {
@@ -58,6 +66,7 @@ impl Shape {
             None => Self::fresh(targets.unwrap_or(TARGETS_MIN), shards.unwrap_or(1), &mut ports)?,
             Some(kept) => kept.grown(targets, shards, &mut ports)?,
         };
+        let shape = shape.with_nvme(&mut ports)?;
         if kept.as_ref() != Some(&shape) {
             replace_json(&layout.cluster_json(), &shape)?;
         }
@@ -112,6 +121,19 @@ impl Shape {
         Ok(shape)
     }
 
+    /// Chooses what is not chosen yet.
+    fn with_nvme(mut self, ports: &mut FreePorts) -> Result<Self, Problem> {
+        for target in self.targets.iter_mut().filter(|target| target.nvme == 0) {
+            target.nvme = ports.take()?;
+        }
+        let first = self.targets.first_mut().filter(|first| first.discovery.is_none());
+        if let Some(first) = first {
+            first.discovery =
+                Some(if ports.take_this(DISCOVERY_PORT) { DISCOVERY_PORT } else { ports.take()? });
+        }
+        Ok(self)
+    }
+
     /// Shards of each target.
     pub fn shards(&self) -> u16 {
         self.targets.first().map_or(1, |target| target.peers.len() as u16)
@@ -122,7 +144,9 @@ impl Shape {
         let mut all = vec![(self.mds, "the MDS".to_owned())];
         for (id, target) in (1..).zip(&self.targets) {
             all.extend(target.peers.iter().map(|port| (*port, format!("target {id}"))));
-            all.extend([target.admin, target.metrics, target.nbd].map(|port| (port, format!("target {id}"))));
+            let exports = [Some(target.nbd), Some(target.nvme).filter(|port| *port != 0), target.discovery];
+            let ports = [target.admin, target.metrics].into_iter().chain(exports.into_iter().flatten());
+            all.extend(ports.map(|port| (port, format!("target {id}"))));
         }
         all
     }
@@ -157,7 +181,8 @@ fn taken(port: u16, user: &str, layout: &Layout) -> Problem {
 impl TargetPorts {
     fn fresh(shards: u16, ports: &mut FreePorts) -> Result<Self, Problem> {
         let peers = (0..shards).map(|_| ports.take()).collect::<Result<_, _>>()?;
-        Ok(Self { peers, admin: ports.take()?, metrics: ports.take()?, nbd: ports.take()? })
+        let (admin, metrics, nbd) = (ports.take()?, ports.take()?, ports.take()?);
+        Ok(Self { peers, admin, metrics, nbd, nvme: ports.take()?, discovery: None })
     }
 }
 
@@ -173,6 +198,11 @@ impl FreePorts {
         let next = PORTS.start + (random % PORTS.len() as u64) as u16;
         let given = kept.map(Shape::ports).unwrap_or_default().into_iter().map(|(port, _)| port).collect();
         Self { next, given }
+    }
+
+    /// Whether this very port could be had.
+    fn take_this(&mut self, port: u16) -> bool {
+        is_free(port) && self.given.insert(port)
     }
 
     fn take(&mut self) -> Result<u16, Problem> {
@@ -223,7 +253,7 @@ mod tests {
         let shape = Shape::settle(&layout, Some(5), Some(4)).expect("settled");
         let ports = shape.ports();
         let distinct: BTreeSet<_> = ports.iter().map(|(port, _)| port).collect();
-        assert_eq!((ports.len(), distinct.len()), (1 + 5 * 7, 1 + 5 * 7));
+        assert_eq!((ports.len(), distinct.len()), (2 + 5 * 8, 2 + 5 * 8));
     }
 
     #[test]

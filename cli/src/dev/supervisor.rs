@@ -167,7 +167,7 @@ impl<'a> Supervisor<'a> {
                 })
                 .collect(),
             volumes: self.served.as_ref().map(|served| served.volumes.clone()).unwrap_or_default(),
-            discovery: Vec::new(),
+            discovery: self.served.as_ref().map(|served| served.discovery.clone()).unwrap_or_default(),
         }
     }
 

@@ -49,8 +49,10 @@ fn config(
 ) -> Result<TargetConfig, Problem> {
     let listen = listen(plan, id, ports)?;
     let mds = vec![plan.mds_endpoint()];
+    let nvme_advertise = Some(plan.advertise);
     if let Some(kept) = kept {
-        return Ok(TargetConfig { id, dir: plan.layout.target(id), mds, listen, ..kept });
+        let export = Export { nvme_advertise, ..kept.export };
+        return Ok(TargetConfig { id, dir: plan.layout.target(id), mds, listen, export, ..kept });
     }
     let size = plan.size.unwrap_or(super::VOLUME_SIZE).0;
     Ok(TargetConfig {
@@ -68,7 +70,7 @@ fn config(
         // Half of the default: a restart reads the log, and dev clusters are killed for fun.
         log: Log { segment_bytes: 32 << 20, ..Log::default() },
         raft: Raft::default(),
-        export: Export::default(),
+        export: Export { nvme_advertise, ..Export::default() },
     })
 }
 
@@ -88,6 +90,8 @@ fn listen(plan: &Plan, id: u32, ports: &TargetPorts) -> Result<Listen, Problem> 
         metrics: local(ports.metrics),
         nbd: Some(SocketAddr::new(outward, ports.nbd)),
         nbd_unix: Some(plan.layout.socket(id)?),
+        nvme: Some(SocketAddr::new(outward, ports.nvme)),
+        nvme_discovery: ports.discovery.map(|port| SocketAddr::new(outward, port)),
     })
 }
 

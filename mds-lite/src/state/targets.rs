@@ -22,7 +22,8 @@ impl State {
         let known = self.targets.get(&id);
         if known != Some(&record) {
             let mut counters = self.counters;
-            if known.is_none_or(|known| known.peers != record.peers) {
+            let shown = |record: &TargetRecord| (record.peers.clone(), record.endpoints.nvme_tcp);
+            if known.is_none_or(|known| shown(known) != shown(&record)) {
                 counters = self.next_generation();
             }
             changes.push(Change::Target(id, record.clone()));

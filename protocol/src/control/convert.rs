@@ -20,7 +20,11 @@ pub fn map_to_pb(map: &ClusterMap) -> pb::ClusterMap {
 }
 
 fn target_to_pb(id: TargetId, entry: &TargetEntry) -> pb::MapTarget {
-    pb::MapTarget { id: id.0, peers: entry.peers.iter().map(SocketAddr::to_string).collect() }
+    pb::MapTarget {
+        id: id.0,
+        peers: entry.peers.iter().map(SocketAddr::to_string).collect(),
+        nvme_tcp: entry.nvme.map(|address| address.to_string()).unwrap_or_default(),
+    }
 }
 
 fn copyset_to_pb(id: CopysetId, entry: &CopysetEntry) -> pb::MapCopyset {
@@ -120,7 +124,11 @@ fn target_from_pb(message: &pb::MapTarget) -> Result<TargetEntry, Problem> {
         let address: Option<SocketAddr> = text.parse().ok();
         address.filter(|a| a.port() != 0).ok_or_else(|| bad(format!("the address {text:?}")))
     };
-    Ok(TargetEntry { peers: message.peers.iter().map(address).collect::<Result<_, _>>()? })
+    let nvme = Some(&message.nvme_tcp).filter(|text| !text.is_empty());
+    Ok(TargetEntry {
+        peers: message.peers.iter().map(address).collect::<Result<_, _>>()?,
+        nvme: nvme.map(address).transpose()?,
+    })
 }
 
 fn copyset_from_pb(message: &pb::MapCopyset, map: &ClusterMap) -> Result<CopysetEntry, Problem> {
@@ -229,7 +237,10 @@ mod tests {
         let mut map = ClusterMap { cluster: [7; 16], generation: 9, ..ClusterMap::default() };
         for id in 1..=3u16 {
             let peers = (0..2).map(|at| SocketAddr::from(([127, 0, 0, 1], 1000 + id * 10 + at))).collect();
-            map.targets.insert(TargetId(id.into()), TargetEntry { peers });
+            map.targets.insert(
+                TargetId(id.into()),
+                TargetEntry { peers, nvme: Some(SocketAddr::from(([127, 0, 0, 1], 4420))) },
+            );
         }
         let members = vec![shard(1, 0), shard(2, 1), shard(3, 0)];
         map.copysets.insert(CopysetId(1), CopysetEntry { members });

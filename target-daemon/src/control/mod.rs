@@ -222,7 +222,7 @@ impl Control {
             metrics: shown(listen.metrics),
             nbd_tcp: listen.nbd.map(shown).unwrap_or_default(),
             nbd_unix: unix.map(|path| path.display().to_string()).unwrap_or_default(),
-            nvme_tcp: String::new(),
+            nvme_tcp: self.config.nvme_advertised().map(|a| a.to_string()).unwrap_or_default(),
         }
     }
 }

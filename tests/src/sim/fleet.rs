@@ -267,7 +267,7 @@ fn cluster_map(mix: &Mix) -> ClusterMap {
     for target in 0..mix.targets {
         let nodes = target * mix.shards..(target + 1) * mix.shards;
         let peers = nodes.map(|node| addresses(node).0).collect();
-        map.targets.insert(TargetId(target as u32 + 1), TargetEntry { peers });
+        map.targets.insert(TargetId(target as u32 + 1), TargetEntry { peers, nvme: None });
     }
     // Placement by a walk over the targets: every shard gets its share.
     let mut draw = Draw::new(mix.targets as u64);

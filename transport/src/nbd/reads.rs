@@ -267,7 +267,7 @@ pub(super) fn waiting_text(waiting: &mut Vec<Waiting>) -> &mut Vec<u8> {
     }
 }
 
-fn push_part(stream: &mut Stream, part: ReadPart) {
+pub(crate) fn push_part(stream: &mut Stream, part: ReadPart) {
     match part {
         ReadPart::Data { buf, from, to } => stream.push(IoBuf::part(buf, from as usize..to as usize)),
         ReadPart::Zeroes(bytes) => stream.push_zeroes(bytes as usize),

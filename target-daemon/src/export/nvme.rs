@@ -1,0 +1,288 @@
+//! NVMe/TCP: connections, controllers, and the words that both use for failures.
+//!
+//! Each volume exported over NVMe is a subsystem; every target of the map that has an NVMe
+//! address is a port of it. All connections of a host must meet the same [`Controllers`], so one
+//! shard of a target accepts them all.
+
+use super::{CONNECTIONS_MAX, ConnInfo, ConnKey, Export, Failure, Pending, Purpose, zero_range};
+use crate::core_loop::kind;
+use crate::mem::Mem;
+use client::volume::{IoError, Request, SubmitError};
+use protocol::map::{ClusterMap, ExportProtocol};
+use protocol::nvme_tcp::controller::{Answer, Controllers, Out, View, Volume};
+use protocol::nvme_tcp::logs::Ana;
+use protocol::nvme_tcp::{Namespace, Status, Violation};
+use protocol::types::{BLOCK_BYTES, TargetId, Time, VolumeId, block_crc};
+use reactor::{Completion, Op, Reactor, Socket};
+use slab::Slab;
+use std::collections::BTreeMap;
+use transport::{NbdLimits, NvmeCloseReason, NvmeConn, NvmeEvent, NvmeLimits, Owner, ReqId};
+
+/// The NVMe side of one shard.
+pub(super) struct Nvme {
+    limits: NvmeLimits,
+    conns: Slab<NvmeConn>,
+    controllers: Controllers,
+    /// Connections that the controllers want closed.
+    to_close: Vec<usize>,
+}
+
+impl Nvme {
+    pub(super) fn new(limits: &NbdLimits) -> Self {
+        let (bytes_max, arena_reserve_blocks) = (limits.bytes_max, limits.arena_reserve_blocks);
+        Self {
+            limits: NvmeLimits { bytes_max, arena_reserve_blocks, ..NvmeLimits::default() },
+            conns: Slab::new(),
+            controllers: Controllers::new(),
+            to_close: Vec::new(),
+        }
+    }
+
+    pub(super) fn connections(&self) -> impl Iterator<Item = ConnInfo> + '_ {
+        self.conns.iter().map(|(key, conn)| ConnInfo {
+            id: key as u64,
+            volume: conn.namespace().map_or(VolumeId(0), |n| n.volume),
+            in_flight: conn.requests(),
+            protocol: ExportProtocol::Nvme,
+        })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.conns.len()
+    }
+
+    pub(super) fn is_starved(&self) -> bool {
+        self.conns.iter().any(|(_, conn)| conn.is_starved())
+    }
+
+    /// Hosts are told to use other paths.
+    pub(super) fn stop(&mut self) {
+        self.controllers.set_ana(Ana::Inaccessible);
+        self.carry_out();
+    }
+
+    /// Does what the controllers want.
+    fn carry_out(&mut self) {
+        while let Some(out) = self.controllers.poll() {
+            match out {
+                Out::Complete { queue, cid, status, result } => {
+                    if let Some(conn) = self.conns.get_mut(queue) {
+                        conn.admin_done(cid, Answer::Done { status, result, data: Vec::new() });
+                    }
+                }
+                Out::Namespace { queue, namespace } => {
+                    if let Some(conn) = self.conns.get_mut(queue) {
+                        conn.set_namespace(namespace);
+                    }
+                }
+                Out::Close { queue, why } => {
+                    tracing::info!(why, "NVMe connection ends");
+                    self.to_close.push(queue);
+                }
+            }
+        }
+    }
+
+    pub(super) fn ended(&mut self, conn: usize, pending: Pending, result: Result<(), Failure>) {
+        let Some(conn) = self.conns.get_mut(conn) else { return };
+        let reading = matches!(pending.purpose, Purpose::Read { .. });
+        let result = result.map_err(|failure| status(failure, reading));
+        match pending.purpose {
+            Purpose::Read { offset, parts, .. } => {
+                conn.read_done(pending.req, offset, result.map(|()| parts.into_values().flatten().collect()));
+            }
+            Purpose::Write { offset, .. } => conn.write_piece_done(pending.req, offset, result),
+            Purpose::Zero { .. } => conn.zero_done(pending.req, result),
+            Purpose::Status => unreachable!("NVMe has no such request"),
+        }
+    }
+}
+
+impl Export {
+    /// Tells the controllers what the map offers.
+    pub(super) fn offer_nvme(&mut self) {
+        let ana = self.nvme.controllers.view().ana;
+        self.nvme.controllers.set_view(view(&self.map, self.me.target, ana));
+        self.nvme.carry_out();
+    }
+
+    /// An NVMe host has connected.
+    pub fn accepted_nvme<R: Reactor>(&mut self, reactor: &mut R, socket: Socket) {
+        let conns = &mut self.nvme.conns;
+        let owner = Owner { kind: kind::NVME, index: conns.vacant_key() as u32 };
+        let full = conns.len() >= CONNECTIONS_MAX;
+        let conn = if full { None } else { NvmeConn::new(reactor, socket, owner, self.nvme.limits) };
+        match conn {
+            Some(conn) => {
+                conns.insert(conn);
+                self.counts.connections += 1;
+            }
+            None => {
+                self.counters.refused_too_many.add(1);
+                tracing::warn!("no room for another NVMe connection; refused");
+                reactor.submit(Owner { kind: u8::MAX, index: 0 }.token(0), Op::Close { socket });
+            }
+        }
+    }
+
+    /// The end of one of an NVMe connection's operations.
+    pub fn on_completion_nvme<R: Reactor>(&mut self, reactor: &mut R, completion: Completion, now: Time) {
+        let (owner, _) = Owner::split(completion.token);
+        let key = owner.index as usize;
+        let Some(conn) = self.nvme.conns.get_mut(key) else { return };
+        let mut events = Vec::new();
+        conn.on_completion(reactor, completion, &mut events);
+        self.take_nvme(key, events, now);
+    }
+
+    pub(super) fn tick_nvme<R: Reactor>(&mut self, reactor: &mut R, now: Time) {
+        let keys: Vec<usize> = self.nvme.conns.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            let mut events = Vec::new();
+            self.nvme.conns[key].tick(reactor, now, &mut events);
+            self.take_nvme(key, events, now);
+        }
+        self.nvme.controllers.tick(now);
+        self.nvme.carry_out();
+    }
+
+    pub(super) fn pump_nvme<R: Reactor>(&mut self, reactor: &mut R, now: Time) -> bool {
+        let mut any = false;
+        // Closing one connection may lead to others: those of its controller.
+        while let Some(key) = self.nvme.to_close.pop() {
+            let Some(conn) = self.nvme.conns.get_mut(key) else { continue };
+            let mut events = Vec::new();
+            conn.close(reactor, &mut events);
+            self.take_nvme(key, events, now);
+            any = true;
+        }
+        let share = self.share_bytes(reactor.arena());
+        let keys: Vec<usize> = self.nvme.conns.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            let conn = &mut self.nvme.conns[key];
+            conn.limit_bytes(share);
+            if conn.needs_pump() {
+                let mut events = Vec::new();
+                conn.pump(reactor, &mut events);
+                any |= !events.is_empty();
+                self.take_nvme(key, events, now);
+            }
+            if self.nvme.conns[key].is_done() {
+                self.nvme.conns.remove(key);
+            }
+        }
+        any
+    }
+
+    fn take_nvme(&mut self, key: usize, events: Vec<NvmeEvent>, now: Time) {
+        for event in events {
+            self.event_nvme(key, event, now);
+        }
+    }
+
+    fn event_nvme(&mut self, key: usize, event: NvmeEvent, now: Time) {
+        match event {
+            NvmeEvent::Connect { sqe, data } => {
+                let answer = self.nvme.controllers.connect(key, &sqe, &data, now);
+                if let Err((status, result)) = &answer {
+                    tracing::info!(?status, result, "NVMe Connect refused");
+                }
+                self.nvme.conns[key].connect_done(&sqe, answer);
+            }
+            NvmeEvent::Admin { sqe, data } => {
+                let answer = self.nvme.controllers.admin(key, &sqe, &data, now);
+                self.nvme.conns[key].admin_done(sqe.cid(), answer);
+                self.nvme.carry_out();
+            }
+            NvmeEvent::Flush { req } => {
+                self.counters.flushes_host.add(1);
+                self.nvme.conns[key].flush_done(req, Ok(()));
+            }
+            NvmeEvent::Closed { reason } => self.closed_nvme(key, &reason, now),
+            NvmeEvent::Read { req, offset, length } => {
+                let purpose = Purpose::Read { offset, length, parts: BTreeMap::new(), corrupt: false };
+                let length = length.into();
+                self.begin_nvme(key, req, purpose, now, |volume| Request::Read { volume, offset, length });
+            }
+            NvmeEvent::WritePiece { req, offset, length, buf, crc } => {
+                let lead = offset as usize % BLOCK_BYTES;
+                let crc = crc.unwrap_or_else(|| block_crc(&buf[lead..lead + length as usize]));
+                let payload = Mem::whole(buf);
+                let write = |volume| Request::WritePiece { volume, offset, length, crc, payload };
+                self.begin_nvme(key, req, Purpose::Write { offset, length }, now, write);
+            }
+            NvmeEvent::Zero { req, offset, length, trim } => {
+                let (from, to) = zero_range(offset, length, trim);
+                if from >= to {
+                    return self.nvme.conns[key].zero_done(req, Ok(()));
+                }
+                let zero = |volume| Request::Zero { volume, offset: from, length: to - from };
+                self.begin_nvme(key, req, Purpose::Zero { length: to - from }, now, zero);
+            }
+        }
+    }
+
+    fn begin_nvme(
+        &mut self,
+        conn: usize,
+        req: ReqId,
+        purpose: Purpose,
+        now: Time,
+        request: impl FnOnce(VolumeId) -> Request<Mem>,
+    ) {
+        let volume = self.nvme.conns[conn].namespace().map_or(VolumeId(0), |n| n.volume);
+        self.begin(ConnKey::Nvme(conn), req, purpose, now, request(volume));
+    }
+
+    /// The host is gone: nobody waits for its requests any more.
+    fn closed_nvme(&mut self, conn: usize, reason: &NvmeCloseReason, now: Time) {
+        match reason {
+            NvmeCloseReason::Violation(Violation::Broken(what)) => {
+                self.counts.violations += 1;
+                tracing::warn!(%what, "NVMe connection closed: the host broke the protocol");
+            }
+            reason => {
+                self.counters.refused_timed_out.add(u64::from(*reason == NvmeCloseReason::TooSlow));
+                tracing::debug!(%reason, "NVMe connection closed");
+            }
+        }
+        self.nvme.controllers.closed(conn);
+        self.nvme.carry_out();
+        self.abandon(ConnKey::Nvme(conn), now);
+    }
+}
+
+fn view(map: &ClusterMap, me: TargetId, ana: Ana) -> View {
+    let offered = map.exports.iter().filter(|e| e.protocol == ExportProtocol::Nvme);
+    let volumes = offered.filter_map(|e| {
+        let volume = map.volumes.get(&e.volume).filter(|v| !v.deleted)?;
+        let (bytes, block_bytes) = (volume.bytes, volume.block_bytes);
+        let namespace = Namespace { volume: e.volume, bytes, block_bytes };
+        Some(Volume { name: volume.name.clone(), namespace })
+    });
+    let port = |(id, entry): (&TargetId, &protocol::map::TargetEntry)| Some((id.0 as u16, entry.nvme?));
+    View {
+        cluster: map.cluster,
+        generation: map.generation,
+        target: me.0,
+        ports: map.targets.iter().filter_map(port).collect(),
+        volumes: volumes.collect(),
+        ana,
+    }
+}
+
+fn status(failure: Failure, reading: bool) -> Status {
+    match failure {
+        Failure::Io(IoError::NoSpace) => Status::CAPACITY.dnr(),
+        // Another target may serve it.
+        Failure::Io(IoError::Stopped) | Failure::Refused(SubmitError::Stopped) => Status::PATH_INTERNAL,
+        Failure::Io(IoError::Gone) | Failure::Refused(SubmitError::UnknownVolume) => {
+            Status::INVALID_NAMESPACE.dnr()
+        }
+        Failure::Io(IoError::Corrupt) if reading => Status::UNRECOVERED_READ,
+        Failure::Io(IoError::Corrupt | IoError::Io | IoError::TimedOut) => Status::INTERNAL,
+        Failure::WireCorrupt => Status::TRANSIENT_TRANSPORT,
+        Failure::Refused(SubmitError::OutOfRange) => Status::LBA_RANGE.dnr(),
+        Failure::Refused(SubmitError::Misaligned | SubmitError::Busy) => Status::INVALID_FIELD.dnr(),
+    }
+}
