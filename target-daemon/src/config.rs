@@ -344,7 +344,7 @@ fn syntax(error: &toml::de::Error, text: &str, name: &str) -> Problem {
     }
     if message.starts_with("missing field") {
         let key = quoted.next().unwrap_or_default();
-        let fix = format!("add `{key} = ...`, or its table; docs/configuration has every key");
+        let fix = format!("add `{key} = ...`, or its table; `ashlar dev` writes files to copy from");
         return invalid(format!("{place}: key `{key}` is missing"), "it has no default", fix);
     }
     invalid(format!("{place}: {message}"), "it is not TOML, or a value of the wrong type", "mend that line")
