@@ -171,6 +171,7 @@ pub fn recover<P: Payload, M: Media + ?Sized>(
     for state in store.copysets.values_mut() {
         // A hint never promises more than what is there.
         state.applied = state.applied.min(state.last());
+        state.hinted = state.hinted.min(state.applied);
     }
     if !log.holes.is_empty() {
         store.copysets.values_mut().for_each(|c| c.damaged = true);
