@@ -12,7 +12,7 @@
 use super::{Shard, Work};
 use crate::mem::Mems;
 use chunkstore::{Lsn, Payload, Record};
-use copyset::{Health, Role};
+use copyset::{Health, Replica, Role};
 use protocol::peer::{Fetch, Fetched};
 use protocol::raft::Members;
 use protocol::types::{
@@ -122,9 +122,13 @@ impl Shard {
         }
         let now = self.now;
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
+        let replica = &hosted.replica;
         let Some(catch_up) = hosted.catch_up.as_mut().filter(|c| c.from == from) else { return };
         match fetched {
             Fetched::Begin { index, term, members, chunks } if matches!(catch_up.phase, Phase::Beginning) => {
+                if !fits(replica, (index, term)) {
+                    return; // A new leader that is still behind this replica: asked again later.
+                }
                 catch_up.progress = now;
                 catch_up.base = Some(Base { index, term, members });
                 catch_up.phase = Phase::Fetching;
@@ -285,10 +289,7 @@ impl Shard {
     fn finish_catch_up(&mut self, id: CopysetId, whole_at: LogIndex) {
         let Some(catch_up) = self.hosted.get_mut(&id).and_then(|h| h.catch_up.as_mut()) else { return };
         let (Phase::Ending, Some(base)) = (&catch_up.phase, catch_up.base) else { return };
-        let fits = |replica: &copyset::Replica| {
-            replica.install_fits((base.index, base.term)) && base.index >= replica.applied_index()
-        };
-        let fits = self.hosted.get(&id).is_some_and(|h| fits(&h.replica));
+        let fits = self.hosted.get(&id).is_some_and(|h| fits(&h.replica, (base.index, base.term)));
         let Some(catch_up) = self.hosted.get_mut(&id).and_then(|h| h.catch_up.as_mut()) else { return };
         if !fits {
             // The log has moved past what was fetched: `nudge_catch_up` begins anew.
@@ -328,6 +329,11 @@ impl Shard {
             self.touch(id);
         }
     }
+}
+
+/// Whether a catch-up from this entry on takes nothing back that the replica has applied.
+fn fits(replica: &Replica, base: (LogIndex, Term)) -> bool {
+    replica.install_fits(base) && base.0 >= replica.applied_index()
 }
 
 /// Where two tables differ: blocks to be zeroed, and blocks to be fetched, in runs of at most

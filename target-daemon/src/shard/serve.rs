@@ -25,9 +25,7 @@ impl Shard {
             }
             Fetch::Begin if leads => {
                 let index = replica.applied_index();
-                // Until it has applied an entry of its own term, a new leader may be behind the asker.
-                let own = replica.term();
-                let Some(term) = self.term_at(id, index).filter(|term| *term == own) else {
+                let Some(term) = self.term_at(id, index) else {
                     return self.tell(origin, id, Fetched::Refused);
                 };
                 let members = *replica.members();
