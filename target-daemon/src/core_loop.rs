@@ -14,13 +14,13 @@ use crate::control::{FromShard, ShardPort, ToShard};
 use crate::disk::DiskDriver;
 use crate::export::{ConnInfo, Export, ExportOut};
 use crate::links::{LinkEvent, Links};
-use crate::mem::Mems;
+use crate::mem::{Mem, Mems};
 use crate::shard::{CopysetStanding, Origin, Output, Shard};
 use crate::standing::{self, Snapshot};
 use chunkstore::Layout;
 use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb};
 use protocol::peer::PeerMessage;
-use protocol::types::{Span, Time};
+use protocol::types::{CopysetId, LogIndex, Span, Time};
 use reactor::host::{CoreLoop, Turn};
 use reactor::{Completion, IoError, Listener, Op, Output as Done, Reactor};
 use std::sync::Arc;
@@ -127,6 +127,21 @@ impl<R: Reactor> Core<R> {
     /// How every copyset here stands.
     pub fn standings(&self) -> Vec<CopysetStanding> {
         self.shard.standings()
+    }
+
+    /// The replicas here, in order.
+    pub fn replicas(&self) -> impl Iterator<Item = (CopysetId, &copyset::Replica)> {
+        self.shard.replicas()
+    }
+
+    /// The replica of a copyset, if it is here.
+    pub fn replica(&self, id: CopysetId) -> Option<&copyset::Replica> {
+        self.shard.replica(id)
+    }
+
+    /// The payload of an entry of the log, where it is in memory.
+    pub fn entry_payload(&self, id: CopysetId, index: LogIndex) -> chunkstore::EntryPayload<Mem> {
+        self.shard.entry_payload(id, index)
     }
 
     fn deadline(&self) -> Option<Time> {

@@ -18,7 +18,7 @@ use chunkstore::Payload;
 use client::volume::{Action, Config, IoError, Request, SubmitError, VolumeIo};
 use protocol::map::{ClusterMap, ExportProtocol};
 use protocol::nbd::{ExportInfo, NbdError, Refusal, Violation};
-use protocol::peer::{IoReply, IoRequest};
+use protocol::peer::{IoOutcome, IoReply, IoRequest};
 use protocol::types::{BLOCK_BYTES, ENTRY_BYTES_MAX, ShardAddr, Time, VolumeId, block_crc, crc_at_rest};
 use reactor::{Arena, Completion, Op, Reactor, Socket};
 use slab::Slab;
@@ -412,9 +412,17 @@ impl Export {
     }
 
     /// An answer from a shard; `payload` in as many runs as it came in.
-    pub fn reply(&mut self, from: ShardAddr, reply: IoReply, payload: Mems, now: Time) {
+    pub fn reply(&mut self, from: ShardAddr, mut reply: IoReply, payload: Mems, now: Time) {
         let blocks = payload.iter().flat_map(|run| (0..run.blocks()).map(move |at| run.window(at, 1)));
-        self.volume.reply(from, reply, blocks.collect(), now);
+        let blocks: client::volume::Payload<Mem> = blocks.collect();
+        if let IoOutcome::Data { crcs, .. } = &reply.outcome
+            && !blocks.iter().map(|block| crc_at_rest(block_crc(block.block(0)))).eq(crcs.iter().copied())
+        {
+            // Damaged on its way: asked again, as if the leader had been busy.
+            self.counts.wire_corrupt += 1;
+            reply.outcome = IoOutcome::Busy;
+        }
+        self.volume.reply(from, reply, blocks, now);
     }
 
     /// Carries out what the routing core decided. True if there was anything.
@@ -430,7 +438,8 @@ impl Export {
                     self.out.push_back(ExportOut::Send { to, request, payload });
                 }
                 Action::ReadPiece { id, offset, length, present, crcs, payload } => {
-                    self.read_piece(id as usize, (offset, length), present, &crcs, &payload);
+                    debug_assert_eq!(crcs.len(), payload.len(), "checked when the reply came");
+                    self.read_piece(id as usize, (offset, length), present, &payload);
                 }
                 Action::Done { id, result } => {
                     if let Err(error) = result {
@@ -460,14 +469,7 @@ impl Export {
     }
 
     /// A part of a read came, whole blocks; only the asked bytes of it go to the client.
-    fn read_piece(
-        &mut self,
-        key: usize,
-        (offset, length): (u64, u32),
-        present: u32,
-        crcs: &[u32],
-        payload: &[Mem],
-    ) {
+    fn read_piece(&mut self, key: usize, (offset, length): (u64, u32), present: u32, payload: &[Mem]) {
         let Some(Pending { purpose: Purpose::Read { offset: asked, length: bytes, parts, corrupt }, .. }) =
             self.pending.get_mut(key)
         else {
@@ -475,7 +477,6 @@ impl Export {
         };
         let (asked, end) = (*asked, *asked + u64::from(*bytes));
         let mut data = payload.iter();
-        let mut told = crcs.iter();
         let mut list = ReadParts::new();
         for block in 0..length as usize / BLOCK_BYTES {
             let at = offset + (block * BLOCK_BYTES) as u64;
@@ -492,11 +493,6 @@ impl Export {
                 *corrupt = true;
                 return;
             };
-            if told.next() != Some(&crc_at_rest(block_crc(run.block(0)))) {
-                *corrupt = true;
-                self.counts.wire_corrupt += 1;
-                return;
-            }
             if wanted {
                 push_data(&mut list, run, from as usize, to as usize);
             }

@@ -63,6 +63,8 @@ pub struct Hosted {
     pub outboxes: BTreeMap<ShardAddr, Outbox>,
     /// The catch-up under way, if one is.
     pub catch_up: Option<CatchUp>,
+    /// Checksums of its own are lost: it is to be filled from another replica once it does not lead.
+    pub wants_rebuild: bool,
     /// When the replica wants to be ticked, as noted in the shard's timers.
     pub deadline: Option<Time>,
     /// It is in the list of those to be settled.
@@ -80,8 +82,14 @@ impl Hosted {
             affinity: Affinity::default(),
             outboxes: BTreeMap::new(),
             catch_up: None,
+            wants_rebuild: false,
             deadline: None,
             touched: false,
         }
+    }
+
+    /// Whether there is work that housekeeping moves on.
+    pub fn is_busy(&self) -> bool {
+        self.catch_up.is_some() || self.wants_rebuild || self.affinity.is_counting()
     }
 }

@@ -340,7 +340,7 @@ impl Shard {
         !self.requests.is_empty()
             || !self.work.is_empty()
             || !self.repairs.is_empty()
-            || self.hosted.values().any(|h| h.catch_up.is_some() || h.affinity.is_counting())
+            || self.hosted.values().any(Hosted::is_busy)
             || self.map.volumes.iter().any(|(id, v)| v.deleted && !self.freed.contains(id))
     }
 
@@ -349,6 +349,7 @@ impl Shard {
         for id in ids {
             self.draw_leadership(id);
             self.nudge_catch_up(id);
+            self.nudge_rebuild(id);
         }
         self.nudge_repairs();
         self.drop_deleted_volumes();
@@ -472,6 +473,21 @@ impl Shard {
             health: h.replica.health(),
         };
         self.hosted.iter().map(standing).collect()
+    }
+
+    /// The replicas here, in order.
+    pub fn replicas(&self) -> impl Iterator<Item = (CopysetId, &Replica)> {
+        self.hosted.iter().map(|(id, hosted)| (*id, &hosted.replica))
+    }
+
+    /// The replica of a copyset, if it is here.
+    pub fn replica(&self, id: CopysetId) -> Option<&Replica> {
+        self.hosted.get(&id).map(|hosted| &hosted.replica)
+    }
+
+    /// The payload of an entry of the log, where it is in memory.
+    pub fn entry_payload(&self, id: CopysetId, index: LogIndex) -> chunkstore::EntryPayload<Mem> {
+        self.store.entry_payload(id, index)
     }
 
     /// Whether the disk failed.

@@ -27,15 +27,16 @@ impl Shard {
         &mut self,
         id: CopysetId,
         from: ShardAddr,
-        message: Message,
+        mut message: Message,
         crcs: Vec<u32>,
         payload: Mems,
     ) {
         let now = self.now;
-        if let Kind::Append { entries, .. } = &message.kind
-            && !self.take_payloads(id, entries, &crcs, payload)
-        {
-            return;
+        if let Kind::Append { entries, .. } = &mut message.kind {
+            self.cut_to_room(entries);
+            if !self.take_payloads(id, entries, &crcs, payload) {
+                return;
+            }
         }
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
         hosted.replica.handle(from, message, now);
@@ -44,14 +45,23 @@ impl Shard {
         self.drain_replica(id);
     }
 
+    /// Leaves of an Append what the log has room for; the leader sends the rest again.
+    fn cut_to_room(&mut self, entries: &mut Vec<Entry>) {
+        let mut blocks = 0;
+        let fit = entries.iter().take_while(|entry| {
+            blocks += entry.body.payload_blocks();
+            blocks == 0 || self.store.can_stage(blocks)
+        });
+        let fit = fit.count();
+        if fit < entries.len() {
+            self.counts.busy += 1;
+            entries.truncate(fit);
+        }
+    }
+
     /// Checks an Append's blocks and lays them ready for the `Persist` that may follow; false
     /// when it must be dropped (the leader sends it again).
     fn take_payloads(&mut self, id: CopysetId, entries: &[Entry], crcs: &[u32], payload: Mems) -> bool {
-        let blocks: usize = payload.iter().map(Payload::blocks).sum();
-        if blocks > 0 && !self.store.can_stage(blocks) {
-            self.counts.busy += 1;
-            return false;
-        }
         let Some(hosted) = self.hosted.get_mut(&id) else { return false };
         let mut payload = payload.into_iter();
         let mut crcs = crcs.iter().copied();

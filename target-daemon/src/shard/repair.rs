@@ -63,8 +63,16 @@ impl Shard {
 
     /// The replica's own checksums are lost: it must be filled from the leader's.
     fn rebuild(&mut self, id: CopysetId) {
+        if let Some(hosted) = self.hosted.get_mut(&id) {
+            hosted.wants_rebuild = true;
+        }
+        self.nudge_rebuild(id);
+    }
+
+    /// Gives leadership away, and once another leads begins the catch-up.
+    pub(super) fn nudge_rebuild(&mut self, id: CopysetId) {
         let (me, now) = (self.settings.me, self.now);
-        let Some(hosted) = self.hosted.get_mut(&id) else { return };
+        let Some(hosted) = self.hosted.get_mut(&id).filter(|h| h.wants_rebuild) else { return };
         if hosted.replica.role() == Role::Leader {
             let other = hosted.replica.lags().find(|l| l.voter && l.alive && !l.installing).map(|l| l.peer);
             if let Some(other) = other {
@@ -72,6 +80,7 @@ impl Shard {
                 self.touch(id);
             }
         } else if let Some(leader) = hosted.replica.leader().filter(|l| *l != me) {
+            hosted.wants_rebuild = false;
             self.start_catch_up(id, leader);
         }
     }
