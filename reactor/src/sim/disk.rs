@@ -25,6 +25,8 @@ pub(super) struct SimDisk {
     files: BTreeMap<u64, SimFile>,
     next_id: u64,
     handles: Table<Handle>,
+    /// Wrong answers given.
+    pub(super) lies: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -40,6 +42,9 @@ struct SimFile {
     len: u64,
     /// Durable bytes of sectors that differ, or may differ, from what reads see.
     durable: BTreeMap<u64, Sector>,
+    /// Sectors that cannot be read.
+    broken: BTreeSet<u64>,
+    is_chunks: bool,
 }
 
 /// What a sync that has begun will make durable.
@@ -98,6 +103,9 @@ impl SimFile {
 
     fn write(&mut self, offset: u64, bytes: &[u8], durably: bool) {
         let sectors = Self::sectors_of(offset, bytes.len());
+        if !self.broken.is_empty() {
+            self.broken.retain(|sector| !sectors.contains(sector));
+        }
         if !durably {
             let unchanged = |sector: u64, before: &Sector| {
                 let from = (sector * SECTOR_BYTES as u64).max(offset);
@@ -153,7 +161,8 @@ impl SimDisk {
                 }
                 self.next_id += 1;
                 self.names.insert(path.into(), self.next_id);
-                self.files.insert(self.next_id, SimFile::default());
+                let is_chunks = path.extension().is_some_and(|ends| ends == "chunks");
+                self.files.insert(self.next_id, SimFile { is_chunks, ..SimFile::default() });
                 self.next_id
             }
         };
@@ -183,7 +192,28 @@ impl SimDisk {
         offset: u64,
         into: &mut [u8],
     ) -> Result<usize, IoError> {
-        Ok(self.file("read", handle)?.read(offset, into))
+        let file = self.file("read", handle)?;
+        if !file.broken.is_empty()
+            && file.broken.range(SimFile::sectors_of(offset, into.len())).next().is_some()
+        {
+            self.lies += 1;
+            return Err(IoError::new("read", libc::EIO));
+        }
+        Ok(file.read(offset, into))
+    }
+
+    /// Whether the file holds chunks.
+    pub(super) fn is_chunks(&self, handle: (u32, u32)) -> bool {
+        self.id("look", handle).is_ok_and(|id| self.files[&id].is_chunks)
+    }
+
+    /// Makes a sector unreadable.
+    pub(super) fn break_sector(&mut self, path: &Path, bit: u64) -> Result<(), IoError> {
+        let missing = IoError::new("break", libc::ENOENT).at(path.display());
+        let id = *self.names.get(path).ok_or(missing)?;
+        let file = self.files.get_mut(&id).expect("a named file has its bytes");
+        file.broken.insert(bit / 8 / SECTOR_BYTES as u64);
+        Ok(())
     }
 
     pub(super) fn write(

@@ -58,8 +58,43 @@ pub struct Faults {
     pub write_error_ppm: u32,
     /// Syncs that fail with EIO, syncing nothing.
     pub sync_error_ppm: u32,
+    /// Writes to chunk files that are told as done and never happen.
+    pub lost_write_ppm: u32,
+    /// Writes to chunk files that land 4 KiB beside their place.
+    pub misdirect_ppm: u32,
     /// Ops that take 100 times as long.
     pub slow_ppm: u32,
+}
+
+/// A node's clock: as monotonic as any, but with a beginning and a pace of its own.
+#[derive(Debug, Clone, Copy)]
+struct Clock {
+    set_at: Time,
+    shows: Time,
+    /// Nanoseconds that it counts in a second, beyond a thousand million.
+    drift_ppb: i64,
+}
+
+impl Clock {
+    const TRUE: Self = Self { set_at: Time(0), shows: Time(0), drift_ppb: 0 };
+    const SECOND: i128 = 1_000_000_000;
+
+    fn local(&self, truth: Time) -> Time {
+        let passed = i128::from(truth.0) - i128::from(self.set_at.0);
+        let counted = passed * (Self::SECOND + i128::from(self.drift_ppb)) / Self::SECOND;
+        Time((i128::from(self.shows.0) + counted) as u64)
+    }
+
+    /// The first moment at which it shows this.
+    fn truth(&self, local: Time) -> Time {
+        let count = (i128::from(local.0) - i128::from(self.shows.0)).max(0);
+        let pace = Self::SECOND + i128::from(self.drift_ppb);
+        let mut truth = Time((i128::from(self.set_at.0) + count * Self::SECOND / pace) as u64);
+        while self.local(truth) < local {
+            truth.0 += 1;
+        }
+        truth
+    }
 }
 
 /// All nodes, their disks and the network. Clones are handles to the same world.
@@ -84,6 +119,7 @@ struct Node {
     running: bool,
     /// Stalled: it is not turned, while the world goes on.
     paused: bool,
+    clock: Clock,
     random: u64,
     waker: Waker,
     queue: Vec<(u64, Op)>,
@@ -176,6 +212,24 @@ impl SimWorld {
         self.0.borrow_mut().nodes[node].faults = faults;
     }
 
+    /// Gives a node a clock that shows `shows` now and gains `drift_ppb` nanoseconds a second.
+    pub fn set_clock(&self, node: usize, shows: Time, drift_ppb: i64) {
+        let mut world = self.0.borrow_mut();
+        let set_at = world.now;
+        world.nodes[node].clock = Clock { set_at, shows, drift_ppb };
+    }
+
+    /// Makes the sector that holds a bit of a file unreadable, until it is written again.
+    pub fn break_sector(&self, node: usize, path: &Path, bit: u64) -> Result<(), IoError> {
+        self.0.borrow_mut().nodes[node].disk.break_sector(path, bit)
+    }
+
+    /// Times that a node's disk told a wrong bit, an error of a broken sector, or did a write
+    /// elsewhere or not at all.
+    pub fn lies(&self, node: usize) -> u64 {
+        self.0.borrow().nodes[node].disk.lies
+    }
+
     /// Inverts one bit of a file at rest.
     pub fn flip_bit(&self, node: usize, path: &Path, bit: u64) -> Result<(), IoError> {
         self.0.borrow_mut().nodes[node].disk.flip(path, bit)
@@ -230,6 +284,16 @@ impl SimWorld {
         }
     }
 
+    /// From now on so many of a million sends between nodes below `below` arrive with a bit inverted.
+    pub fn flip_on_the_wire(&self, ppm: u32, below: usize) {
+        self.0.borrow_mut().net.flips = (ppm, below);
+    }
+
+    /// Sends that arrived with a bit inverted.
+    pub fn flipped_on_the_wire(&self) -> u64 {
+        self.0.borrow().net.flipped
+    }
+
     /// Resets every connection between two nodes, as a middlebox would.
     pub fn reset_connections(&self, a: usize, b: usize) {
         self.0.borrow_mut().reset_between(a, b);
@@ -244,6 +308,7 @@ impl Node {
             life: 0,
             running: false,
             paused: false,
+            clock: Clock::TRUE,
             random,
             waker: Waker::simulated(),
             queue: Vec::new(),
@@ -392,6 +457,23 @@ impl World {
 }
 
 impl Node {
+    /// Where a write lands; `None` for one that is lost.
+    fn place_of_write(&mut self, file: File, offset: u64) -> Option<u64> {
+        let Faults { lost_write_ppm, misdirect_ppm, .. } = self.faults;
+        if lost_write_ppm + misdirect_ppm == 0 || !self.disk.is_chunks(key(file)) {
+            return Some(offset);
+        }
+        if self.strikes(lost_write_ppm) {
+            self.disk.lies += 1;
+            return None;
+        }
+        if self.strikes(misdirect_ppm) {
+            self.disk.lies += 1;
+            return Some(offset ^ 4096);
+        }
+        Some(offset)
+    }
+
     /// What a disk op does at its end.
     fn finish(&mut self, op: DiskOp) -> Completion {
         let mut done =
@@ -409,6 +491,7 @@ impl Node {
                     read.map(|count| Output::Read(count as u32))
                 };
                 if bytes > 0 && self.strikes(flip_ppm) {
+                    self.disk.lies += 1;
                     let bit = split_mix(&mut self.random) % (u64::from(bytes) * 8);
                     buf[(bit / 8) as usize] ^= 1 << (bit % 8);
                 }
@@ -423,7 +506,9 @@ impl Node {
                     self.disk.tear_write(key(file), offset, &bytes, &mut self.random);
                     io_error("write")
                 } else {
-                    self.disk.write(key(file), offset, &bytes, dsync).map(|()| Output::Written)
+                    let place = self.place_of_write(file, offset);
+                    let write = |at| self.disk.write(key(file), at, &bytes, dsync);
+                    place.map_or(Ok(()), write).map(|()| Output::Written)
                 };
                 done.bufs = bufs;
             }
@@ -498,7 +583,8 @@ impl SimReactor {
 
 impl Reactor for SimReactor {
     fn now(&self) -> Time {
-        self.world.now()
+        let world = self.world.0.borrow();
+        world.nodes[self.node].clock.local(world.now)
     }
 
     fn random(&mut self) -> u64 {
@@ -530,6 +616,7 @@ impl Reactor for SimReactor {
         world.now = world.now + Span(TURN_NS);
         let now = world.now;
         let node = &mut world.nodes[self.node];
+        let deadline = deadline.map(|deadline| node.clock.truth(deadline));
         let idle = node.ready.is_empty()
             && !node.waker.is_notified()
             && deadline.is_none_or(|deadline| deadline > now);

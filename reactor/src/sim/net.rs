@@ -11,6 +11,7 @@ use protocol::types::{Span, Time};
 use super::{Event, Partitions, World, gather, pair};
 use crate::api::{Addr, Completion, IoError, IoList, Listener, Op, Output, Socket, list_len};
 use crate::arena::BufMut;
+use crate::ring::split_mix;
 use crate::table::Table;
 
 /// Bytes on the way and unreceived that stop further sends.
@@ -26,6 +27,9 @@ pub(super) struct Net {
     partitions: Partitions,
     /// Pairs of nodes between which everything takes longer.
     slow: BTreeMap<(usize, usize), Span>,
+    /// Parcels between nodes below a number that have a bit inverted on their way, in ppm.
+    pub(super) flips: (u32, usize),
+    pub(super) flipped: u64,
     /// Held by a partition, in order.
     held: Vec<((usize, usize), NetEvent)>,
     next_port: u16,
@@ -331,6 +335,7 @@ impl World {
     /// Puts something on the way to the other end, behind all that went before.
     fn post(&mut self, from: Socket, what: Parcel) {
         let (delay, now) = (self.between(20, 200), self.now);
+        let what = self.damage(from, what);
         let Some(end) = self.net.end(from) else { return };
         let Some(to) = end.peer else { return };
         let route = pair(end.node, end.peer_node);
@@ -339,6 +344,23 @@ impl World {
         let at = (now + delay + extra).max(end.last_arrival);
         end.last_arrival = at;
         self.schedule(at - now, Event::Net(NetEvent::Arrive { to, what }));
+    }
+
+    fn damage(&mut self, from: Socket, mut what: Parcel) -> Parcel {
+        let (ppm, below) = self.net.flips;
+        if ppm == 0 {
+            return what;
+        }
+        let among = self.net.end(from).is_some_and(|end| end.node.max(end.peer_node) < below);
+        if let Parcel::Bytes(bytes) = &mut what
+            && among
+            && split_mix(&mut self.random) % 1_000_000 < u64::from(ppm)
+        {
+            self.net.flipped += 1;
+            let bit = split_mix(&mut self.random) % (bytes.len() as u64 * 8);
+            bytes[(bit / 8) as usize] ^= 1 << (bit % 8);
+        }
+        what
     }
 
     fn arrive(&mut self, to: Socket, what: Parcel) {
