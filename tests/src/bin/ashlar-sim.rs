@@ -28,6 +28,9 @@ struct Args {
     /// The family of runs.
     #[arg(long, default_value = "swarm", value_parser = sim::FAMILIES)]
     family: String,
+    /// With --seed: make the failing run simpler, step by step, as long as it fails.
+    #[arg(long, requires = "seed")]
+    shrink: bool,
     /// Go on after a failing seed.
     #[arg(long)]
     keep_going: bool,
@@ -44,6 +47,9 @@ impl FormatTime for Virtual {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Some(seed) = args.seed.filter(|_| args.shrink) {
+        return shrink(seed, mix(&args, seed));
+    }
     if let Some(seed) = args.seed {
         let filter = tracing_subscriber::EnvFilter::try_from_default_env();
         tracing_subscriber::fmt()
@@ -52,7 +58,7 @@ fn main() -> ExitCode {
             .with_writer(std::io::stderr)
             .init();
         eprintln!("{:#?}", mix(&args, seed));
-        return match run_one(&args, seed) {
+        return match run_one(seed, &mix(&args, seed)) {
             Ok(report) => {
                 println!("seed {seed} passed: {report:#?}");
                 ExitCode::SUCCESS
@@ -71,8 +77,32 @@ fn mix(args: &Args, seed: u64) -> Mix {
     Mix::of_family(&args.family, seed).expect("the parser knows the families")
 }
 
-fn run_one(args: &Args, seed: u64) -> Result<Report, String> {
-    let run = AssertUnwindSafe(|| sim::run(seed, &mix(args, seed)));
+/// Leaves out whatever the failure does not need.
+fn shrink(seed: u64, mut mix: Mix) -> ExitCode {
+    let Err(why) = run_one(seed, &mix) else {
+        println!("seed {seed} passed: nothing to shrink");
+        return ExitCode::SUCCESS;
+    };
+    let checker = |why: &str| why.split(':').next().map(str::to_owned);
+    println!("seed {seed} FAILED: {}", why.lines().next().unwrap_or_default());
+    let mut last = why.clone();
+    for (name, simpler) in sim::SIMPLER {
+        let mut simpler_mix = mix.clone();
+        simpler(&mut simpler_mix);
+        match run_one(seed, &simpler_mix) {
+            Err(again) if checker(&again) == checker(&why) => {
+                println!("  still fails: {name}");
+                (mix, last) = (simpler_mix, again);
+            }
+            _ => println!("  needed: {name} is not so"),
+        }
+    }
+    println!("{mix:#?}\n{last}");
+    ExitCode::FAILURE
+}
+
+fn run_one(seed: u64, mix: &Mix) -> Result<Report, String> {
+    let run = AssertUnwindSafe(|| sim::run(seed, mix));
     match catch_unwind(run) {
         Ok(result) => result.map_err(|failure| failure.0),
         Err(panic) => {
@@ -94,7 +124,7 @@ fn run_many(args: &Args) -> usize {
             if seed >= args.from + args.seeds {
                 return;
             }
-            match run_one(args, seed) {
+            match run_one(seed, &mix(args, seed)) {
                 Ok(report) => {
                     let mut totals = totals.lock().expect("no panic holds it");
                     totals.0 += 1;

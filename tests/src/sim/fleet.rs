@@ -3,6 +3,7 @@
 //! A node of the world is one shard. The shards of a target share a fate: power fails for all
 //! of them. The control thread is played by whoever holds the ends of the shards' ports.
 
+use super::witness::Witness;
 use super::{Draw, Failure, Mix};
 use protocol::control::pb;
 use protocol::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
@@ -65,6 +66,8 @@ pub struct Fleet {
     /// Who led a copyset in a term.
     leaders: BTreeMap<(CopysetId, u64), usize>,
     tally: Tally,
+    /// What they agreed on.
+    pub witness: Witness,
 }
 
 /// Where a shard is reached by others, and by hosts.
@@ -103,6 +106,7 @@ impl Fleet {
             map: Arc::new(cluster_map(mix)),
             leaders: BTreeMap::new(),
             tally: Tally::default(),
+            witness: Witness::new(mix),
         };
         for node in 0..fleet.nodes.len() {
             let mut reactor = fleet.reactor(node)?;
@@ -180,7 +184,7 @@ impl Fleet {
         };
         let core =
             build_core(reactor, &self.nodes[node].plan, port, Arc::new(AtomicBool::new(false)), listen)
-                .map_err(|problem| Failure(format!("shard {node} does not start: {problem}")))?;
+                .map_err(|problem| Failure(format!("start: shard {node} does not start: {problem}")))?;
         let _ = ends.shards()[0].send(ToShard::Map(self.map.clone()));
         self.nodes[node].life = Some(Life { core, ends, turns: 0, failed: false });
         Ok(())
@@ -190,7 +194,9 @@ impl Fleet {
     pub fn crash(&mut self, target: usize) {
         for node in self.nodes_of(target) {
             self.world.crash(node);
-            self.nodes[node].life = None;
+            if let Some(life) = self.nodes[node].life.take() {
+                self.witness.crashed(node, &life.core);
+            }
         }
     }
 
@@ -198,7 +204,7 @@ impl Fleet {
     pub fn turn(&mut self, node: usize) -> Result<(), Failure> {
         let Some(life) = &mut self.nodes[node].life else { return Ok(()) };
         if matches!(life.core.turn(), Turn::Stop) {
-            return Err(Failure(format!("shard {node} stopped by itself")));
+            return Err(Failure(format!("start: shard {node} stopped by itself")));
         }
         while let Some((_, report)) = life.ends.try_report() {
             if let target_daemon::control::FromShard::Failed { .. } = report {
@@ -211,7 +217,11 @@ impl Fleet {
             let standings = life.core.standings();
             self.look(node, &standings)?;
         }
-        Ok(())
+        let core = |node: usize| self.nodes[node].life.as_ref().map(|life| &life.core);
+        match core(node) {
+            Some(this) => self.witness.look(node, this, core, self.world.now()),
+            None => Ok(()),
+        }
     }
 
     /// At most one leader a term.
@@ -220,7 +230,7 @@ impl Fleet {
             let leader = *self.leaders.entry((standing.id, standing.term)).or_insert(node);
             if leader != node {
                 return Err(Failure(format!(
-                    "copyset {} has two leaders in term {}: nodes {leader} and {node}",
+                    "election safety: copyset {} has two leaders in term {}: nodes {leader} and {node}",
                     standing.id, standing.term
                 )));
             }
@@ -231,6 +241,14 @@ impl Fleet {
     /// How the replicas of a shard stand.
     pub fn standings(&self, node: usize) -> Vec<CopysetStanding> {
         self.nodes[node].life.as_ref().map_or(Vec::new(), |life| life.core.standings())
+    }
+
+    /// Asks whoever leads a copyset to hand it over, as an operator would.
+    pub fn transfer(&self, copyset: CopysetId, to: TargetId) {
+        for node in 0..self.nodes() {
+            let (reply, _) = tokio::sync::oneshot::channel();
+            self.tell(node, ToShard::TransferLeader { copyset, to, reply });
+        }
     }
 
     /// Sends a shard's control side a message.

@@ -351,7 +351,7 @@ impl Host {
     }
 
     fn broken(&self, what: &str) -> Failure {
-        Failure(format!("host {}: the server breaks the protocol: {what}", self.number))
+        Failure(format!("protocol: host {}: {what}", self.number))
     }
 
     fn reply(&mut self) -> Result<usize, Failure> {
@@ -396,7 +396,7 @@ impl Host {
                 return Ok(());
             }
             return Err(Failure(format!(
-                "host {}: error {} for {}+{} though no disk is bad",
+                "errors: host {}: error {} for {}+{} though no disk is bad",
                 self.number, request.error, request.offset, request.length
             )));
         }
@@ -424,7 +424,7 @@ impl Host {
             let unit = first + n as u64;
             let value = decode(unit, bytes).map_err(|what| {
                 Failure(format!(
-                    "host {}: volume {} unit {unit}: {what}; read from {} to {}",
+                    "content: host {}: volume {} unit {unit}: {what}; read from {} to {}",
                     self.number, self.volume, request.begun, now.0
                 ))
             })?;

@@ -46,7 +46,7 @@ pub fn compare_replicas(sim: &mut Sim) -> Result<(), Failure> {
         let equal = holding.len() == 3 && holding.iter().all(|r| content(r) == content(first));
         if !equal || records.iter().any(|r| r.damaged_blocks > 0) {
             return Err(Failure(format!(
-                "replicas of chunk {chunk} of volume {volume} differ:\n{records:#?}\n{}",
+                "equal replicas: chunk {chunk} of volume {volume} differ:\n{records:#?}\n{}",
                 sim.fleet.describe()
             )));
         }
@@ -75,11 +75,11 @@ fn check_shard(sim: &mut Sim, node: usize, volume: VolumeId) -> Result<Vec<pb::C
     loop {
         match told.try_recv() {
             Ok(Ok(record)) => records.push(record),
-            Ok(Err(problem)) => return Err(Failure(format!("shard {node} cannot check: {problem}"))),
+            Ok(Err(problem)) => return Err(Failure(format!("check: shard {node} cannot check: {problem}"))),
             Err(mpsc::error::TryRecvError::Disconnected) => return Ok(records),
             Err(mpsc::error::TryRecvError::Empty) => {
                 if sim.world.now() >= limit {
-                    return Err(Failure(format!("the check of shard {node} did not end")));
+                    return Err(Failure(format!("liveness: the check of shard {node} did not end")));
                 }
                 let until = sim.world.now() + Span::ms(10);
                 sim.turn_until(until)?;

@@ -9,8 +9,9 @@ use protocol::types::{BLOCK_BYTES, Span};
 
 /// Families of runs: `swarm` draws everything; `calm` has no faults; `partial` writes parts of few
 /// blocks through elections; `lag` leaves one of three replicas behind while the log is recycled;
-/// `rot` damages one disk at rest.
-pub const FAMILIES: [&str; 5] = ["swarm", "calm", "partial", "lag", "rot"];
+/// `rot` damages one disk at rest; `lease` cuts leaders off from their followers, but not from hosts,
+/// again and again, under clocks that drift as far as is allowed; `wire` inverts bits between shards.
+pub const FAMILIES: [&str; 7] = ["swarm", "calm", "partial", "lag", "rot", "lease", "wire"];
 
 /// What may go wrong, and about how often; `None` leaves it out.
 #[derive(Clone, Copy, Default, Debug)]
@@ -25,6 +26,8 @@ pub struct Faults {
     pub partition: Option<Span>,
     /// Mean time between resets of connections.
     pub reset: Option<Span>,
+    /// Mean time between leaderships handed over as if by an operator.
+    pub transfer: Option<Span>,
     /// Mean time between stalls of a target.
     pub pause: Option<Span>,
     /// Mean time between slow links.
@@ -39,6 +42,16 @@ pub struct Faults {
     pub write_error_ppm: u32,
     /// Syncs that fail there, in ppm.
     pub sync_error_ppm: u32,
+    /// Writes to its chunk files that never happen, in ppm.
+    pub lost_write_ppm: u32,
+    /// Writes to its chunk files that land beside their place, in ppm.
+    pub misdirect_ppm: u32,
+    /// Mean time between sectors of its chunk files that become unreadable.
+    pub break_sectors: Option<Span>,
+    /// Sends between shards that arrive with a bit inverted, in ppm.
+    pub wire_flip_ppm: u32,
+    /// The most that a clock gains or loses, set anew when a target starts.
+    pub drift_ppm: Option<u32>,
     /// Mean time between bits that rot in its chunk files.
     pub rot_chunks: Option<Span>,
     /// Bits that rot in its log while it is down, each time it goes down.
@@ -139,6 +152,24 @@ impl Mix {
                 mix.faults.crash = Some(Span::ms(2_500));
                 mix.faults.pause = Some(Span::ms(1_500));
             }
+            "lease" => {
+                (mix.targets, mix.shards, mix.copysets) = (3, 1, 2);
+                mix.volumes = vec![(16 << 20, 4096)];
+                (mix.hosts, mix.depth, mix.think_us_max, mix.windows) = (5, 2, 1_000, (1, 1));
+                (mix.reads_permille, mix.blocks_max, mix.exclusive) = (600, 1, false);
+                (mix.patience, mix.load) = (None, Span::ms(20_000));
+                mix.faults = Faults { down_max: Span::ms(400), ..Faults::default() };
+                mix.faults.partition = Some(Span::ms(600));
+                mix.faults.pause = Some(Span::ms(1_500));
+                mix.faults.crash = Some(Span::ms(1_500));
+                mix.faults.transfer = Some(Span::ms(300));
+                mix.faults.drift_ppm = Some(45_000);
+                mix.election_timeout = Span::ms(200);
+            }
+            "wire" => {
+                mix.faults.wire_flip_ppm = 3_000;
+                mix.load = Span::ms(8_000);
+            }
             "rot" => {
                 mix.faults = Faults { down_max: Span::ms(500), ..mix.faults };
                 mix.faults.rot_chunks = Some(Span::ms(100));
@@ -154,8 +185,8 @@ impl Mix {
     pub fn of_seed(seed: u64) -> Self {
         let mut draw = Draw::new(seed ^ 0x6d69_7800);
         let draw = &mut draw;
-        let targets = draw.of(&[3, 3, 3, 4, 5]);
-        let shards = draw.of(&[1, 1, 2]);
+        let targets = draw.of(&[3, 3, 3, 4, 5, 7]);
+        let shards = draw.of(&[1, 1, 2, 3]);
         let volume =
             |draw: &mut Draw| (draw.of(&[16 << 20, 24 << 20, 64 << 20]), draw.of(&[512, 4096, 4096]));
         let volumes = (0..draw.of(&[1, 1, 2])).map(|_| volume(draw)).collect();
@@ -197,26 +228,66 @@ impl Faults {
         faults.reset = sometimes(draw, 300);
         faults.pause = sometimes(draw, 300);
         faults.slow_link = sometimes(draw, 200);
+        faults.transfer = sometimes(draw, 200);
         faults.slow_disk_ppm = draw.of(&[0, 0, 1_000, 50_000]);
         if draw.chance(350) {
-            let kind = draw.below(6);
+            let kind = draw.below(9);
             faults.read_flip_ppm = if kind == 0 { 20_000 } else { 0 };
             faults.read_error_ppm = if kind == 1 { 20_000 } else { 0 };
             faults.write_error_ppm = if kind == 2 { 100 } else { 0 };
             faults.sync_error_ppm = if kind == 3 { 2_000 } else { 0 };
             faults.rot_chunks = (kind == 4).then_some(Span::ms(300));
             faults.rot_log_permille = if kind == 5 { 500 } else { 0 };
+            faults.lost_write_ppm = if kind == 6 { 5_000 } else { 0 };
+            faults.misdirect_ppm = if kind == 7 { 5_000 } else { 0 };
+            faults.break_sectors = (kind == 8).then_some(Span::ms(300));
         }
+        faults.wire_flip_ppm = draw.of(&[0, 0, 0, 200]);
+        // Below what leases allow for: 10 % between any two clocks.
+        faults.drift_ppm = draw.of(&[None, Some(100), Some(45_000)]);
         faults
     }
 
     /// Whether something other than power cuts happens to disks.
     pub fn has_bad_disk(&self) -> bool {
         self.read_flip_ppm + self.read_error_ppm + self.write_error_ppm + self.sync_error_ppm > 0
+            || self.lost_write_ppm + self.misdirect_ppm > 0
+            || self.break_sectors.is_some()
             || self.rot_chunks.is_some()
             || self.rot_log_permille > 0
     }
 }
+
+/// One way to make a run simpler.
+type Simpler = fn(&mut Mix);
+
+/// Ways to make a failing run simpler, the most telling first; each is kept where the run still fails.
+pub const SIMPLER: &[(&str, Simpler)] = &[
+    ("no power cuts", |mix| mix.faults.crash = None),
+    ("no cut of all at once", |mix| mix.faults.crash_all_permille = 0),
+    ("no partitions", |mix| mix.faults.partition = None),
+    ("no resets", |mix| mix.faults.reset = None),
+    ("no stalls", |mix| mix.faults.pause = None),
+    ("no slow links", |mix| mix.faults.slow_link = None),
+    ("no hand-overs", |mix| mix.faults.transfer = None),
+    ("true clocks", |mix| mix.faults.drift_ppm = None),
+    ("no slow disks", |mix| mix.faults.slow_disk_ppm = 0),
+    ("no bits inverted on the wire", |mix| mix.faults.wire_flip_ppm = 0),
+    ("no rot in the log", |mix| mix.faults.rot_log_permille = 0),
+    ("no rot in chunks", |mix| mix.faults.rot_chunks = None),
+    ("no impatient hosts", |mix| mix.patience = None),
+    ("no zeroes", |mix| mix.zeroes_permille = 0),
+    ("no flushes", |mix| mix.flushes_permille = 0),
+    ("one host", |mix| mix.hosts = 1),
+    ("one volume", |mix| mix.volumes.truncate(1)),
+    ("one copyset", |mix| mix.copysets = 1),
+    ("one shard", |mix| mix.shards = 1),
+    ("three targets", |mix| mix.targets = 3),
+    ("one request at a time", |mix| mix.depth = 1),
+    ("short requests", |mix| mix.blocks_max = 1),
+    ("half as long", |mix| mix.load = Span(mix.load.0 / 2)),
+    ("half as long again", |mix| mix.load = Span(mix.load.0 / 2)),
+];
 
 /// A store so small that it recycles, flushes and reads back all the time.
 fn small_layout(draw: &mut Draw) -> Layout {

@@ -5,6 +5,7 @@
 //! Fleet    targets: real cores (shard, store, replicas, links, exports) on simulated reactors
 //! Host     NBD clients that write, read, trim and zero, and go elsewhere when a link breaks
 //! Nemesis  crashes, partitions, resets, stalls, damage at rest
+//! Witness  what the copysets agreed on: log matching, one entry an index, durable on a majority
 //! History  every operation on every block, judged as an atomic register at the end
 //! ```
 //!
@@ -20,12 +21,13 @@ mod host;
 mod judge;
 mod mix;
 mod nemesis;
+mod witness;
 
 use fleet::Fleet;
 pub use fleet::Tally;
 use history::History;
 use host::Host;
-pub use mix::{FAMILIES, Mix};
+pub use mix::{FAMILIES, Mix, SIMPLER};
 pub use nemesis::Count;
 use nemesis::Nemesis;
 use protocol::types::{Span, Time};
@@ -55,7 +57,7 @@ pub struct Report {
     pub errors: u64,
     /// Faults injected.
     pub faults: Count,
-    /// Values that came back after another had been seen, within what a write sent twice may do.
+    /// Writes, by register, that took effect twice: sent twice, and not acknowledged before both.
     pub doubles: u64,
     /// What the shards counted, all lives together.
     pub shards: Tally,
@@ -176,7 +178,7 @@ impl Sim {
         self.settle("the last reads did not end", |sim| sim.hosts.iter().all(Host::is_idle))?;
         self.settle("replicas did not settle", |sim| judge::is_settled(&sim.fleet))?;
         judge::compare_replicas(&mut self)?;
-        let doubles = self.history.borrow().judge(self.mix.exclusive)?;
+        let doubles = self.history.borrow().judge(&self.fleet.witness.changes()?)?;
         let mut report = Report {
             trace: self.world.trace(),
             turns: self.turns,
@@ -215,7 +217,7 @@ impl Sim {
                 let standings = self.fleet.describe();
                 let hosts: String = self.hosts.iter().map(|host| host.describe() + "\n").collect();
                 return Err(Failure(format!(
-                    "{what} within {} s after the last fault\n{hosts}{standings}",
+                    "liveness: {what} within {} s after the last fault\n{hosts}{standings}",
                     SETTLE_WITHIN.0 / 1_000_000_000
                 )));
             }

@@ -23,10 +23,20 @@ pub struct Count {
     pub resets: u64,
     /// Stalls.
     pub pauses: u64,
+    /// Leaderships handed over, or asked to.
+    pub transfers: u64,
     /// Slow links.
     pub slow_links: u64,
     /// Bits that rotted.
     pub rotten: u64,
+    /// Sectors that became unreadable.
+    pub broken_sectors: u64,
+    /// Wrong bits read, reads of broken sectors, writes lost and misdirected.
+    pub lies: u64,
+    /// Bits inverted between shards.
+    pub wire_flips: u64,
+    /// Clocks set to another pace.
+    pub clocks: u64,
     /// Disks replaced by their power being cut, after they failed.
     pub revived: u64,
 }
@@ -37,8 +47,13 @@ impl AddAssign for Count {
         self.partitions += one.partitions;
         self.resets += one.resets;
         self.pauses += one.pauses;
+        self.transfers += one.transfers;
         self.slow_links += one.slow_links;
         self.rotten += one.rotten;
+        self.broken_sectors += one.broken_sectors;
+        self.lies += one.lies;
+        self.wire_flips += one.wire_flips;
+        self.clocks += one.clocks;
         self.revived += one.revived;
     }
 }
@@ -55,6 +70,8 @@ enum What {
     SlowLink,
     FastLink(usize, usize),
     Rot,
+    Break,
+    Transfer,
 }
 
 /// The source of all trouble.
@@ -74,7 +91,17 @@ impl Nemesis {
         let victim = draw.below(mix.targets as u64) as usize;
         let mut nemesis =
             Self { draw, mix: mix.clone(), agenda: BTreeSet::new(), victim, count: Count::default() };
-        for what in [What::Crash, What::Partition, What::Reset, What::Pause, What::SlowLink, What::Rot] {
+        let kinds = [
+            What::Crash,
+            What::Partition,
+            What::Reset,
+            What::Pause,
+            What::SlowLink,
+            What::Rot,
+            What::Break,
+            What::Transfer,
+        ];
+        for what in kinds {
             nemesis.plan(what, now);
         }
         nemesis
@@ -89,6 +116,8 @@ impl Nemesis {
             What::Pause => faults.pause,
             What::SlowLink => faults.slow_link,
             What::Rot => faults.rot_chunks,
+            What::Transfer => faults.transfer,
+            What::Break => faults.break_sectors,
             _ => None,
         };
         if let Some(mean) = mean {
@@ -121,6 +150,7 @@ impl Nemesis {
 
     fn set_disk(&self, world: &SimWorld, fleet: &Fleet) {
         let faults = &self.mix.faults;
+        world.flip_on_the_wire(faults.wire_flip_ppm, fleet.nodes());
         for node in 0..fleet.nodes() {
             let bad = fleet.nodes_of(self.victim).contains(&node);
             let ppm = |ppm: u32| if bad { ppm } else { 0 };
@@ -131,6 +161,8 @@ impl Nemesis {
                     read_flip_ppm: ppm(faults.read_flip_ppm),
                     write_error_ppm: ppm(faults.write_error_ppm),
                     sync_error_ppm: ppm(faults.sync_error_ppm),
+                    lost_write_ppm: ppm(faults.lost_write_ppm),
+                    misdirect_ppm: ppm(faults.misdirect_ppm),
                     slow_ppm: faults.slow_disk_ppm,
                 },
             );
@@ -142,23 +174,7 @@ impl Nemesis {
         match what {
             What::Crash => self.crash(world, fleet, now),
             What::Start(target) => self.start(world, fleet, target)?,
-            What::Partition => {
-                let (a, b) = self.pair(nodes);
-                self.count.partitions += 1;
-                if self.draw.chance(400) {
-                    world.partition_one_way(a, b);
-                    self.later(now, Span::ms(4_000), What::Heal(a, b));
-                } else if self.draw.chance(400) {
-                    // One node alone.
-                    for other in (0..nodes as usize).filter(|other| *other != a) {
-                        world.partition(a, other);
-                        self.later(now, Span::ms(4_000), What::Heal(a, other));
-                    }
-                } else {
-                    world.partition(a, b);
-                    self.later(now, Span::ms(4_000), What::Heal(a, b));
-                }
-            }
+            What::Partition => self.partition(world, fleet, now),
             What::Heal(a, b) => world.heal(a, b),
             What::Reset => {
                 let (a, b) = self.pair(nodes);
@@ -172,6 +188,14 @@ impl Nemesis {
                 self.later(now, Span::ms(3_000), What::Resume(node));
             }
             What::Resume(node) => world.resume(node),
+            What::Transfer => {
+                self.count.transfers += 1;
+                let copysets: Vec<_> =
+                    fleet.map().copysets.iter().map(|(id, c)| (*id, c.members.clone())).collect();
+                let (copyset, members) = &copysets[self.draw.below(copysets.len() as u64) as usize];
+                let to = self.draw.of(members).target;
+                fleet.transfer(*copyset, to);
+            }
             What::SlowLink => {
                 let (a, b) = self.pair(nodes);
                 self.count.slow_links += 1;
@@ -180,9 +204,50 @@ impl Nemesis {
                 self.later(now, Span::ms(5_000), What::FastLink(a, b));
             }
             What::FastLink(a, b) => world.slow_link(a, b, Span(0)),
-            What::Rot => self.rot(world, fleet, "chunks", "chunks")?,
+            What::Rot | What::Break => self.damage(world, fleet, what, "chunks", "chunks")?,
         }
         Ok(())
+    }
+
+    fn partition(&mut self, world: &SimWorld, fleet: &Fleet, now: Time) {
+        self.count.partitions += 1;
+        let (shards, nodes) = (fleet.nodes(), fleet.nodes() + self.mix.hosts);
+        let (a, b) = self.pair(nodes as u64);
+        match self.draw.below(5) {
+            0 => {
+                world.partition_one_way(a, b);
+                self.later(now, Span::ms(4_000), What::Heal(a, b));
+            }
+            1 => self.cut(world, now, |one, two| one == a && two != a),
+            // One shard alone among the shards; its hosts still reach it.
+            2 => {
+                let alone = a % shards;
+                self.cut(world, now, |one, two| one == alone && two != alone && two < shards);
+            }
+            // Two sides, and sometimes one node that reaches both.
+            3 => {
+                let (sides, bridge) = (self.draw.any(), self.draw.below(2 * nodes as u64) as usize);
+                let side = |node: usize| sides >> (node % 64) & 1;
+                self.cut(world, now, |one, two| {
+                    one < two && side(one) != side(two) && one != bridge && two != bridge
+                });
+            }
+            _ => {
+                world.partition(a, b);
+                self.later(now, Span::ms(4_000), What::Heal(a, b));
+            }
+        }
+    }
+
+    /// Cuts all such pairs of nodes for a while.
+    fn cut(&mut self, world: &SimWorld, now: Time, is_cut: impl Fn(usize, usize) -> bool) {
+        let nodes = self.mix.targets * self.mix.shards + self.mix.hosts;
+        let until = now + Span(self.draw.between(1_000_000, 4_000_000_000));
+        for (a, b) in (0..nodes).flat_map(|a| (0..nodes).map(move |b| (a, b))).filter(|(a, b)| is_cut(*a, *b))
+        {
+            world.partition(a, b);
+            self.agenda.insert((until, What::Heal(a, b)));
+        }
     }
 
     fn pair(&mut self, nodes: u64) -> (usize, usize) {
@@ -211,28 +276,51 @@ impl Nemesis {
             return Ok(());
         }
         if target == self.victim && self.draw.chance(self.mix.faults.rot_log_permille) {
-            self.rot(world, fleet, "log", "log")?;
+            self.damage(world, fleet, What::Rot, "log", "log")?;
         }
         tracing::info!(target, "starts");
+        self.set_clocks(world, fleet, target);
         fleet.start(target)
     }
 
-    /// Inverts a bit somewhere in the victim's files of a kind.
-    fn rot(&mut self, world: &SimWorld, fleet: &Fleet, dir: &str, ends: &str) -> Result<(), Failure> {
+    /// A machine that boots has a clock that begins anew, at a pace of its own.
+    fn set_clocks(&mut self, world: &SimWorld, fleet: &Fleet, target: usize) {
+        let Some(most) = self.mix.faults.drift_ppm.map(|ppm| i64::from(ppm) * 1000) else { return };
+        let shows = Time(self.draw.between(1_000_000_000, 100_000_000_000));
+        let drift = self.draw.between(0, 2 * most as u64) as i64 - most;
+        self.count.clocks += 1;
+        fleet.nodes_of(target).for_each(|node| world.set_clock(node, shows, drift));
+    }
+
+    /// Inverts a bit somewhere in the victim's files of a kind, or makes its sector unreadable.
+    fn damage(
+        &mut self,
+        world: &SimWorld,
+        fleet: &Fleet,
+        what: What,
+        dir: &str,
+        ends: &str,
+    ) -> Result<(), Failure> {
         let node = fleet.nodes_of(self.victim).start + self.draw.below(self.mix.shards as u64) as usize;
         let number = self.draw.below(if dir == "log" { self.mix.layout.log_segments.into() } else { 4 });
         let path: PathBuf = fleet.dir(node).join(dir).join(format!("{number:05}.{ends}"));
-        if let Some(bit) = world.some_bit(node, &path) {
+        let Some(bit) = world.some_bit(node, &path) else { return Ok(()) };
+        tracing::info!(node, ?path, bit, ?what, "damage");
+        let done = if what == What::Break {
+            self.count.broken_sectors += 1;
+            world.break_sector(node, &path, bit)
+        } else {
             self.count.rotten += 1;
-            tracing::info!(node, ?path, bit, "a bit rots");
-            world.flip_bit(node, &path, bit).map_err(|error| Failure(error.to_string()))?;
-        }
-        Ok(())
+            world.flip_bit(node, &path, bit)
+        };
+        done.map_err(|error| Failure(format!("harness: {error}")))
     }
 
     /// Ends everything that is wrong, and brings every target up.
     pub fn heal(&mut self, world: &SimWorld, fleet: &mut Fleet) -> Result<(), Failure> {
         self.agenda.clear();
+        world.flip_on_the_wire(0, 0);
+        self.count.wire_flips = world.flipped_on_the_wire();
         let nodes = fleet.nodes() + self.mix.hosts;
         for a in 0..nodes {
             world.set_faults(a, DiskFaults::default());
@@ -249,9 +337,11 @@ impl Nemesis {
                 fleet.crash(target);
             }
             if !fleet.is_up(target) {
+                self.set_clocks(world, fleet, target);
                 fleet.start(target)?;
             }
         }
+        self.count.lies = (0..fleet.nodes()).map(|node| world.lies(node)).sum();
         Ok(())
     }
 }
