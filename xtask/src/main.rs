@@ -4,6 +4,7 @@
 //! anything that a plain `cargo` command already does well.
 
 mod arrows;
+mod mutants;
 mod packages;
 mod steps;
 mod tidy;
@@ -31,6 +32,9 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Put classic bugs into a copy of the sources, one at a time, and see whether the simulator
+    /// finds them; --write puts the table into docs/testing.md.
+    Mutants(mutants::MutantsArgs),
     /// Check which crate uses which, and the rules on unsafe and on file headers.
     Arrows,
     /// Install the Debian packages that the tests with real clients use, when allowed to.
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Test(args) | Command::Ci(args) => steps::test(&args),
         Command::Sim { args } => steps::sim(&args),
+        Command::Mutants(args) => steps::mutants(&args),
         Command::Arrows => steps::arrows(),
         Command::Setup => packages::ensure().map(drop),
         Command::Fmt { check } => steps::fmt(check),

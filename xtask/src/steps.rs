@@ -3,7 +3,7 @@
 //! Every step runs even when an earlier one failed, so that one run tells all; the last
 //! line says how many passed and failed. A tool that is not installed is a printed skip.
 
-use crate::{arrows, packages, tidy};
+use crate::{arrows, mutants, packages, tidy};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::env;
@@ -38,6 +38,10 @@ pub fn test(args: &TestArgs) -> Result<()> {
     }
     report.step("fmt", || fmt(true).map(|()| Outcome::Passed));
     report.step("arrows", || arrows().map(|()| Outcome::Passed));
+    report.step("mutants' places", || {
+        mutants(&mutants::MutantsArgs { check: true, ..mutants::MutantsArgs::default() })
+            .map(|()| Outcome::Passed)
+    });
     report.step("deny", deny);
     report.step("clippy", clippy);
     report.step("unit tests", unit_tests);
@@ -70,6 +74,11 @@ pub fn sim(args: &[String]) -> Result<()> {
     let build = ["build", "--quiet", "--profile", "sim", "--package", INTEROP, "--bin", "ashlar-sim"];
     run(&mut cargo(&build))?;
     run(Command::new(target_folder().join("sim/ashlar-sim")).args(args))
+}
+
+/// Looks for mutants, or checks that each still has its place.
+pub fn mutants(args: &mutants::MutantsArgs) -> Result<()> {
+    mutants::mutants(&root(), &target_folder(), args)
 }
 
 /// Formats all code, or only checks.
