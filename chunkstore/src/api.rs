@@ -114,6 +114,10 @@ impl Layout {
     pub fn segment_blocks(&self) -> u32 {
         self.segment_bytes / BLOCK_BYTES as u32
     }
+    /// Blocks of all log segments.
+    pub fn log_blocks(&self) -> u64 {
+        u64::from(self.log_segments) * u64::from(self.segment_blocks())
+    }
     /// Bytes of a chunk file.
     pub fn chunk_file_bytes(&self) -> u64 {
         u64::from(self.slots_per_file) * (TABLE_BLOCKS + CHUNK_BLOCKS as u64) * BLOCK_BYTES as u64
@@ -140,6 +144,8 @@ impl Layout {
             () if !(self.segment_bytes as usize).is_multiple_of(BLOCK_BYTES) => {
                 Some("segment_bytes is not a multiple of 4 KiB")
             }
+            // Recovery reads a segment at once.
+            () if self.segment_bytes > 256 << 20 => Some("segment_bytes is above 256 MiB"),
             () if self.log_segments < 4 => Some("log_segments is below 4"),
             () if self.log_segments > 4096 => Some("log_segments is above 4096"),
             () if self.segment_blocks() < 4 * batch => {

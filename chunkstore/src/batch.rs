@@ -105,6 +105,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<Head> {
         + u64::from(head.record_slots) * SLOT_BYTES as u64
         + u64::from(head.payload_blocks) * 4
         <= header.len() as u64;
+    let fits = fits && head.records <= head.record_slots;
     (fits && crc_with_hole(header, CRC_AT) == head.crc).then_some(head)
 }
 

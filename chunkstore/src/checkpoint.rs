@@ -64,6 +64,9 @@ pub(crate) struct SlotImage {
     pub seq: [u32; PAGES],
 }
 
+/// Beyond every number that counts up; what claims more is nonsense, and would leave no room to count on.
+const LSN_MAX: u64 = 1 << 60;
+
 /// Which file holds a checkpoint.
 pub(crate) fn side_of(seq: u64) -> FileId {
     FileId::Checkpoint(if seq % 2 == 1 { Side::A } else { Side::B })
@@ -102,6 +105,20 @@ impl Checkpoint {
         pad_to_block(&mut out);
         fill_crc(&mut out, CRC_AT);
         out
+    }
+
+    /// Whether a log of this layout can be replayed from here.
+    fn fits(&self, layout: &Layout) -> bool {
+        let ahead = self.durable_lsn.saturating_sub(self.replay_lsn);
+        self.replay_lsn > 0
+            && self.replay_lsn < LSN_MAX
+            && self.replay_epoch < LSN_MAX
+            && self.replay_segment < layout.log_segments
+            && ahead <= layout.log_blocks()
+            && self.seq < LSN_MAX
+            && self.covers_lsn < LSN_MAX
+            && self.copysets.iter().all(|c| c.floor.0 < LSN_MAX && c.born < LSN_MAX)
+            && self.slots.iter().all(|s| s.generation < LSN_MAX)
     }
 
     fn decode(bytes: &[u8]) -> Option<Self> {
@@ -174,6 +191,7 @@ pub(crate) fn read<M: Media + ?Sized>(
     media: &mut M,
     side: Side,
     disk_tag: u64,
+    layout: &Layout,
 ) -> Result<Result<Checkpoint, &'static str>, IoError> {
     let file = FileId::Checkpoint(side);
     let Some(len) = media.len(file)? else { return Ok(Err("there is no such file")) };
@@ -202,7 +220,7 @@ pub(crate) fn read<M: Media + ?Sized>(
     }
     Ok(match Checkpoint::decode(&all) {
         Some(it) if it.disk_tag != disk_tag => Err("it belongs to another disk"),
-        Some(it) => Ok(it),
-        None => Err("it makes no sense"),
+        Some(it) if it.fits(layout) => Ok(it),
+        _ => Err("it makes no sense"),
     })
 }

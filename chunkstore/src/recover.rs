@@ -134,7 +134,7 @@ pub(crate) fn read_metadata<M: Media + ?Sized>(
     let (mut best, mut why, mut notes) = (None::<Checkpoint>, "there is none", Vec::new());
     for side in [Side::A, Side::B] {
         let at = |error| RecoverError::Io(FileId::Checkpoint(side), error);
-        match checkpoint::read(media, side, disk_tag(&identity)).map_err(at)? {
+        match checkpoint::read(media, side, disk_tag(&identity), &layout).map_err(at)? {
             Ok(found) if best.as_ref().is_none_or(|b| b.seq < found.seq) => best = Some(found),
             Ok(_) => {}
             Err(problem) => {
@@ -420,14 +420,15 @@ impl<P: Payload> Replay<P> {
     fn end(self, store: &mut Store<P>, report: &mut RecoveryReport) {
         for (copyset, entries) in self.entries {
             let Some(state) = store.copysets.get(&copyset) else { continue };
-            let (floor, mut next) = (state.floor.0, state.floor.0 + 1);
+            let (floor, mut next, mut term) = (state.floor.0, state.floor.0 + 1, state.floor_term);
             let mut lost = None;
             let mut good = Vec::new();
             for (index, (meta, bad)) in entries.into_iter().filter(|(index, _)| *index > floor) {
-                if bad || index != next {
+                if bad || index != next || meta.entry.term < term {
                     lost = Some(next);
                     break;
                 }
+                term = meta.entry.term;
                 good.push(meta);
                 next += 1;
             }

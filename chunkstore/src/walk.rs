@@ -105,8 +105,11 @@ impl<M: Media + ?Sized> Reader<'_, M> {
 fn head_at(bytes: &[u8], segment: u32, block: u32, disk_tag: u64) -> Option<Head> {
     let rest = bytes.get(block as usize * BLOCK_BYTES..)?;
     let head = batch::decode(rest)?;
+    // A batch is written before it is durable, so it attests those before it only.
+    let attests = head.durable_lsn < head.lsn;
     let fits = head.total_blocks() as usize * BLOCK_BYTES <= rest.len();
-    (fits && head.disk_tag == disk_tag && head.segment == segment && head.block == block).then_some(head)
+    (fits && attests && head.disk_tag == disk_tag && head.segment == segment && head.block == block)
+        .then_some(head)
 }
 
 /// Where the next batch is expected.
@@ -259,7 +262,8 @@ fn later<M: Media + ?Sized>(
         scan(&front, segment, 0, &mut found);
         heads.extend(found.into_iter().filter(|h| h.epoch > place.epoch));
     }
-    heads.retain(|h| h.lsn >= lsn);
+    // There are fewer batches than blocks, so what claims to be further ahead is nonsense.
+    heads.retain(|h| h.lsn >= lsn && h.lsn - lsn <= reader.layout.log_blocks());
     heads.sort_unstable_by_key(|h| (h.lsn, h.epoch));
     Ok(heads)
 }

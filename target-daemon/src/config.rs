@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 pub const ARENA_BYTES_MIN: u64 = 4 << 20;
 /// The smallest log segment: 1 MiB, some batches of 32 blocks.
 pub const LOG_SEGMENT_BYTES_MIN: u64 = 1 << 20;
+/// The largest log segment: 256 MiB, since a start reads a segment at once.
+pub const LOG_SEGMENT_BYTES_MAX: u64 = 256 << 20;
 /// The fewest log segments: one being filled, one being recycled, two between.
 pub const LOG_SEGMENTS_MIN: u32 = 4;
 
@@ -243,6 +245,10 @@ impl TargetConfig {
             let fix = format!("use a multiple of 4096, {LOG_SEGMENT_BYTES_MIN} or more");
             return refuse("segment_bytes", segment_bytes, "it is too small or not in units of 4096", &fix);
         }
+        if segment_bytes > LOG_SEGMENT_BYTES_MAX {
+            let fix = format!("use {LOG_SEGMENT_BYTES_MAX} at most, and more `segments`");
+            return refuse("segment_bytes", segment_bytes, "a start holds a whole segment in memory", &fix);
+        }
         if segments < LOG_SEGMENTS_MIN {
             let fix = format!("use {LOG_SEGMENTS_MIN} or more");
             return refuse("segments", segments, "the log could not be recycled while it is written", &fix);
@@ -432,6 +438,7 @@ metrics = "127.0.0.1:7701"
             ("\n[listen]", "arena_bytes = 1000\n[listen]", "line 5: `arena_bytes`"),
             ("\n[listen]", "[raft]\nelection_timeout_ms = 200\n[listen]", "line 6: `election_timeout_ms`"),
             ("\n[listen]", "[log]\nsegments = 1\n[listen]", "line 6: `segments`"),
+            ("\n[listen]", "[log]\nsegment_bytes = 268439552\n[listen]", "line 6: `segment_bytes`"),
             ("\n[listen]", "[export]\nio_timeout_s = 0\n[listen]", "line 6: `io_timeout_s`"),
         ] {
             let problem = refused(from, to);
