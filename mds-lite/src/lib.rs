@@ -1,7 +1,7 @@
 //! The metadata server: names, places and watches; never on the IO path.
 //!
 //! ```text
-//! service (tonic) -> owner (one thread) -> state (pure: command -> changes + reply)
+//! service (tonic, intake) -> owner (one thread) -> state (pure: command -> changes + reply)
 //!                                       -> store (redb: the changes, one synced transaction)
 //! ```
 //!
@@ -12,6 +12,7 @@
 //!
 //! Deliberately absent: anything that IO waits for. Several MDS processes on etcd come later.
 
+pub mod intake;
 mod owner;
 pub mod placement;
 pub mod record;

@@ -1,14 +1,11 @@
-//! The gRPC service: messages to commands and back. What arrives was written by anyone: every
-//! field is checked here or in the state; a refusal is one line that says what, why and what to do.
+//! The gRPC service: what is asked is checked (`intake`), decided by the owner and answered.
 
 use crate::owner::Handle;
-use crate::record::{Endpoints, Uuid};
-use crate::state::{Command, Heartbeat, Registration, Replica, Reply, Usage, VolumeRef};
-use crate::view;
+use crate::state::{Command, Reply};
+use crate::{intake, view};
 use protocol::control::pb::mds_server::Mds;
-use protocol::control::{Problem, ProblemKind, limits, pb, protocol_from_pb};
-use protocol::types::{ChunkId, CopysetId, LogIndex, TargetId, Term, VolumeId};
-use std::net::SocketAddr;
+use protocol::control::{Problem, pb, protocol_from_pb};
+use protocol::types::{ChunkId, VolumeId};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -35,7 +32,7 @@ impl Service {
     }
 
     async fn volume_id(&self, volume: Option<pb::VolumeRef>) -> Result<VolumeId, Problem> {
-        let volume = volume_ref(volume)?;
+        let volume = intake::volume_ref(volume)?;
         self.owner.query(move |state, _| state.find_volume(&volume).map(|(id, _)| id)).await
     }
 }
@@ -57,7 +54,7 @@ impl Mds for Service {
         &self,
         request: Request<pb::RegisterTargetRequest>,
     ) -> Answer<pb::RegisterTargetResponse> {
-        let registration = registration(request.into_inner())?;
+        let registration = intake::registration(request.into_inner())?;
         let id = registration.id;
         let command = Command::Register(registration);
         let cluster = self.owner.command(command, |_, state, _| Ok(state.cluster())).await;
@@ -68,7 +65,7 @@ impl Mds for Service {
     }
 
     async fn heartbeat(&self, request: Request<pb::HeartbeatRequest>) -> Answer<pb::HeartbeatResponse> {
-        let beat = heartbeat(request.into_inner())?;
+        let beat = intake::heartbeat(request.into_inner())?;
         let known = beat.known_generation;
         let interval = |_: Reply, state: &crate::state::State, _| Ok(state.policy().heartbeat.0 / 1_000_000);
         let interval_ms = self.owner.command(Command::Heartbeat(beat), interval).await? as u32;
@@ -109,9 +106,7 @@ impl Mds for Service {
         &self,
         request: Request<pb::AllocateSegmentsRequest>,
     ) -> Answer<pb::AllocateSegmentsResponse> {
-        let pb::AllocateSegmentsRequest { volume, segments } = request.into_inner();
-        within("segments", segments.len(), limits::SEGMENTS_MAX as usize)?;
-        let command = Command::Allocate { volume: VolumeId(volume), segments };
+        let command = intake::allocate(request.into_inner())?;
         let bytes = |reply, _: &_, _| match reply {
             Reply::Allocated(bytes) => Ok(bytes),
             other => unreachable!("an allocation is answered by its bytes, not {other:?}"),
@@ -121,10 +116,7 @@ impl Mds for Service {
     }
 
     async fn create_pool(&self, request: Request<pb::CreatePoolRequest>) -> Answer<pb::CreatePoolResponse> {
-        let pb::CreatePoolRequest { name, replicas, copysets, targets } = request.into_inner();
-        within("targets", targets.len(), limits::TARGETS_MAX)?;
-        let targets = targets.into_iter().map(TargetId).collect();
-        let command = Command::CreatePool { name, replicas, copysets, targets };
+        let command = intake::create_pool(request.into_inner())?;
         let view = |reply, state: &_, _| match reply {
             Reply::Pool(id) => Ok(view::pool(state, id)),
             other => unreachable!("a pool is answered by its id, not {other:?}"),
@@ -136,9 +128,7 @@ impl Mds for Service {
         &self,
         request: Request<pb::CreateVolumeRequest>,
     ) -> Answer<pb::CreateVolumeResponse> {
-        let pb::CreateVolumeRequest { name, bytes, block_bytes, pool } = request.into_inner();
-        let block_bytes = if block_bytes == 0 { 4096 } else { block_bytes };
-        let command = Command::CreateVolume { name, bytes, block_bytes, pool };
+        let command = intake::create_volume(request.into_inner());
         let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
         answer(pb::CreateVolumeResponse { volume: Some(self.owner.command(command, view).await?) })
     }
@@ -161,7 +151,7 @@ impl Mds for Service {
         &self,
         request: Request<pb::DeleteVolumeRequest>,
     ) -> Answer<pb::DeleteVolumeResponse> {
-        let command = Command::DeleteVolume(volume_ref(request.into_inner().volume)?);
+        let command = Command::DeleteVolume(intake::volume_ref(request.into_inner().volume)?);
         let id = self.owner.command(command, |reply, _, _| Ok(volume_in(&reply))).await?;
         answer(pb::DeleteVolumeResponse { id: id.0 })
     }
@@ -169,7 +159,7 @@ impl Mds for Service {
     async fn add_export(&self, request: Request<pb::AddExportRequest>) -> Answer<pb::AddExportResponse> {
         let pb::AddExportRequest { volume, protocol } = request.into_inner();
         let protocol = protocol_from_pb(protocol)?;
-        let command = Command::AddExport(volume_ref(volume)?, protocol);
+        let command = Command::AddExport(intake::volume_ref(volume)?, protocol);
         let view = move |reply, state: &_, now| view::export(state, now, volume_in(&reply), protocol);
         answer(pb::AddExportResponse { export: Some(self.owner.command(command, view).await?) })
     }
@@ -179,7 +169,7 @@ impl Mds for Service {
         request: Request<pb::RemoveExportRequest>,
     ) -> Answer<pb::RemoveExportResponse> {
         let pb::RemoveExportRequest { volume, protocol } = request.into_inner();
-        let command = Command::RemoveExport(volume_ref(volume)?, protocol_from_pb(protocol)?);
+        let command = Command::RemoveExport(intake::volume_ref(volume)?, protocol_from_pb(protocol)?);
         self.owner.command(command, |_, _, _| Ok(())).await?;
         answer(pb::RemoveExportResponse {})
     }
@@ -227,121 +217,4 @@ fn volume_in(reply: &Reply) -> VolumeId {
         Reply::Volume(id) => *id,
         other => unreachable!("this command is answered by a volume, not {other:?}"),
     }
-}
-
-fn volume_ref(volume: Option<pb::VolumeRef>) -> Result<VolumeRef, Problem> {
-    match volume {
-        Some(pb::VolumeRef { id: 0, name }) if !name.is_empty() => Ok(VolumeRef::Name(name)),
-        Some(pb::VolumeRef { id, .. }) if id != 0 => Ok(VolumeRef::Id(VolumeId(id))),
-        _ => Err(invalid("no volume named", "the request leaves it out", "name a volume or give its id")),
-    }
-}
-
-fn registration(request: pb::RegisterTargetRequest) -> Result<Registration, Problem> {
-    within("shards", request.peers.len(), limits::SHARDS_MAX)?;
-    let cluster = match request.cluster.as_slice() {
-        [] => None,
-        bytes => Some(uuid("cluster id", bytes)?),
-    };
-    let peers = request.peers.iter().map(|peer| address("peer", peer)).collect::<Result<_, _>>()?;
-    Ok(Registration {
-        id: TargetId(request.id),
-        cluster,
-        disk_uuid: uuid("disk uuid", &request.disk_uuid)?,
-        peers,
-        endpoints: endpoints(request.endpoints.unwrap_or_default())?,
-        capacity_bytes: request.capacity_bytes,
-    })
-}
-
-fn endpoints(endpoints: pb::Endpoints) -> Result<Endpoints, Problem> {
-    let optional = |noun: &str, text: &str| match text {
-        "" => Ok(None),
-        text => address(noun, text).map(Some),
-    };
-    let path = &endpoints.nbd_unix;
-    if path.len() > limits::UNIX_PATH_BYTES_MAX || (!path.is_empty() && !path.starts_with('/')) {
-        return Err(invalid(
-            format!("path of a Unix socket {path:?} refused"),
-            format!("it is not absolute, or longer than {} bytes", limits::UNIX_PATH_BYTES_MAX),
-            "use a shorter, absolute path",
-        ));
-    }
-    Ok(Endpoints {
-        admin: optional("admin", &endpoints.admin)?,
-        metrics: optional("metrics", &endpoints.metrics)?,
-        nbd_tcp: optional("NBD", &endpoints.nbd_tcp)?,
-        nvme_tcp: optional("NVMe", &endpoints.nvme_tcp)?,
-        nbd_unix: endpoints.nbd_unix,
-    })
-}
-
-fn heartbeat(request: pb::HeartbeatRequest) -> Result<Heartbeat, Problem> {
-    within("replicas", request.replicas.len(), limits::COPYSETS_MAX)?;
-    within("freed volumes", request.freed_volumes.len(), limits::VOLUMES_MAX)?;
-    let usage = request.usage.unwrap_or_default();
-    Ok(Heartbeat {
-        target: TargetId(request.target),
-        disk_uuid: uuid("disk uuid", &request.disk_uuid)?,
-        known_generation: request.known_generation,
-        usage: Usage {
-            capacity: usage.capacity_bytes,
-            used: usage.used_bytes,
-            formatted: usage.formatted_bytes,
-        },
-        replicas: request.replicas.iter().map(replica).collect::<Result<_, _>>()?,
-        freed: request.freed_volumes.into_iter().map(VolumeId).collect(),
-    })
-}
-
-fn replica(status: &pb::ReplicaStatus) -> Result<Replica, Problem> {
-    let shard = u16::try_from(status.shard).map_err(|_| {
-        invalid(
-            format!("shard {} refused", status.shard),
-            "the target is of another version",
-            "run the same version everywhere",
-        )
-    })?;
-    Ok(Replica {
-        copyset: CopysetId(status.copyset),
-        shard,
-        term: Term(status.term),
-        role: status.role,
-        leader: (status.leader != 0).then_some(TargetId(status.leader)),
-        commit: LogIndex(status.commit_index),
-        applied: LogIndex(status.applied_index),
-        health: status.health,
-    })
-}
-
-fn uuid(noun: &str, bytes: &[u8]) -> Result<Uuid, Problem> {
-    bytes.try_into().map(Uuid).map_err(|_| {
-        invalid(
-            format!("{noun} of {} bytes refused", bytes.len()),
-            "an identity has 16; the caller is no target or of another version",
-            "run the same version everywhere",
-        )
-    })
-}
-
-fn address(noun: &str, text: &str) -> Result<SocketAddr, Problem> {
-    text.parse().map_err(|_| {
-        invalid(
-            format!("{noun} address {text:?} refused"),
-            "it is not of the form IP:PORT",
-            "write it as 192.0.2.1:7401 or [2001:db8::1]:7401",
-        )
-    })
-}
-
-fn within(noun: &str, count: usize, most: usize) -> Result<(), Problem> {
-    if count <= most {
-        return Ok(());
-    }
-    let what = format!("{count} {noun} in one request refused");
-    Err(Problem::new(ProblemKind::Limit, what, format!("the limit is {most}"), "send fewer"))
-}
-
-fn invalid(what: impl Into<String>, cause: impl Into<String>, fix: impl Into<String>) -> Problem {
-    Problem::new(ProblemKind::Invalid, what, cause, fix)
 }

@@ -1,0 +1,150 @@
+//! Messages to commands: every field that anyone could have written is checked here or in the
+//! state; a refusal is one line that says what, why and what to do.
+
+use crate::record::{Endpoints, Uuid};
+use crate::state::{Command, Heartbeat, Registration, Replica, Usage, VolumeRef};
+use protocol::control::{Problem, ProblemKind, limits, pb};
+use protocol::types::{CopysetId, LogIndex, TargetId, Term, VolumeId};
+use std::net::SocketAddr;
+
+/// Which volume is meant.
+pub fn volume_ref(volume: Option<pb::VolumeRef>) -> Result<VolumeRef, Problem> {
+    match volume {
+        Some(pb::VolumeRef { id: 0, name }) if !name.is_empty() => Ok(VolumeRef::Name(name)),
+        Some(pb::VolumeRef { id, .. }) if id != 0 => Ok(VolumeRef::Id(VolumeId(id))),
+        _ => Err(invalid("no volume named", "the request leaves it out", "name a volume or give its id")),
+    }
+}
+
+/// Segments about to be written first.
+pub fn allocate(request: pb::AllocateSegmentsRequest) -> Result<Command, Problem> {
+    let pb::AllocateSegmentsRequest { volume, segments } = request;
+    within("segments", segments.len(), limits::SEGMENTS_MAX as usize)?;
+    Ok(Command::Allocate { volume: VolumeId(volume), segments })
+}
+
+/// A pool to be created.
+pub fn create_pool(request: pb::CreatePoolRequest) -> Result<Command, Problem> {
+    let pb::CreatePoolRequest { name, replicas, copysets, targets } = request;
+    within("targets", targets.len(), limits::TARGETS_MAX)?;
+    let targets = targets.into_iter().map(TargetId).collect();
+    Ok(Command::CreatePool { name, replicas, copysets, targets })
+}
+
+/// A volume to be created; blocks have 4096 bytes when none are named.
+pub fn create_volume(request: pb::CreateVolumeRequest) -> Command {
+    let pb::CreateVolumeRequest { name, bytes, block_bytes, pool } = request;
+    let block_bytes = if block_bytes == 0 { 4096 } else { block_bytes };
+    Command::CreateVolume { name, bytes, block_bytes, pool }
+}
+
+/// A target that starts.
+pub fn registration(request: pb::RegisterTargetRequest) -> Result<Registration, Problem> {
+    within("shards", request.peers.len(), limits::SHARDS_MAX)?;
+    let cluster = match request.cluster.as_slice() {
+        [] => None,
+        bytes => Some(uuid("cluster id", bytes)?),
+    };
+    let peers = request.peers.iter().map(|peer| address("peer", peer)).collect::<Result<_, _>>()?;
+    Ok(Registration {
+        id: TargetId(request.id),
+        cluster,
+        disk_uuid: uuid("disk uuid", &request.disk_uuid)?,
+        peers,
+        endpoints: endpoints(request.endpoints.unwrap_or_default())?,
+        capacity_bytes: request.capacity_bytes,
+    })
+}
+
+fn endpoints(endpoints: pb::Endpoints) -> Result<Endpoints, Problem> {
+    let optional = |noun: &str, text: &str| match text {
+        "" => Ok(None),
+        text => address(noun, text).map(Some),
+    };
+    let path = &endpoints.nbd_unix;
+    if path.len() > limits::UNIX_PATH_BYTES_MAX || (!path.is_empty() && !path.starts_with('/')) {
+        return Err(invalid(
+            format!("path of a Unix socket {path:?} refused"),
+            format!("it is not absolute, or longer than {} bytes", limits::UNIX_PATH_BYTES_MAX),
+            "use a shorter, absolute path",
+        ));
+    }
+    Ok(Endpoints {
+        admin: optional("admin", &endpoints.admin)?,
+        metrics: optional("metrics", &endpoints.metrics)?,
+        nbd_tcp: optional("NBD", &endpoints.nbd_tcp)?,
+        nvme_tcp: optional("NVMe", &endpoints.nvme_tcp)?,
+        nbd_unix: endpoints.nbd_unix,
+    })
+}
+
+/// A target that lives.
+pub fn heartbeat(request: pb::HeartbeatRequest) -> Result<Heartbeat, Problem> {
+    within("replicas", request.replicas.len(), limits::COPYSETS_MAX)?;
+    within("freed volumes", request.freed_volumes.len(), limits::VOLUMES_MAX)?;
+    let usage = request.usage.unwrap_or_default();
+    Ok(Heartbeat {
+        target: TargetId(request.target),
+        disk_uuid: uuid("disk uuid", &request.disk_uuid)?,
+        known_generation: request.known_generation,
+        usage: Usage {
+            capacity: usage.capacity_bytes,
+            used: usage.used_bytes,
+            formatted: usage.formatted_bytes,
+        },
+        replicas: request.replicas.iter().map(replica).collect::<Result<_, _>>()?,
+        freed: request.freed_volumes.into_iter().map(VolumeId).collect(),
+    })
+}
+
+fn replica(status: &pb::ReplicaStatus) -> Result<Replica, Problem> {
+    let shard = u16::try_from(status.shard).map_err(|_| {
+        invalid(
+            format!("shard {} refused", status.shard),
+            "the target is of another version",
+            "run the same version everywhere",
+        )
+    })?;
+    Ok(Replica {
+        copyset: CopysetId(status.copyset),
+        shard,
+        term: Term(status.term),
+        role: status.role,
+        leader: (status.leader != 0).then_some(TargetId(status.leader)),
+        commit: LogIndex(status.commit_index),
+        applied: LogIndex(status.applied_index),
+        health: status.health,
+    })
+}
+
+fn uuid(noun: &str, bytes: &[u8]) -> Result<Uuid, Problem> {
+    bytes.try_into().map(Uuid).map_err(|_| {
+        invalid(
+            format!("{noun} of {} bytes refused", bytes.len()),
+            "an identity has 16; the caller is no target or of another version",
+            "run the same version everywhere",
+        )
+    })
+}
+
+fn address(noun: &str, text: &str) -> Result<SocketAddr, Problem> {
+    text.parse().map_err(|_| {
+        invalid(
+            format!("{noun} address {text:?} refused"),
+            "it is not of the form IP:PORT",
+            "write it as 192.0.2.1:7401 or [2001:db8::1]:7401",
+        )
+    })
+}
+
+fn within(noun: &str, count: usize, most: usize) -> Result<(), Problem> {
+    if count <= most {
+        return Ok(());
+    }
+    let what = format!("{count} {noun} in one request refused");
+    Err(Problem::new(ProblemKind::Limit, what, format!("the limit is {most}"), "send fewer"))
+}
+
+fn invalid(what: impl Into<String>, cause: impl Into<String>, fix: impl Into<String>) -> Problem {
+    Problem::new(ProblemKind::Invalid, what, cause, fix)
+}
