@@ -13,6 +13,7 @@
 
 pub mod cluster;
 pub mod damage;
+pub mod fuzz;
 pub mod metrics;
 pub mod register;
 pub mod sim;

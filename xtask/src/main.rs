@@ -4,6 +4,7 @@
 //! anything that a plain `cargo` command already does well.
 
 mod arrows;
+mod fuzz;
 mod mutants;
 mod packages;
 mod steps;
@@ -35,6 +36,11 @@ enum Command {
     /// Put classic bugs into a copy of the sources, one at a time, and see whether the simulator
     /// finds them; --write puts the table into docs/testing.md.
     Mutants(mutants::MutantsArgs),
+    /// Give decoders what nobody should send, led by coverage (libFuzzer) where a C++ compiler is
+    /// at hand. All of them, one after the other, when none is named; `--list` tells which there are.
+    Fuzz(fuzz::FuzzArgs),
+    /// Run the unit tests of the cores under miri, which finds undefined behaviour (nightly needed).
+    Miri,
     /// Check which crate uses which, and the rules on unsafe and on file headers.
     Arrows,
     /// Install the Debian packages that the tests with real clients use, when allowed to.
@@ -52,6 +58,8 @@ fn main() -> ExitCode {
         Command::Test(args) | Command::Ci(args) => steps::test(&args),
         Command::Sim { args } => steps::sim(&args),
         Command::Mutants(args) => steps::mutants(&args),
+        Command::Fuzz(args) => fuzz::fuzz(&args),
+        Command::Miri => steps::miri().map(drop),
         Command::Arrows => steps::arrows(),
         Command::Setup => packages::ensure().map(drop),
         Command::Fmt { check } => steps::fmt(check),

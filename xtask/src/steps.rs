@@ -3,7 +3,7 @@
 //! Every step runs even when an earlier one failed, so that one run tells all; the last
 //! line says how many passed and failed. A tool that is not installed is a printed skip.
 
-use crate::{arrows, mutants, packages, tidy};
+use crate::{arrows, fuzz, mutants, packages, tidy};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::env;
@@ -12,7 +12,18 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 /// The crate of the tests with real clients and whole clusters.
-const INTEROP: &str = "ashlar-tests";
+pub const INTEROP: &str = "ashlar-tests";
+
+/// Packages under miri: which tests, and which of them not.
+const MIRI: &[(&str, &[&str])] = &[
+    (
+        "ashlar-protocol",
+        &["--lib", "--", "--skip", "never_panic", "--skip", "garbage", "--skip", "come_through"],
+    ),
+    ("ashlar-copyset", &["--test", "scenarios"]),
+    ("ashlar-chunkstore", &["--lib", "--test", "fixtures"]),
+    ("ashlar-reactor", &["--lib", "--", "arena", "mailbox", "timers"]),
+];
 
 /// What `test` and `ci` take.
 #[derive(Args)]
@@ -20,13 +31,19 @@ pub struct TestArgs {
     /// Install nothing, even as root.
     #[arg(long)]
     no_install: bool,
+    /// What takes hours too: fuzzing led by coverage, miri.
+    #[arg(long)]
+    nightly: bool,
     /// Leave out the tests with real clients and whole clusters.
     #[arg(long)]
     no_interop: bool,
 }
 
-enum Outcome {
+/// How a step ended.
+pub enum Outcome {
+    /// All is well.
     Passed,
+    /// Not run, and why.
     Skipped(&'static str),
 }
 
@@ -45,6 +62,11 @@ pub fn test(args: &TestArgs) -> Result<()> {
     report.step("deny", deny);
     report.step("clippy", clippy);
     report.step("unit tests", unit_tests);
+    report.step("fuzz", || fuzz::short().map(|()| Outcome::Passed));
+    if args.nightly {
+        report.step("fuzz, led by coverage", || fuzz::long().map(|()| Outcome::Passed));
+        report.step("miri", miri);
+    }
     if !args.no_interop {
         report.step("release build", || release_build().map(|_| Outcome::Passed));
         report.step("interop tests", interop_tests);
@@ -114,6 +136,24 @@ fn interop_tests() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
+/// What miri can run: the three cores, and of `reactor` what asks the kernel for nothing. Tests of
+/// many cases are left out: miri is some hundred times slower than the machine.
+pub fn miri() -> Result<Outcome> {
+    let nightly = || Command::new("cargo");
+    let version = nightly().args(["+nightly", "miri", "--version"]).stderr(Stdio::null()).output();
+    if !version.is_ok_and(|ran| ran.status.success()) {
+        return Ok(Outcome::Skipped("no miri; rustup component add --toolchain nightly miri rust-src"));
+    }
+    for (package, arguments) in MIRI {
+        let mut command = nightly();
+        command.args(["+nightly", "miri", "test", "--quiet", "--package", package]).args(*arguments);
+        command.env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO").current_dir(root());
+        command.env("MIRIFLAGS", "-Zmiri-disable-isolation").env("PROPTEST_CASES", "2");
+        run(&mut command).with_context(|| format!("{package} under miri"))?;
+    }
+    Ok(Outcome::Passed)
+}
+
 fn release_build() -> Result<()> {
     run(&mut cargo(&["build", "--release", "--quiet", "--package", "ashlar-cli"]))
 }
@@ -127,7 +167,8 @@ fn tests(arguments: &[&str]) -> Command {
     command
 }
 
-fn cargo(arguments: &[&str]) -> Command {
+/// A command of cargo, in the workspace.
+pub fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(arguments).current_dir(root());
     command
@@ -138,7 +179,8 @@ fn has_subcommand(name: &str) -> bool {
     asked.is_ok_and(|status| status.success())
 }
 
-fn run(command: &mut Command) -> Result<()> {
+/// Runs a command; an error when it fails.
+pub fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("cannot start {:?}", command.get_program()))?;
     if !status.success() {
         let arguments: Vec<_> = command.get_args().map(|a| a.to_string_lossy().into_owned()).collect();
@@ -147,11 +189,13 @@ fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-fn root() -> PathBuf {
+/// The workspace.
+pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_owned()
 }
 
-fn target_folder() -> PathBuf {
+/// Where cargo builds.
+pub fn target_folder() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |folder| root().join(folder))
 }
 
