@@ -9,6 +9,7 @@ use crate::journal::{self, FileJournal};
 use crate::look::{Finding, items, look};
 use crate::machine::Machine;
 use crate::model::{Item, Mode, Profile, Tuner};
+use crate::plan::plan;
 use crate::probe::{self, ProbeArgs};
 use crate::render::{self, ApplyLine, Style};
 use crate::tree::{HostTree, Tree};
@@ -360,11 +361,8 @@ fn apply(args: &ApplyArgs) -> anyhow::Result<Exit> {
     let chosen = selected(&args.tuners);
     let (mut lines, mut recovered) = (Vec::new(), Vec::new());
     if args.journal.dry_run {
-        for tuner in chosen.iter().filter(|tuner| tuner.mode != Mode::Report) {
-            let machine = Machine { tree: &tree, facts: &facts, profile };
-            let wanted = items(tuner, &machine, named);
-            lines.extend(wanted.into_iter().filter_map(|item| line_of(tuner.name, item, None)));
-        }
+        let plan = plan(&tree, &facts, profile, &chosen, named);
+        lines.extend(plan.into_iter().filter_map(|f| line_of(f.tuner, f.item, None)));
     } else {
         ensure_root("apply")?;
         let mut journal = open_journal(&args.journal)?;
@@ -471,12 +469,12 @@ fn moment(tree: &dyn Tree) -> anyhow::Result<Moment> {
 fn script(args: &ScriptArgs) -> anyhow::Result<Exit> {
     let tree = HostTree::default();
     let facts = facts(&args.machine, &tree)?;
-    let machine = Machine { tree: &tree, facts: &facts, profile: args.machine.profile };
-    let findings = look(&selected(&args.tuners), &machine, !args.tuners.is_empty());
+    let profile = args.machine.profile;
+    let plan = plan(&tree, &facts, profile, &selected(&args.tuners), !args.tuners.is_empty());
     match args.output {
-        Output::Text => print(&script::script(&findings, args.machine.profile))?,
+        Output::Text => print(&script::script(&plan, profile))?,
         Output::Json => {
-            let lines = findings.into_iter().filter_map(|f| line_of(f.tuner, f.item, None));
+            let lines = plan.into_iter().filter_map(|f| line_of(f.tuner, f.item, None));
             print(&serde_json::to_string_pretty(&lines.collect::<Vec<_>>())?)?;
         }
     }

@@ -23,6 +23,7 @@ mod latency;
 pub mod look;
 pub mod machine;
 pub mod model;
+pub mod plan;
 mod probe;
 mod render;
 mod script;

@@ -5,7 +5,7 @@
 
 use crate::cpus::Cpus;
 use crate::facts::Facts;
-use crate::model::{Change, Form, Item, Profile};
+use crate::model::{Bound, Change, Form, Item, Profile};
 use crate::tree::Tree;
 use std::collections::BTreeSet;
 
@@ -147,8 +147,7 @@ impl Machine<'_> {
                 let (found, wanted) = (form.canonical(&found), form.canonical(wanted));
                 let good = found == wanted;
                 let mut item = Item::judged(object, good, &found, &wanted, "");
-                item.change =
-                    (!good).then(|| Change { path: path.into(), new: wanted, form, collateral: Vec::new() });
+                item.change = (!good).then(|| Change::of(path, &wanted, form));
                 item
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -156,6 +155,11 @@ impl Machine<'_> {
             }
             Err(error) => Item::unsupported(object, &format!("{path}: {error}")),
         }
+    }
+
+    /// A file that should have a value where the profile wants one, and is only shown otherwise.
+    pub fn setting_when(&self, when: bool, object: &str, path: &str, form: Form, wanted: &str) -> Item {
+        if when { self.setting(object, path, form, wanted) } else { self.left(object, path, form) }
     }
 
     /// A file that is shown as it is, since the profile wants nothing of it.
@@ -168,22 +172,23 @@ impl Machine<'_> {
 
     /// A number that should be at least so much; it is never lowered.
     pub fn at_least(&self, object: &str, path: &str, least: i64) -> Item {
-        self.bounded(object, path, |found| found.max(least), &format!("{least} or more"))
+        self.bounded(object, path, Bound::AtLeast(least))
     }
 
-    /// A number that should be at most so much; it is never raised.
-    pub fn at_most(&self, object: &str, path: &str, most: i64) -> Item {
-        self.bounded(object, path, |found| found.min(most), &format!("{most} or less"))
-    }
-
-    fn bounded(&self, object: &str, path: &str, bound: impl Fn(i64) -> i64, wanted: &str) -> Item {
-        let target = self.number(path).map(bound);
-        match target {
+    /// A number within a bound.
+    pub fn bounded(&self, object: &str, path: &str, bound: Bound) -> Item {
+        let wanted = match bound {
+            Bound::AtLeast(least) => format!("{least} or more"),
+            Bound::AtMost(most) => format!("{most} or less"),
+            Bound::AsItIs => return self.left(object, path, Form::Words),
+        };
+        match self.number(path).map(|found| bound.apply(found)) {
             Some(target) => {
                 let item = self.setting(object, path, Form::Words, &target.to_string());
-                Item { wanted: wanted.into(), ..item }
+                let change = item.change.map(|change| Change { bound: Some(bound), ..change });
+                Item { wanted, change, ..item }
             }
-            None if self.tree.exists(path) => Item::unknown(object, &format!("{path} is no number"), wanted),
+            None if self.tree.exists(path) => Item::unknown(object, &format!("{path} is no number"), &wanted),
             None => Item::unsupported(object, &format!("no {path}")),
         }
     }

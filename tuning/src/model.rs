@@ -195,6 +195,29 @@ pub fn chosen(words: &str) -> Option<&str> {
     }
 }
 
+/// What is wanted of a number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bound {
+    /// So much or more: it is never lowered.
+    AtLeast(i64),
+    /// So much or less: it is never raised.
+    AtMost(i64),
+    /// Nothing: it is only shown.
+    AsItIs,
+}
+
+impl Bound {
+    /// The number nearest to `found` that is as wanted.
+    pub fn apply(self, found: i64) -> i64 {
+        match self {
+            Self::AtLeast(least) => found.max(least),
+            Self::AtMost(most) => found.min(most),
+            Self::AsItIs => found,
+        }
+    }
+}
+
 /// One file and its new value.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Change {
@@ -204,9 +227,19 @@ pub struct Change {
     pub new: String,
     /// How its texts are compared.
     pub form: Form,
+    /// Where the number only has to be large or small enough.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bound: Option<Bound>,
     /// Files that the kernel sets anew when this one is written, with how they are compared. They
     /// are put back with it.
     pub collateral: Vec<(String, Form)>,
+}
+
+impl Change {
+    /// A file that gets a text, and nothing beside it changes.
+    pub fn of(path: &str, new: &str, form: Form) -> Self {
+        Self { path: path.into(), new: new.into(), form, bound: None, collateral: Vec::new() }
+    }
 }
 
 /// One finding of a tuner, about one object of the machine.

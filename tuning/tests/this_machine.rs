@@ -114,7 +114,7 @@ fn what_this_kernel_takes_is_set_and_put_back_exactly() -> anyhow::Result<()> {
         let queues = Machine { tree: &tree, facts: &facts, profile }.disks();
         let depths = queues.iter().map(|disk| (disk.queue("nr_requests"), "64"));
         for (path, new) in depths.chain([("/proc/sys/net/core/somaxconn".to_owned(), "5000")]) {
-            let change = Change { path, new: new.into(), form: Form::Words, collateral: Vec::new() };
+            let change = Change::of(&path, new, Form::Words);
             let mut engine = Engine { tree: &mut tree, journal: &mut journal, now: now.clone() };
             match engine.apply("forced", "", &change)? {
                 Applied::Refused { why } => println!("SKIPPED {}: refused: {why}", change.path),

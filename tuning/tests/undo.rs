@@ -216,7 +216,7 @@ fn every_single_step_of_a_whole_apply_may_be_the_last() {
 
 fn one_change() -> (MemTree, Change) {
     let (tree, _) = MemTree::parse("/sys/a = 1\n/sys/b = 1\n").expect("well formed");
-    (tree, Change { path: "/sys/a".into(), new: "2".into(), form: Form::Words, collateral: Vec::new() })
+    (tree, Change::of("/sys/a", "2", Form::Words))
 }
 
 #[test]

@@ -106,10 +106,8 @@ fn governor(machine: &Machine<'_>) -> Vec<Item> {
         let path = format!("{CPU}/cpufreq/{policy}/scaling_governor");
         let offered = machine.text(&format!("{CPU}/cpufreq/{policy}/scaling_available_governors"));
         let offered = offered.is_none_or(|words| words.split_whitespace().any(|word| word == "performance"));
-        match machine.profile.is_server() && offered {
-            true => machine.setting(policy, &path, Form::Words, "performance"),
-            false => machine.left(policy, &path, Form::Words),
-        }
+        let when = machine.profile.is_server() && offered;
+        machine.setting_when(when, policy, &path, Form::Words, "performance")
     };
     policies.iter().map(item).collect()
 }

@@ -1,7 +1,7 @@
 //! The disk's request queue, its cache, its polling queues, and how it hangs on the PCI bus.
 
 use crate::machine::{Disk, Machine};
-use crate::model::{Form, GONE_AT_REBOOT, Item, Mode, NOT_OURS, Profile, Severity, Tuner};
+use crate::model::{Bound, Form, GONE_AT_REBOOT, Item, Mode, NOT_OURS, Profile, Severity, Tuner};
 
 /// Kibibytes of the longest log batch: 256 blocks and its header, rounded up.
 const BATCH_KIB: i64 = 1280;
@@ -26,7 +26,7 @@ pub static TUNERS: &[Tuner] = &[
             "seastar: perftune.py",
         ],
         at_start: true,
-        inspect: |machine| each(machine, scheduler),
+        inspect: |machine| each(machine, |disk| scheduler(machine, disk)),
     },
     Tuner {
         name: "nomerges",
@@ -46,9 +46,9 @@ pub static TUNERS: &[Tuner] = &[
         ],
         at_start: false,
         inspect: |machine| {
-            each(machine, |machine, disk| match machine.profile {
-                Profile::Latency => machine.setting(&disk.name, &disk.queue("nomerges"), Form::Words, "2"),
-                _ => machine.left(&disk.name, &disk.queue("nomerges"), Form::Words),
+            let when = machine.profile == Profile::Latency;
+            each(machine, |disk| {
+                machine.setting_when(when, &disk.name, &disk.queue("nomerges"), Form::Words, "2")
             })
         },
     },
@@ -66,12 +66,9 @@ pub static TUNERS: &[Tuner] = &[
         sources: &["kernel: Documentation/ABI/stable/sysfs-block", "kernel: block/blk-wbt.c"],
         at_start: false,
         inspect: |machine| {
-            each(machine, |machine, disk| {
-                let path = disk.queue("wbt_lat_usec");
-                match machine.profile.is_server() && machine.is_solid(disk) {
-                    true => machine.setting(&disk.name, &path, Form::Words, "0"),
-                    false => machine.left(&disk.name, &path, Form::Words),
-                }
+            each(machine, |disk| {
+                let when = machine.profile.is_server() && machine.is_solid(disk);
+                machine.setting_when(when, &disk.name, &disk.queue("wbt_lat_usec"), Form::Words, "0")
             })
         },
     },
@@ -88,7 +85,7 @@ pub static TUNERS: &[Tuner] = &[
         reboot: GONE_AT_REBOOT,
         sources: &["kernel: Documentation/ABI/stable/sysfs-block"],
         at_start: false,
-        inspect: |machine| each(machine, nr_requests),
+        inspect: |machine| each(machine, |disk| nr_requests(machine, disk)),
     },
     Tuner {
         name: "rq-affinity",
@@ -104,12 +101,9 @@ pub static TUNERS: &[Tuner] = &[
         sources: &["kernel: Documentation/ABI/stable/sysfs-block"],
         at_start: true,
         inspect: |machine| {
-            each(machine, |machine, disk| {
-                let path = disk.queue("rq_affinity");
-                match machine.profile.is_server() {
-                    true => machine.setting(&disk.name, &path, Form::Words, "2"),
-                    false => machine.left(&disk.name, &path, Form::Words),
-                }
+            let when = machine.profile.is_server();
+            each(machine, |disk| {
+                machine.setting_when(when, &disk.name, &disk.queue("rq_affinity"), Form::Words, "2")
             })
         },
     },
@@ -126,7 +120,7 @@ pub static TUNERS: &[Tuner] = &[
         reboot: GONE_AT_REBOOT,
         sources: &["kernel: Documentation/ABI/stable/sysfs-block"],
         at_start: false,
-        inspect: |machine| each(machine, max_sectors),
+        inspect: |machine| each(machine, |disk| max_sectors(machine, disk)),
     },
     Tuner {
         name: "read-ahead",
@@ -142,13 +136,8 @@ pub static TUNERS: &[Tuner] = &[
         sources: &["kernel: Documentation/ABI/stable/sysfs-block", "readahead(2)"],
         at_start: false,
         inspect: |machine| {
-            each(machine, |machine, disk| {
-                let path = disk.queue("read_ahead_kb");
-                match machine.profile.is_server() {
-                    true => machine.at_most(&disk.name, &path, 128),
-                    false => machine.left(&disk.name, &path, Form::Words),
-                }
-            })
+            let bound = if machine.profile.is_server() { Bound::AtMost(128) } else { Bound::AsItIs };
+            each(machine, |disk| machine.bounded(&disk.name, &disk.queue("read_ahead_kb"), bound))
         },
     },
     Tuner {
@@ -164,7 +153,7 @@ pub static TUNERS: &[Tuner] = &[
         reboot: NOT_OURS,
         sources: &["kernel: Documentation/block/writeback_cache_control.rst", "rpk: disk_write_cache"],
         at_start: false,
-        inspect: |machine| each(machine, write_cache),
+        inspect: |machine| each(machine, |disk| write_cache(machine, disk)),
     },
     Tuner {
         name: "poll-queues",
@@ -183,7 +172,7 @@ pub static TUNERS: &[Tuner] = &[
             "kernel: drivers/nvme/host/pci.c",
         ],
         at_start: false,
-        inspect: |machine| each(machine, poll_queues),
+        inspect: |machine| each(machine, |disk| poll_queues(machine, disk)),
     },
     Tuner {
         name: "pcie-link",
@@ -203,16 +192,12 @@ pub static TUNERS: &[Tuner] = &[
         reboot: NOT_OURS,
         sources: &["kernel: Documentation/ABI/testing/sysfs-bus-pci"],
         at_start: false,
-        inspect: |machine| each(machine, pcie_link),
+        inspect: |machine| each(machine, |disk| pcie_link(machine, disk)),
     },
 ];
 
-fn each(machine: &Machine<'_>, look: impl Fn(&Machine<'_>, &Disk) -> Item) -> Vec<Item> {
-    let disks = machine.disks();
-    if disks.is_empty() {
-        return vec![Item::unsupported("", "no disk beneath the folder")];
-    }
-    disks.iter().map(|disk| look(machine, disk)).collect()
+fn each(machine: &Machine<'_>, look: impl Fn(&Disk) -> Item) -> Vec<Item> {
+    super::each(&machine.disks(), "no disk beneath the folder", |disk| vec![look(disk)])
 }
 
 fn scheduler(machine: &Machine<'_>, disk: &Disk) -> Item {
@@ -235,21 +220,21 @@ fn scheduler(machine: &Machine<'_>, disk: &Disk) -> Item {
 fn nr_requests(machine: &Machine<'_>, disk: &Disk) -> Item {
     let path = disk.queue("nr_requests");
     let tags = machine.number(&format!("{}/mq/0/nr_tags", disk.dir));
-    match (machine.profile, tags) {
-        // Without a scheduler, there can be no more than the device has tags.
-        (Profile::Throughput, tags) => machine.at_least(&disk.name, &path, tags.unwrap_or(DEPTH).min(DEPTH)),
-        _ => machine.left(&disk.name, &path, Form::Words),
-    }
+    // Without a scheduler, there can be no more than the device has tags.
+    let bound = match machine.profile {
+        Profile::Throughput => Bound::AtLeast(tags.unwrap_or(DEPTH).min(DEPTH)),
+        _ => Bound::AsItIs,
+    };
+    machine.bounded(&disk.name, &path, bound)
 }
 
 fn max_sectors(machine: &Machine<'_>, disk: &Disk) -> Item {
     let path = disk.queue("max_sectors_kb");
-    match machine.number(&disk.queue("max_hw_sectors_kb")) {
-        Some(most) if machine.profile != Profile::Dev => {
-            machine.at_least(&disk.name, &path, most.min(BATCH_KIB))
-        }
-        _ => machine.left(&disk.name, &path, Form::Words),
-    }
+    let bound = match machine.number(&disk.queue("max_hw_sectors_kb")) {
+        Some(most) if machine.profile != Profile::Dev => Bound::AtLeast(most.min(BATCH_KIB)),
+        _ => Bound::AsItIs,
+    };
+    machine.bounded(&disk.name, &path, bound)
 }
 
 fn write_cache(machine: &Machine<'_>, disk: &Disk) -> Item {

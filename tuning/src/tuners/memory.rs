@@ -1,7 +1,7 @@
 //! Memory: hugepages, transparent hugepages, swapping, NUMA balancing.
 
 use crate::machine::Machine;
-use crate::model::{Form, GONE_AT_REBOOT, Item, Mode, Profile, Severity, Tuner};
+use crate::model::{Bound, Form, GONE_AT_REBOOT, Item, Mode, Profile, Severity, Tuner};
 
 const THP: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 /// Memory to reserve as hugepages for each shard: twice its default arena.
@@ -72,10 +72,7 @@ pub static TUNERS: &[Tuner] = &[
         at_start: true,
         inspect: |machine| {
             let path = "/proc/sys/kernel/numa_balancing";
-            vec![match machine.profile.is_server() {
-                true => machine.setting("", path, Form::Words, "0"),
-                false => machine.left("", path, Form::Words),
-            }]
+            vec![machine.setting_when(machine.profile.is_server(), "", path, Form::Words, "0")]
         },
     },
 ];
@@ -99,9 +96,10 @@ fn thp(machine: &Machine<'_>) -> Vec<Item> {
 
 fn swappiness(machine: &Machine<'_>) -> Vec<Item> {
     let path = "/proc/sys/vm/swappiness";
-    vec![match machine.profile {
-        Profile::Latency | Profile::Throughput => machine.at_most("", path, 1),
-        Profile::Conservative => machine.at_most("", path, 10),
-        Profile::Dev => machine.left("", path, Form::Words),
-    }]
+    let bound = match machine.profile {
+        Profile::Latency | Profile::Throughput => Bound::AtMost(1),
+        Profile::Conservative => Bound::AtMost(10),
+        Profile::Dev => Bound::AsItIs,
+    };
+    vec![machine.bounded("", path, bound)]
 }

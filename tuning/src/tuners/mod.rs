@@ -12,7 +12,7 @@ mod process;
 mod time;
 mod topology;
 
-use crate::model::Tuner;
+use crate::model::{Item, Tuner};
 
 /// Every tuner there is.
 pub fn all() -> Vec<&'static Tuner> {
@@ -28,6 +28,14 @@ pub fn all() -> Vec<&'static Tuner> {
         time::TUNERS,
     ];
     families.into_iter().flatten().collect()
+}
+
+/// What is found of each of these objects; `none` says why there is nothing to look at.
+fn each<T>(objects: &[T], none: &str, look: impl Fn(&T) -> Vec<Item>) -> Vec<Item> {
+    if objects.is_empty() {
+        return vec![Item::unsupported("", none)];
+    }
+    objects.iter().flat_map(look).collect()
 }
 
 /// The tuner of that name.

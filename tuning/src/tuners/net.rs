@@ -2,7 +2,7 @@
 
 use crate::cpus::Cpus;
 use crate::machine::Machine;
-use crate::model::{Form, GONE_AT_REBOOT, Item, Mode, NOT_OURS, Profile, Severity, Tuner};
+use crate::model::{Bound, Form, GONE_AT_REBOOT, Item, Mode, NOT_OURS, Profile, Severity, Tuner};
 use std::collections::BTreeSet;
 
 /// Flows that RFS remembers: some thousand connections with room to spare.
@@ -11,6 +11,7 @@ const RFS_FLOWS: i64 = 32_768;
 const BUSY_POLL_US: &str = "50";
 /// Buffers of a socket: 16 MiB fill 10 Gbit/s over 13 ms.
 const SOCKET_BYTES: i64 = 16 << 20;
+const NO_NIC: &str = "no network card is up";
 
 pub static TUNERS: &[Tuner] = &[
     Tuner {
@@ -103,11 +104,9 @@ pub static TUNERS: &[Tuner] = &[
         at_start: false,
         inspect: |machine| {
             let file = |name: &str| {
-                let path = format!("/proc/sys/net/core/{name}");
-                match machine.profile {
-                    Profile::Latency => machine.setting(name, &path, Form::Words, BUSY_POLL_US),
-                    _ => machine.left(name, &path, Form::Words),
-                }
+                let (when, path) =
+                    (machine.profile == Profile::Latency, format!("/proc/sys/net/core/{name}"));
+                machine.setting_when(when, name, &path, Form::Words, BUSY_POLL_US)
             };
             vec![file("busy_poll"), file("busy_read")]
         },
@@ -176,11 +175,7 @@ pub static TUNERS: &[Tuner] = &[
 ];
 
 fn each(machine: &Machine<'_>, look: fn(&Machine<'_>, &str) -> Vec<Item>) -> Vec<Item> {
-    let nics = machine.nics();
-    if nics.is_empty() {
-        return vec![Item::unsupported("", "no network card is up")];
-    }
-    nics.iter().flat_map(|nic| look(machine, nic)).collect()
+    super::each(&machine.nics(), NO_NIC, |nic| look(machine, nic))
 }
 
 /// The names of a card's queues of one kind, in order of their numbers.
@@ -197,10 +192,8 @@ fn rps(machine: &Machine<'_>, nic: &str) -> Vec<Item> {
         return vec![Item::info(nic, &format!("{} queues in hardware", queues.len()), "as it is")];
     };
     let path = format!("/sys/class/net/{nic}/queues/{only}/rps_cpus");
-    vec![match machine.profile {
-        Profile::Throughput => machine.setting(nic, &path, Form::Mask, &machine.spare().mask()),
-        _ => machine.left(nic, &path, Form::Mask),
-    }]
+    let when = machine.profile == Profile::Throughput;
+    vec![machine.setting_when(when, nic, &path, Form::Mask, &machine.spare().mask())]
 }
 
 fn rfs(machine: &Machine<'_>) -> Vec<Item> {
@@ -231,10 +224,8 @@ fn xps(machine: &Machine<'_>, nic: &str) -> Vec<Item> {
         let path = format!("/sys/class/net/{nic}/queues/{queue}/xps_cpus");
         let object = format!("{nic} {queue}");
         let own: BTreeSet<u32> = online.iter().copied().skip(nth).step_by(queues.len()).collect();
-        match machine.profile.is_server() && !own.is_empty() {
-            true => machine.setting(&object, &path, Form::Mask, &Cpus(own).mask()),
-            false => machine.left(&object, &path, Form::Mask),
-        }
+        let when = machine.profile.is_server() && !own.is_empty();
+        machine.setting_when(when, &object, &path, Form::Mask, &Cpus(own).mask())
     };
     queues.iter().enumerate().map(item).collect()
 }
@@ -272,11 +263,9 @@ fn coalescing(machine: &Machine<'_>, nic: &str) -> Vec<Item> {
 
 fn tcp_buffers(machine: &Machine<'_>) -> Vec<Item> {
     let maximum = |name: &str| {
-        let path = format!("/proc/sys/net/core/{name}");
-        match machine.profile {
-            Profile::Dev => machine.left(name, &path, Form::Words),
-            _ => machine.at_least(name, &path, SOCKET_BYTES),
-        }
+        let bound =
+            if machine.profile == Profile::Dev { Bound::AsItIs } else { Bound::AtLeast(SOCKET_BYTES) };
+        machine.bounded(name, &format!("/proc/sys/net/core/{name}"), bound)
     };
     let triple = |name: &str| {
         let path = format!("/proc/sys/net/ipv4/{name}");
@@ -298,7 +287,7 @@ fn mtu(machine: &Machine<'_>) -> Vec<Item> {
     let read = |nic: String| Some((machine.number(&format!("/sys/class/net/{nic}/mtu"))?, nic));
     let all: Vec<(i64, String)> = machine.nics().into_iter().filter_map(read).collect();
     let Some((first, _)) = all.first() else {
-        return vec![Item::unsupported("", "no network card is up")];
+        return vec![Item::unsupported("", NO_NIC)];
     };
     if all.len() == 1 {
         return vec![Item::info(&all[0].1, &first.to_string(), "the same on all hosts")];
