@@ -70,7 +70,7 @@ pub struct Layout {
     pub format_segments: u32,
     /// Free chunk slots kept preformatted ahead of need.
     pub reserve_slots: u32,
-    /// Payload blocks of a batch at most, at least [`protocol::types::ENTRY_BLOCKS_MAX`].
+    /// Payload blocks of a batch at most: [`protocol::types::ENTRY_BLOCKS_MAX`] to [`BATCH_BLOCKS_MAX`].
     pub batch_blocks_max: u32,
     /// Log batches in flight at most.
     pub batches_in_flight_max: usize,
@@ -86,6 +86,10 @@ pub struct Layout {
     pub flush_idle_ns: u64,
 }
 
+/// Payload blocks of any batch at most, in any start: recovery looks so far past a hole, so that a
+/// smaller `batch_blocks_max` may be chosen over a log that has larger batches in it.
+pub const BATCH_BLOCKS_MAX: u32 = 256;
+
 impl Default for Layout {
     fn default() -> Self {
         Self {
@@ -95,7 +99,7 @@ impl Default for Layout {
             slots_max: 1024,
             format_segments: 2,
             reserve_slots: 16,
-            batch_blocks_max: 256,
+            batch_blocks_max: BATCH_BLOCKS_MAX,
             batches_in_flight_max: 4,
             flush_in_flight_max: 4,
             table_cache_max: 1024,
@@ -164,6 +168,7 @@ impl Layout {
             () if (self.batch_blocks_max as usize) < protocol::types::ENTRY_BLOCKS_MAX => {
                 Some("batch_blocks_max is below 32")
             }
+            () if self.batch_blocks_max > BATCH_BLOCKS_MAX => Some("batch_blocks_max is above 256"),
             () if self.batches_in_flight_max == 0 || self.flush_in_flight_max == 0 => {
                 Some("a limit of operations in flight is 0")
             }

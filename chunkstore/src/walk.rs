@@ -13,7 +13,7 @@
 //! | no header N, no later batch         | >= N   | damage: the end is lost                        |
 //! | no header N                         | < N    | the end; what follows is torn, erased          |
 
-use crate::api::{FileId, IoError, Layout, Media};
+use crate::api::{BATCH_BLOCKS_MAX, FileId, IoError, Layout, Media};
 use crate::batch::{self, HEADER_BLOCKS_MAX, Head, Logged};
 use crate::checkpoint::Checkpoint;
 use crate::log::{BatchPlace, NOWHERE, SegmentUse};
@@ -254,8 +254,8 @@ fn later<M: Media + ?Sized>(
     scan(reader.segment(place.segment)?, place.segment, place.block, &mut heads);
     heads.retain(|h| h.epoch == place.epoch);
     // Of other segments, those in use later; what can be in flight at once lies within their first part.
-    let window = (reader.layout.batches_in_flight_max as u32 + 1).max(8)
-        * (reader.layout.batch_blocks_max + HEADER_BLOCKS_MAX);
+    let window =
+        (reader.layout.batches_in_flight_max as u32 + 1).max(8) * (BATCH_BLOCKS_MAX + HEADER_BLOCKS_MAX);
     for segment in (0..reader.layout.log_segments).filter(|s| *s != place.segment) {
         let front = reader.front(segment, window)?;
         let mut found = Vec::new();

@@ -322,3 +322,48 @@ fn what_an_idle_flush_wrote_is_read_from_its_slot_after_a_restart() {
     assert_eq!(rig.store.stats().overlay_blocks, 0, "and yet not to be flushed again");
     assert_eq!([read(&mut rig, 1), read(&mut rig, 3)], [Ok(101), Ok(103)]);
 }
+
+/// A batch of 256 blocks: eight entries from `index` on.
+fn stage_large_batch(rig: &mut Rig, index: u64) {
+    for nth in 0..8 {
+        let seeds: Vec<u64> = (0..32).map(|block| 1000 * (index + nth) + block).collect();
+        let crcs: Vec<u32> = seeds.iter().map(|seed| block_crc(&block(*seed))).collect();
+        let body = Body::Write { chunk: CHUNK, range: BlockRange { first: nth as u16 * 32, count: 32 } };
+        let entry = Entry { term: Term(1), index: LogIndex(index + nth), body };
+        rig.store.stage(Record::Entry { copyset: CS, entry }, Some(Buf::of(&seeds)), &crcs);
+    }
+    rig.drain();
+}
+
+/// The limit of a batch may be lowered between two starts; the log still holds the larger ones, and
+/// the batch that attests the lost one lies beyond eight of the new size.
+#[test]
+fn batches_larger_than_the_new_limit_are_found_past_a_hole() {
+    let large =
+        Layout { segment_bytes: 1100 * 4096, batch_blocks_max: 256, ram_blocks_max: 8192, ..small_layout() };
+    let small = Layout { batch_blocks_max: 32, ..large };
+    for (layout, name) in [(large, "the same limit"), (small, "a lower limit")] {
+        let mut rig = Rig::new(&large);
+        rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
+        rig.settle();
+        for nth in 0..3 {
+            stage_large_batch(&mut rig, 1 + nth * 8);
+            rig.settle();
+        }
+        // The last batch of its segment, in flight together with three in the next.
+        (3..7).for_each(|nth| stage_large_batch(&mut rig, 1 + nth * 8));
+        let places = rig.ops.iter().filter_map(|op| match op {
+            Op::Write { file, offset, .. } => Some((*file, *offset / 4096)),
+            _ => None,
+        });
+        let places: Vec<_> = places.collect();
+        assert_eq!(places.len(), 4, "{places:?}");
+        assert!(places[0].0 != places[1].0 && places[1].0 == places[3].0, "{places:?}");
+        rig.settle();
+        stage_large_batch(&mut rig, 57);
+        rig.settle();
+        rig.disk.flip(places[0].0, places[0].1, 8);
+        let (_, found, report) = Rig::open(rig.disk, &layout);
+        assert_eq!((found[0].entries.len(), found[0].health), (24, Health::Damaged), "{name}: {report:?}");
+    }
+}

@@ -264,8 +264,9 @@ fn shard_dir(dir: &Path, shard: u16) -> PathBuf {
 
 /// The disk's own limits, where they were measured.
 fn limited(layout: Layout, limits: Option<Limits>) -> Layout {
-    let Some(Limits { batches_in_flight_max, flush_in_flight_max, .. }) = limits else { return layout };
-    Layout { batches_in_flight_max, flush_in_flight_max, ..layout }
+    let Some(limits) = limits else { return layout };
+    let Limits { batches_in_flight_max, batch_blocks_max, flush_in_flight_max, .. } = limits;
+    Layout { batches_in_flight_max, batch_blocks_max, flush_in_flight_max, ..layout }
 }
 
 /// Room in the ring for what the disk takes at once and as much for sockets, twice over.

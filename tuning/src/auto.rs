@@ -48,6 +48,8 @@ pub struct Setting {
     pub spin_us_max: u32,
     /// `batches_in_flight_max` of device.toml: fewer make longer batches.
     pub batches_in_flight_max: usize,
+    /// `batch_blocks_max` of device.toml.
+    pub batch_blocks_max: u32,
     /// `flush_in_flight_max` of device.toml.
     pub flush_in_flight_max: usize,
     /// `queue_depth` of device.toml.
@@ -62,6 +64,7 @@ impl Default for Setting {
         Self {
             spin_us_max: 50,
             batches_in_flight_max: 4,
+            batch_blocks_max: 256,
             flush_in_flight_max: 4,
             queue_depth: 64,
             arena_bytes: 64 << 20,
@@ -78,6 +81,7 @@ const KNOBS: &[Knob] = &[
     ("batches_in_flight_max", |s| {
         [1, 2, 7].map(|batches_in_flight_max| Setting { batches_in_flight_max, ..s }).into()
     }),
+    ("batch_blocks_max", |s| [32, 64, 128].map(|batch_blocks_max| Setting { batch_blocks_max, ..s }).into()),
     ("flush_in_flight_max", |s| {
         [1, 8, 16].map(|flush_in_flight_max| Setting { flush_in_flight_max, ..s }).into()
     }),
@@ -207,10 +211,11 @@ pub fn run(args: &AutoArgs) -> anyhow::Result<Exit> {
 }
 
 fn words(setting: &Setting) -> String {
-    let Setting { spin_us_max, batches_in_flight_max, flush_in_flight_max, queue_depth, arena_bytes } =
+    let Setting { spin_us_max, batches_in_flight_max, flush_in_flight_max, queue_depth, arena_bytes, .. } =
         setting;
+    let batch_kib = setting.batch_blocks_max * 4;
     format!(
-        "spin {spin_us_max} us, batches {batches_in_flight_max}, flush {flush_in_flight_max}, depth {queue_depth}, \
+        "spin {spin_us_max} us, batches {batches_in_flight_max} of {batch_kib} KiB, flush {flush_in_flight_max}, depth {queue_depth}, \
          arena {} MiB",
         arena_bytes >> 20
     )
@@ -243,12 +248,13 @@ fn text(found: &Found) -> String {
         text,
         "\ngained {:.1} % over the defaults (noise {noise:.1} %)\n\n# target.toml\nspin_us_max = {}\narena_bytes = \
          {}\n\n# device.toml\nformat = 1\n[limits]\nqueue_depth = {}\nbatches_in_flight_max = {}\n\
-         flush_in_flight_max = {}\n",
+         batch_blocks_max = {}\nflush_in_flight_max = {}\n",
         found.gain * 100.0,
         best.spin_us_max,
         best.arena_bytes,
         best.queue_depth,
         best.batches_in_flight_max,
+        best.batch_blocks_max,
         best.flush_in_flight_max
     );
     text

@@ -2,8 +2,7 @@
 //!
 //! Invariants: unknown keys are refused and every limit has a range, so that a file that was
 //! mended by hand cannot make a target unsafe. The figures under `measured` are for people.
-//! Deliberately absent: the size of a log batch. Recovery derives from it how far it must look
-//! past a hole, so that it may not shrink from one start to the next.
+//! All limits may change from one start to the next.
 
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
@@ -14,6 +13,9 @@ pub const FILE: &str = "device.toml";
 
 /// Recovery looks eight batches past a hole, so that no more than seven may be in flight.
 pub const BATCHES_IN_FLIGHT: std::ops::RangeInclusive<usize> = 1..=7;
+/// Blocks of 4 KiB in a log batch: one entry of 128 KiB always fits, and recovery looks no further
+/// than 1 MiB for the end of one.
+pub const BATCH_BLOCKS: std::ops::RangeInclusive<u32> = 32..=256;
 /// Operations of the flusher in flight.
 pub const FLUSH_IN_FLIGHT: std::ops::RangeInclusive<usize> = 1..=64;
 /// IOs in flight in all.
@@ -40,11 +42,19 @@ pub struct Limits {
     pub queue_depth: u32,
     /// Log batches in flight at most.
     pub batches_in_flight_max: usize,
+    /// Blocks of 4 KiB in a log batch at most.
+    #[serde(default = "batch_blocks_default")]
+    pub batch_blocks_max: u32,
     /// Flush operations in flight at most.
     pub flush_in_flight_max: usize,
     /// Held through /dev/cpu_dma_latency while the target runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_latency_us_max: Option<u32>,
+}
+
+/// What a target does without being told, and so what a file of an older version means.
+fn batch_blocks_default() -> u32 {
+    *BATCH_BLOCKS.end()
 }
 
 /// What was measured, for people and for later comparison.
@@ -67,6 +77,9 @@ pub struct Measured {
     pub write_us: Option<f64>,
     /// Median microseconds of a durable write of 4 KiB, one at a time.
     pub dsync_us: Option<f64>,
+    /// Bytes a second, written in order as durable log batches of the chosen size and number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_bytes_s: Option<f64>,
     /// Durable over plain.
     pub dsync_cost: Option<f64>,
     /// Whether the disk has a volatile cache, as it says itself.
@@ -97,11 +110,16 @@ impl Device {
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         let device: Self = toml::from_str(text)?;
         ensure!(device.format == 1, "format {} is not known; run `ashlar tune probe` again", device.format);
-        let Limits { queue_depth, batches_in_flight_max, flush_in_flight_max, .. } = device.limits;
+        let Limits { queue_depth, batches_in_flight_max, batch_blocks_max, flush_in_flight_max, .. } =
+            device.limits;
         ensure!(QUEUE_DEPTH.contains(&queue_depth), "queue_depth {queue_depth} is not in {QUEUE_DEPTH:?}");
         ensure!(
             BATCHES_IN_FLIGHT.contains(&batches_in_flight_max),
             "batches_in_flight_max {batches_in_flight_max} is not in {BATCHES_IN_FLIGHT:?}"
+        );
+        ensure!(
+            BATCH_BLOCKS.contains(&batch_blocks_max),
+            "batch_blocks_max {batch_blocks_max} is not in {BATCH_BLOCKS:?}"
         );
         ensure!(
             FLUSH_IN_FLIGHT.contains(&flush_in_flight_max),
@@ -139,8 +157,8 @@ impl Device {
 mod tests {
     use super::*;
 
-    const GOOD: &str =
-        "format = 1\n[limits]\nqueue_depth = 32\nbatches_in_flight_max = 4\nflush_in_flight_max = 8\n";
+    const GOOD: &str = "format = 1\n[limits]\nqueue_depth = 32\nbatches_in_flight_max = 4\n\
+                        batch_blocks_max = 64\nflush_in_flight_max = 8\n";
 
     #[test]
     fn what_is_saved_is_what_is_read() -> anyhow::Result<()> {
@@ -153,12 +171,21 @@ mod tests {
     }
 
     #[test]
+    fn a_file_from_before_batches_had_a_size_means_the_default() -> anyhow::Result<()> {
+        let device = Device::parse(&GOOD.replace("batch_blocks_max = 64\n", ""))?;
+        assert_eq!(device.limits.batch_blocks_max, 256);
+        Ok(())
+    }
+
+    #[test]
     fn a_limit_that_would_be_unsafe_is_refused() {
         for (from, to) in [
             ("format = 1", "format = 2"),
             ("max = 4", "max = 8"),
             ("max = 4", "max = 0"),
             ("max = 8", "max = 65"),
+            ("blocks_max = 64", "blocks_max = 31"),
+            ("blocks_max = 64", "blocks_max = 257"),
             ("depth = 32", "depth = 0"),
             ("depth = 32", "depht = 32"),
         ] {

@@ -73,6 +73,7 @@ impl Cluster {
         let limits = Limits {
             queue_depth: setting.queue_depth,
             batches_in_flight_max: setting.batches_in_flight_max,
+            batch_blocks_max: setting.batch_blocks_max,
             flush_in_flight_max: setting.flush_in_flight_max,
             cpu_latency_us_max: None,
         };

@@ -1,8 +1,9 @@
 //! From figures to limits: where more in flight gains no more.
 
 use super::measure::Run;
-use crate::device::{BATCHES_IN_FLIGHT, FLUSH_IN_FLIGHT, Limits, QUEUE_DEPTH};
+use crate::device::{BATCH_BLOCKS, BATCHES_IN_FLIGHT, FLUSH_IN_FLIGHT, Limits, QUEUE_DEPTH};
 use crate::model::Profile;
+use protocol::types::BLOCK_BYTES;
 use serde::Serialize;
 
 /// A disk counts as fully used from this part of its best rate on.
@@ -30,6 +31,8 @@ pub struct Figures {
     pub writes: Vec<Point>,
     /// The same, durable.
     pub dsyncs: Vec<Point>,
+    /// Durable writes in order, of the sizes that a log batch may have.
+    pub logs: Vec<Point>,
     /// Writes of 128 KiB in order.
     pub stream_write: Vec<Point>,
 }
@@ -40,16 +43,29 @@ fn knee(points: &[Point]) -> Option<u32> {
     points.iter().find(|point| point.run.iops >= best * ENOUGH).map(|point| point.depth)
 }
 
+/// Log batches in flight at which a disk is nearly as fast as it gets.
+pub fn batches(dsyncs: &[Point]) -> u32 {
+    knee(dsyncs).unwrap_or(4).clamp(*BATCHES_IN_FLIGHT.start() as u32, *BATCHES_IN_FLIGHT.end() as u32)
+}
+
+/// The smallest log batch, in blocks, that nearly fills the disk.
+fn batch_blocks(logs: &[Point]) -> u32 {
+    let best = logs.iter().map(|point| point.run.bytes_s).fold(0.0, f64::max);
+    let enough = logs.iter().find(|point| point.run.bytes_s >= best * ENOUGH);
+    let blocks = enough.map(|point| point.run.load.bytes / BLOCK_BYTES as u64);
+    blocks.map_or(*BATCH_BLOCKS.end(), |n| (n as u32).clamp(*BATCH_BLOCKS.start(), *BATCH_BLOCKS.end()))
+}
+
 /// What a target should take.
 pub fn limits(figures: &Figures, profile: Profile) -> Limits {
     let (reads, writes) = (knee(&figures.reads).unwrap_or(32), knee(&figures.writes).unwrap_or(16));
-    let batches = knee(&figures.dsyncs).unwrap_or(4) as usize;
     let depth = reads.max(writes).clamp(*QUEUE_DEPTH.start(), *QUEUE_DEPTH.end());
     // The flusher may fill half of the disk's queue: the other half is for who waits.
     let flush = writes.min(depth / 2).max(1) as usize;
     Limits {
         queue_depth: depth,
-        batches_in_flight_max: batches.clamp(*BATCHES_IN_FLIGHT.start(), *BATCHES_IN_FLIGHT.end()),
+        batches_in_flight_max: batches(&figures.dsyncs) as usize,
+        batch_blocks_max: batch_blocks(&figures.logs),
         flush_in_flight_max: flush.clamp(*FLUSH_IN_FLIGHT.start(), *FLUSH_IN_FLIGHT.end()),
         cpu_latency_us_max: (profile == Profile::Latency).then_some(CPU_LATENCY_US),
     }
@@ -58,6 +74,7 @@ pub fn limits(figures: &Figures, profile: Profile) -> Limits {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::probe::measure::Load;
 
     fn points(rates: &[(u32, f64)]) -> Vec<Point> {
         let run = |iops| Run { iops, ..Run::default() };
@@ -93,6 +110,20 @@ mod tests {
     #[test]
     fn a_device_that_was_only_read_gets_safe_limits_for_writing() {
         assert_eq!(found(&[(1, 10.0), (8, 100.0)], &[], &[]), (16, 4, 8));
+    }
+
+    #[test]
+    fn a_batch_is_as_small_as_still_fills_the_disk() {
+        let logs = |rates: &[(u64, f64)]| {
+            let point = |(kib, bytes_s): &(u64, f64)| {
+                let load = Load { bytes: kib << 10, depth: 4, ..Load::LOG };
+                Point { depth: 4, run: Run { load, bytes_s: *bytes_s, ..Run::default() } }
+            };
+            rates.iter().map(point).collect::<Vec<_>>()
+        };
+        assert_eq!(batch_blocks(&logs(&[(128, 500.0), (256, 910.0), (512, 990.0), (1024, 1000.0)])), 64);
+        assert_eq!(batch_blocks(&logs(&[(128, 1000.0), (1024, 700.0)])), 32);
+        assert_eq!(batch_blocks(&[]), 256);
     }
 
     #[test]

@@ -164,7 +164,7 @@ fn fio(subject: &Subject, load: Load, time: Duration) -> anyhow::Result<Run> {
         // The whole latency, as ours has it: from submission on.
         .args(["--lat_percentiles=1", "--clat_percentiles=0"])
         .args([format!("--filename={name}"), format!("--size={}", subject.bytes()), format!("--rw={rw}")])
-        .args([format!("--bs={}", load.io_bytes()), format!("--iodepth={}", load.depth)])
+        .args([format!("--bs={}", load.bytes), format!("--iodepth={}", load.depth)])
         .arg(format!("--runtime={}ms", time.as_millis()));
     if load.dsync {
         command.arg("--sync=dsync");
@@ -187,7 +187,7 @@ fn parse(text: &str, load: Load) -> anyhow::Result<Run> {
     Ok(Run {
         load,
         iops,
-        bytes_s: iops * load.io_bytes() as f64,
+        bytes_s: iops * load.bytes as f64,
         mean_us: number(&side["lat_ns"]["mean"])? / 1000.0,
         p50_us: percentile("50.000000")?,
         p99_us: percentile("99.000000")?,

@@ -1,7 +1,8 @@
 //! Our own measure of a disk: so many direct IOs in flight over io_uring, for so long.
 //!
 //! It uses the reactor that the target uses, so that what is measured is what the target gets.
-//! Invariant: exactly `depth` IOs are in flight from the first completion to the last submission.
+//! Invariant: `depth` IOs are in flight, or ended and next in line to be replaced, from the first
+//! completion to the last submission.
 
 use super::subject::Subject;
 use anyhow::{Context, ensure};
@@ -10,6 +11,7 @@ use protocol::types::Span;
 use reactor::ring::{Ring, RingConfig};
 use reactor::{BufMut, Completion, Disk, File, IoBuf, Op, OpenOptions, Reactor};
 use serde::{Serialize, Serializer};
+use std::collections::VecDeque;
 use std::fmt;
 use std::time::Duration;
 
@@ -29,26 +31,25 @@ pub struct Load {
     pub dsync: bool,
     /// In order rather than at random.
     pub stream: bool,
+    /// Bytes of each IO, whole blocks.
+    pub bytes: u64,
     /// IOs in flight.
     pub depth: u32,
 }
 
 impl Load {
     /// Random reads of 4 KiB.
-    pub const READ: Self = Self { write: false, dsync: false, stream: false, depth: 1 };
+    pub const READ: Self = Self { write: false, dsync: false, stream: false, bytes: BLOCK_BYTES, depth: 1 };
     /// Random writes of 4 KiB.
     pub const WRITE: Self = Self { write: true, ..Self::READ };
     /// Durable random writes of 4 KiB.
     pub const DSYNC: Self = Self { dsync: true, ..Self::WRITE };
     /// Reads of 128 KiB in order.
-    pub const STREAM_READ: Self = Self { stream: true, ..Self::READ };
+    pub const STREAM_READ: Self = Self { stream: true, bytes: STREAM_BYTES, ..Self::READ };
     /// Writes of 128 KiB in order.
-    pub const STREAM_WRITE: Self = Self { stream: true, ..Self::WRITE };
-
-    /// Bytes of each IO.
-    pub fn io_bytes(&self) -> u64 {
-        if self.stream { STREAM_BYTES } else { BLOCK_BYTES }
-    }
+    pub const STREAM_WRITE: Self = Self { write: true, ..Self::STREAM_READ };
+    /// Durable writes of 128 KiB in order, as a log has them.
+    pub const LOG: Self = Self { dsync: true, ..Self::STREAM_WRITE };
 }
 
 impl fmt::Display for Load {
@@ -56,7 +57,7 @@ impl fmt::Display for Load {
         let order = if self.stream { "stream " } else { "random " };
         let durable = if self.dsync { "durable " } else { "" };
         let what = if self.write { "write" } else { "read" };
-        write!(f, "{durable}{order}{what} {}K", self.io_bytes() >> 10)
+        write!(f, "{durable}{order}{what} {}K", self.bytes >> 10)
     }
 }
 
@@ -126,7 +127,7 @@ impl Bench {
     /// The disk fails or is full.
     pub fn fill(&mut self) -> anyhow::Result<()> {
         let load = Load { depth: FILL_DEPTH, ..Load::STREAM_WRITE };
-        let pieces = self.bytes / load.io_bytes();
+        let pieces = self.bytes / load.bytes;
         self.drive(load, |issued, _| issued < pieces)?;
         self.ring.sync_blocking(self.file)?;
         Ok(())
@@ -144,7 +145,7 @@ impl Bench {
         Ok(Run {
             load,
             iops,
-            bytes_s: iops * load.io_bytes() as f64,
+            bytes_s: iops * load.bytes as f64,
             mean_us: times.mean() / 1000.0,
             p50_us: us(times.value_at_quantile(0.5)),
             p99_us: us(times.value_at_quantile(0.99)),
@@ -158,7 +159,7 @@ impl Bench {
         more: impl Fn(u64, Span) -> bool,
     ) -> anyhow::Result<(Histogram<u64>, Span)> {
         let mut times = Histogram::<u64>::new(3)?;
-        let blocks = (load.io_bytes() / BLOCK_BYTES) as usize;
+        let blocks = (load.bytes / BLOCK_BYTES) as usize;
         let mut spare: Vec<BufMut> = Vec::new();
         for _ in 0..load.depth {
             let mut buf = self.ring.arena().alloc(blocks).context("the arena is too small for this depth")?;
@@ -173,29 +174,34 @@ impl Bench {
             self.submit(load, in_flight.into(), issued, buf);
             (issued, in_flight) = (issued + 1, in_flight + 1);
         }
+        let mut ended: VecDeque<Completion> = VecDeque::new();
         while in_flight > 0 {
-            self.ring.turn(None, &mut completions);
+            // The next IO goes to the disk before the rest of those that ended together are looked
+            // at: a disk that ends 16 at once would else be idle until 16 new ones are made up.
+            let deadline = (!ended.is_empty()).then(|| self.ring.now());
+            self.ring.turn(deadline, &mut completions);
             let now = self.ring.now();
             for completion in completions.drain(..) {
-                completion.result.context("an IO of the probe failed")?;
-                let slot = completion.token as usize;
-                times.record((now - sent[slot]).0.max(1))?;
-                in_flight -= 1;
-                if more(issued, now - start) {
-                    let buf = take_back(completion.buf, completion.bufs).context("a buffer was lost")?;
-                    sent[slot] = now;
-                    self.submit(load, completion.token, issued, buf);
-                    (issued, in_flight) = (issued + 1, in_flight + 1);
-                }
+                times.record((now - sent[completion.token as usize]).0.max(1))?;
+                ended.push_back(completion);
+            }
+            let Some(completion) = ended.pop_front() else { continue };
+            completion.result.context("an IO of the probe failed")?;
+            in_flight -= 1;
+            if more(issued, now - start) {
+                let buf = take_back(completion.buf, completion.bufs).context("a buffer was lost")?;
+                sent[completion.token as usize] = self.ring.now();
+                self.submit(load, completion.token, issued, buf);
+                (issued, in_flight) = (issued + 1, in_flight + 1);
             }
         }
         Ok((times, self.ring.now() - start))
     }
 
     fn submit(&mut self, load: Load, token: u64, nth: u64, buf: BufMut) {
-        let pieces = self.bytes / load.io_bytes();
+        let pieces = self.bytes / load.bytes;
         let piece = if load.stream { nth % pieces } else { self.next_random() % pieces };
-        let (file, offset) = (self.file, piece * load.io_bytes());
+        let (file, offset) = (self.file, piece * load.bytes);
         let op = if load.write {
             Op::WriteAt {
                 file,
@@ -204,7 +210,7 @@ impl Bench {
                 dsync: load.dsync,
             }
         } else {
-            Op::ReadAt { file, offset, buf, bytes: load.io_bytes() as u32 }
+            Op::ReadAt { file, offset, buf, bytes: load.bytes as u32 }
         };
         self.ring.submit(token, op);
     }

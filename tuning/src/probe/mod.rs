@@ -33,6 +33,8 @@ use subject::Subject;
 const READ_DEPTHS: &[u32] = &[1, 2, 4, 8, 16, 32, 64, 128];
 const WRITE_DEPTHS: &[u32] = &[1, 2, 4, 8, 16, 32, 64];
 const DSYNC_DEPTHS: &[u32] = &[1, 2, 4, 7];
+/// Sizes of log batches.
+const BATCH_BYTES: &[u64] = &[128 << 10, 256 << 10, 512 << 10, 1 << 20];
 /// IOs in flight while reading or writing in order.
 const STREAM_DEPTH: u32 = 8;
 
@@ -131,6 +133,10 @@ fn measure_all(bench: &mut Bench, subject: &Subject, time: Duration) -> anyhow::
     if subject.may_write() {
         figures.writes = sweep(Load::WRITE, WRITE_DEPTHS)?;
         figures.dsyncs = sweep(Load::DSYNC, DSYNC_DEPTHS)?;
+        let batches = choose::batches(&figures.dsyncs);
+        for bytes in BATCH_BYTES {
+            figures.logs.extend(sweep(Load { bytes: *bytes, ..Load::LOG }, &[batches])?);
+        }
         figures.stream_write = sweep(Load::STREAM_WRITE, &[STREAM_DEPTH])?;
     }
     Ok(figures)
@@ -155,6 +161,7 @@ fn describe(at: &Path, figures: &Figures, profile: Profile) -> Device {
         read_us: first(&figures.reads).unwrap_or(0.0),
         write_us,
         dsync_us,
+        log_bytes_s: figures.logs.iter().map(|point| point.run.bytes_s).reduce(f64::max),
         dsync_cost: dsync_us.zip(write_us).map(|(dsync, plain)| (dsync / plain * 100.0).round() / 100.0),
         volatile_cache: (!caches.is_empty()).then(|| caches.iter().any(|cache| cache == "write back")),
         io_poll: !disks.is_empty() && disks.iter().all(|d| machine.number(&d.queue("io_poll")) == Some(1)),
@@ -163,8 +170,8 @@ fn describe(at: &Path, figures: &Figures, profile: Profile) -> Device {
 }
 
 fn text(figures: &Figures, device: &Device, saved: Option<&Path>) -> String {
-    let loads =
-        [&figures.reads, &figures.stream_read, &figures.writes, &figures.dsyncs, &figures.stream_write];
+    let Figures { reads, stream_read, writes, dsyncs, logs, stream_write } = figures;
+    let loads = [reads, stream_read, writes, dsyncs, logs, stream_write];
     let row = |point: &Point| {
         let Run { load, iops, bytes_s, p50_us, p99_us, .. } = &point.run;
         [
@@ -183,8 +190,8 @@ fn text(figures: &Figures, device: &Device, saved: Option<&Path>) -> String {
     text += &verdicts(device).into_iter().map(|line| format!("\n{line}")).collect::<String>();
     let limits = device.limits;
     text += &format!(
-        "\n\nfor the target: queue_depth {}, batches_in_flight_max {}, flush_in_flight_max {}\n",
-        limits.queue_depth, limits.batches_in_flight_max, limits.flush_in_flight_max
+        "\n\nfor the target: queue_depth {}, batches_in_flight_max {}, batch_blocks_max {}, flush_in_flight_max {}\n",
+        limits.queue_depth, limits.batches_in_flight_max, limits.batch_blocks_max, limits.flush_in_flight_max
     );
     match saved {
         Some(path) => text + &format!("written to {}; read at the target's next start\n", path.display()),
