@@ -1,8 +1,8 @@
 //! `ashlar tune auto`: a bounded search over the target's own knobs, with `ashlar bench` as the judge.
 //!
 //! One knob after the other, from the defaults: each of its values is tried, and the best is kept
-//! if it gains more than the judge's own noise, which is measured first. So the number of trials is
-//! known beforehand. The cluster that is judged is one of its own, started anew for each trial.
+//! if it gains more than the judge's own noise, which is measured first. Each trial lies between two of
+//! the setting to beat. So the number of trials is known beforehand. The cluster that is judged is one of its own, started anew for each trial.
 //! Deliberately absent: kernel settings (`tune apply`), and anything that a formatted target cannot
 //! change.
 
@@ -24,8 +24,8 @@ pub struct AutoArgs {
     /// A folder on the disk in question; the cluster that is tried lives there [default: /var/tmp]
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
-    /// Trials at most, those that measure the noise included.
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(3..=200))]
+    /// Trials at most, those of the setting to beat included.
+    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(6..=200))]
     trials: u32,
     /// Minutes at most; a trial that has begun is ended.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=600))]
@@ -92,7 +92,7 @@ const KNOBS: &[Knob] = &[
 /// One trial.
 #[derive(Clone, Debug, Serialize)]
 pub struct Trial {
-    /// Which knob was turned; `defaults` while the noise is measured.
+    /// Which knob was turned; else `warm-up`, `defaults` (noise) or `to beat`.
     pub knob: &'static str,
     /// With what.
     pub setting: Setting,
@@ -101,7 +101,7 @@ pub struct Trial {
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
-    /// Score over that of the setting to beat, less 1.
+    /// Score over the mean of the setting to beat before and after, less 1.
     pub gain: Option<f64>,
     /// Whether it became the setting to beat.
     pub kept: bool,
@@ -112,7 +112,7 @@ pub struct Trial {
 pub struct Found {
     /// Every trial, in order.
     pub trials: Vec<Trial>,
-    /// Half the distance between the worst and best of equal trials, in parts.
+    /// The greatest change, in parts, from one score of the setting to beat to its next.
     pub noise: f64,
     /// The best.
     pub best: Setting,
@@ -127,59 +127,102 @@ const NOISE_TRIALS: u32 = 3;
 
 /// Searches, with at most so many calls of the judge, and none after `over` says so.
 ///
+/// The first call warms up (files, page tables, clocks) and counts for nothing. From then on the
+/// setting to beat is judged before and after each other one, so that a drift of the machine does
+/// not look like a gain.
+///
 /// # Errors
 /// The judge fails with the defaults: then there is nothing to compare with.
 pub fn search(
     trials_max: u32,
     over: impl Fn() -> bool,
-    mut judge: impl FnMut(&Setting) -> anyhow::Result<f64>,
+    judge: impl FnMut(&Setting) -> anyhow::Result<f64>,
 ) -> anyhow::Result<Found> {
     let defaults = Setting::default();
-    let mut trials = Vec::new();
-    let mut scores = Vec::new();
-    for _ in 0..NOISE_TRIALS.min(trials_max) {
-        let score = judge(&defaults)?;
-        scores.push(score);
-        let (failure, gain) = (None, None);
-        trials.push(Trial {
-            knob: "defaults",
-            setting: defaults,
-            score: Some(score),
-            failure,
-            gain,
-            kept: false,
-        });
+    let mut bout = Bout { judge, trials: Vec::new(), best: defaults, before: 0.0, noise: 0.0, gain: 0.0 };
+    bout.warm_up()?;
+    for _ in 1..NOISE_TRIALS {
+        bout.judge_again("defaults")?;
     }
-    scores.sort_by(f64::total_cmp);
-    let base = scores[scores.len() / 2];
-    let noise = (scores[scores.len() - 1] - scores[0]) / base / 2.0;
-    let (mut best, mut to_beat) = (defaults, base);
     for (knob, values) in KNOBS {
         let mut winner: Option<(usize, f64)> = None;
-        for setting in values(best) {
-            if trials.len() as u32 >= trials_max || over() {
+        for setting in values(bout.best) {
+            // One for the setting, one for what it has to beat.
+            if bout.trials.len() as u32 + 2 > trials_max || over() {
                 break;
             }
-            let judged = judge(&setting);
-            let (score, failure) = match judged {
-                Ok(score) => (Some(score), None),
-                Err(error) => (None, Some(format!("{error:#}"))),
-            };
-            let gain = score.map(|score| score / to_beat - 1.0);
-            if let (Some(score), Some(gain)) = (score, gain)
-                && gain > noise.max(GAIN_MIN)
-                && winner.is_none_or(|(_, other)| score > other)
-            {
-                winner = Some((trials.len(), score));
+            let gain = bout.challenge(knob, setting)?;
+            if winner.is_none_or(|(_, other)| gain > other) {
+                winner = Some((bout.trials.len() - 2, gain));
             }
-            trials.push(Trial { knob, setting, score, failure, gain, kept: false });
         }
-        if let Some((nth, score)) = winner {
-            trials[nth].kept = true;
-            (best, to_beat) = (trials[nth].setting, score);
+        if let Some((nth, gain)) = winner.filter(|(_, gain)| *gain > bout.noise.max(GAIN_MIN)) {
+            bout.keep(nth, gain);
         }
     }
-    Ok(Found { trials, noise, best, gain: to_beat / base - 1.0 })
+    Ok(Found { trials: bout.trials, noise: bout.noise, best: bout.best, gain: bout.gain })
+}
+
+/// A search under way.
+struct Bout<J> {
+    judge: J,
+    trials: Vec<Trial>,
+    best: Setting,
+    /// What the setting to beat scored last.
+    before: f64,
+    /// The greatest change, in parts, from one score of the setting to beat to its next.
+    noise: f64,
+    /// What was gained over the defaults.
+    gain: f64,
+}
+
+impl<J: FnMut(&Setting) -> anyhow::Result<f64>> Bout<J> {
+    /// Judges the defaults twice; only the second score counts.
+    fn warm_up(&mut self) -> anyhow::Result<()> {
+        for knob in ["warm-up", "defaults"] {
+            self.before = self.judge_best(knob)?;
+        }
+        Ok(())
+    }
+
+    /// Judges the setting to beat again.
+    fn judge_again(&mut self, knob: &'static str) -> anyhow::Result<f64> {
+        let score = self.judge_best(knob)?;
+        self.noise = self.noise.max((score / self.before - 1.0).abs());
+        self.before = score;
+        Ok(score)
+    }
+
+    fn judge_best(&mut self, knob: &'static str) -> anyhow::Result<f64> {
+        let score = (self.judge)(&self.best)?;
+        let (setting, failure) = (self.best, None);
+        self.trials.push(Trial { knob, setting, score: Some(score), failure, gain: None, kept: false });
+        Ok(score)
+    }
+
+    /// Judges a setting, then again the one to beat; tells the gain over the mean of both its scores.
+    /// A setting that fails gains nothing.
+    fn challenge(&mut self, knob: &'static str, setting: Setting) -> anyhow::Result<f64> {
+        let judged = (self.judge)(&setting);
+        let (score, failure) = match judged {
+            Ok(score) => (Some(score), None),
+            Err(error) => (None, Some(format!("{error:#}"))),
+        };
+        let (nth, before) = (self.trials.len(), self.before);
+        self.trials.push(Trial { knob, setting, score, failure, gain: None, kept: false });
+        let after = self.judge_again("to beat")?;
+        let gain = score.map(|score| score / f64::midpoint(before, after) - 1.0);
+        self.trials[nth].gain = gain;
+        Ok(gain.unwrap_or(f64::MIN))
+    }
+
+    /// From now on, this trial's setting is the one to beat.
+    fn keep(&mut self, nth: usize, gain: f64) {
+        self.trials[nth].kept = true;
+        self.best = self.trials[nth].setting;
+        self.before *= 1.0 + gain;
+        self.gain = (1.0 + self.gain) * (1.0 + gain) - 1.0;
+    }
 }
 
 /// Runs the command.
@@ -285,7 +328,7 @@ mod tests {
     fn noise_is_never_taken_for_a_gain() {
         let mut calls = 0_u32;
         let found = search(
-            40,
+            80,
             || false,
             |_| {
                 calls += 1;
@@ -297,22 +340,40 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_that_warms_up_and_drifts_shows_no_gain_where_there_is_none() {
+        let mut calls = 0_u32;
+        let found = search(
+            80,
+            || false,
+            |s| {
+                calls += 1;
+                let cold = if calls == 1 { 0.3 } else { 1.0 };
+                let real = if s.queue_depth == 256 { 1.1 } else { 1.0 };
+                Ok(1000.0 * cold * real * 1.02_f64.powi(calls.cast_signed()))
+            },
+        );
+        let found = found.expect("the judge never fails");
+        assert_eq!(found.best, Setting { queue_depth: 256, ..Setting::default() }, "{:?}", found.trials);
+        assert!((found.gain - 0.1).abs() < 0.01 && found.noise < 0.05, "{} {}", found.gain, found.noise);
+    }
+
+    #[test]
     fn the_search_ends_at_its_bounds_and_outlives_a_trial_that_fails() {
         let mut calls = 0;
         let found = search(
-            7,
+            9,
             || false,
-            |_| {
+            |s| {
                 calls += 1;
-                anyhow::ensure!(calls < 5, "no memory");
+                anyhow::ensure!(*s == Setting::default(), "no memory");
                 Ok(1.0)
             },
         );
         let found = found.expect("the defaults worked");
-        assert_eq!((calls, found.trials.len()), (7, 7));
-        assert_eq!(found.trials.iter().filter(|trial| trial.failure.is_some()).count(), 3);
+        assert_eq!((calls, found.trials.len()), (8, 8));
+        assert_eq!(found.trials.iter().filter(|trial| trial.failure.is_some()).count(), 2);
         let none = search(40, || true, |_| Ok(1.0)).expect("no trial failed");
-        assert_eq!(none.trials.len(), 3);
+        assert_eq!(none.trials.len(), 4);
         assert!(search(40, || false, |_| anyhow::bail!("no cluster")).is_err());
     }
 }

@@ -517,7 +517,7 @@ mod tests {
             "script --profile conservative",
             "explain thp",
             "probe /srv --size 256M --seconds 0.5 --fio",
-            "auto --trials 4",
+            "auto --trials 20",
             "docs",
         ] {
             parsed(line).unwrap_or_else(|error| panic!("tune {line}: {error}"));

@@ -9,7 +9,7 @@ use crate::facts::Facts;
 use crate::latency::LatencyHold;
 use crate::look::{Finding, look};
 use crate::machine::Machine;
-use crate::model::{Profile, Severity, State};
+use crate::model::{Item, Profile, Severity, State};
 use crate::tree::{HostTree, Tree};
 use crate::tuners;
 use std::path::Path;
@@ -42,7 +42,8 @@ pub fn at_start(start: &Start<'_>) -> AtStart {
     match Device::load(start.dir) {
         Ok(device) => told.limits = device.map(|device| device.limits),
         Err(error) => {
-            told.lines.push(format!("{error:#}; defaults are used; to mend: ashlar tune probe DIR"))
+            let dir = start.dir.display();
+            told.lines.push(format!("{error:#}; defaults are used; to mend: ashlar tune probe {dir}"))
         }
     }
     if let Some(us) = told.limits.and_then(|limits| limits.cpu_latency_us_max) {
@@ -71,8 +72,9 @@ pub fn lines_of(machine: &Machine<'_>) -> Vec<String> {
     let line = |finding: &Finding| {
         let why = tuners::find(finding.tuner).map_or("", |tuner| tuner.why);
         let Finding { tuner, item, mend, .. } = finding;
-        let object = if item.object.is_empty() { String::new() } else { format!(" of {}", item.object) };
-        format!("{tuner}{object} is {}, wanted {}: {why}; to mend: {mend}", item.found, item.wanted)
+        let of = if item.object.is_empty() { String::new() } else { format!(" of {}", item.object) };
+        let Item { found, wanted, .. } = item;
+        format!("{tuner}{of} costs speed: found {found}, wanted {wanted} ({why}); to mend: {mend}")
     };
     look(&cheap, machine, false).iter().filter(|finding| costs(finding)).map(line).collect()
 }

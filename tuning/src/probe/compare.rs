@@ -16,12 +16,15 @@ use std::time::Duration;
 /// How far apart both may be.
 const APART_MAX: f64 = 0.10;
 
+/// What each does before it measures: fio's process is new each time.
+const WARM_UP: Duration = Duration::from_millis(200);
+
 /// Rounds that differ by more than this tell of other work on the machine.
 const UNQUIET: f64 = 0.25;
 
 /// One load, measured by both.
 #[derive(Debug, Serialize)]
-struct Row {
+pub struct Row {
     load: Load,
     depth: u32,
     ours_iops: f64,
@@ -37,17 +40,16 @@ struct Row {
     within: bool,
 }
 
-/// Measures and prints.
+/// Measures each load by both.
 ///
 /// # Errors
 /// fio is missing or fails, or an IO fails.
-pub fn run(
+pub fn measure_all(
     bench: &mut Bench,
     subject: &Subject,
     time: Duration,
     rounds: u32,
-    output: Output,
-) -> anyhow::Result<Exit> {
+) -> anyhow::Result<Vec<Row>> {
     let mut loads =
         vec![Load::READ, Load { depth: 16, ..Load::READ }, Load { depth: 8, ..Load::STREAM_READ }];
     if subject.may_write() {
@@ -59,16 +61,39 @@ pub fn run(
         ];
         loads.extend(writes);
     }
-    let mut rows = Vec::new();
-    for load in loads {
-        rows.push(measure(bench, subject, load, time, rounds)?);
-    }
-    let all_within = rows.iter().all(|row| row.within);
+    loads.into_iter().map(|load| measure(bench, subject, load, time, rounds)).collect()
+}
+
+/// Prints both, and says whether they agree.
+///
+/// # Errors
+/// stdout cannot be written.
+pub fn show(rows: &[Row], output: Output) -> anyhow::Result<Exit> {
     match output {
-        Output::Json => crate::command::print(&serde_json::to_string_pretty(&rows)?)?,
-        Output::Text => crate::command::print(&text(&rows))?,
+        Output::Json => crate::command::print(&serde_json::to_string_pretty(rows)?)?,
+        Output::Text => crate::command::print(&text(rows))?,
     }
-    Ok(if all_within { Exit::Ok } else { Exit::CheckFailed })
+    Ok(if rows.iter().all(|row| row.within) { Exit::Ok } else { Exit::CheckFailed })
+}
+
+/// A page for docs/benchmarks.
+pub fn page(rows: &[Row], time: Duration, rounds: u32) -> String {
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut page = format!(
+        "# `ashlar tune probe` beside fio\n\nWritten by `ashlar tune probe DIR --fio --write-markdown FILE`; do \
+         not edit figures by hand.\n\nLinux {}, {cpus} processors; {rounds} alternating rounds of {:.1} s a load, \
+         after a warm-up. Rates are medians; \"apart\" is the median of the rounds' ratios, since a shared machine \
+         drifts (spread: the farthest round from the median, ours and fio's).\n\n\
+         | load | depth | ours, IOPS | fio, IOPS | apart | ours, p50 us | fio, p50 us | spread |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+        kernel.trim(),
+        time.as_secs_f64()
+    );
+    for row in rows {
+        page += &format!("| {} |\n", cells(row).join(" | "));
+    }
+    page + &format!("\n{}\n", verdict(rows))
 }
 
 fn measure(
@@ -82,6 +107,7 @@ fn measure(
     for round in 0..rounds {
         for turn in 0..2 {
             if (round + turn) % 2 == 0 {
+                bench.run(load, WARM_UP)?;
                 ours.push(bench.run(load, time)?);
             } else {
                 theirs.push(fio(subject, load, time)?);
@@ -115,25 +141,35 @@ fn measure(
 fn text(rows: &[Row]) -> String {
     let row = |row: &Row| {
         let colour = if row.within { Color::Green } else { Color::Red };
-        let percent = |part: f64| format!("{:.0} %", part * 100.0);
-        vec![
-            Cell::new(row.load),
-            Cell::new(row.depth),
-            Cell::new(format!("{:.0}", row.ours_iops)),
-            Cell::new(format!("{:.0}", row.fio_iops)),
-            Cell::new(format!("{:+.1} %", row.apart * 100.0)).fg(colour),
-            Cell::new(format!("{:.0}", row.ours_us)),
-            Cell::new(format!("{:.0}", row.fio_us)),
-            Cell::new(format!("{}, {}", percent(row.ours_spread), percent(row.fio_spread))),
-        ]
+        let mut line: Vec<_> = cells(row).into_iter().map(Cell::new).collect();
+        line[4] = Cell::new(cells(row)[4].as_str()).fg(colour);
+        line
     };
     let header = ["LOAD", "DEPTH", "OURS IOPS", "FIO IOPS", "APART", "OURS P50 US", "FIO P50 US", "SPREAD"];
     let table = Style::of_stdout().table(&header, rows.iter().map(row).collect());
+    format!("{table}\n{}\n", verdict(rows))
+}
+
+fn cells(row: &Row) -> [String; 8] {
+    let percent = |part: f64| format!("{:.0} %", part * 100.0);
+    [
+        row.load.to_string(),
+        row.depth.to_string(),
+        format!("{:.0}", row.ours_iops),
+        format!("{:.0}", row.fio_iops),
+        format!("{:+.1} %", row.apart * 100.0),
+        format!("{:.0}", row.ours_us),
+        format!("{:.0}", row.fio_us),
+        format!("{}, {}", percent(row.ours_spread), percent(row.fio_spread)),
+    ]
+}
+
+fn verdict(rows: &[Row]) -> String {
     let within = rows.iter().filter(|row| row.within).count();
     let unquiet = rows.iter().any(|row| row.ours_spread.max(row.fio_spread) > UNQUIET);
     let note =
-        if unquiet { "\nthe machine is not quiet (see SPREAD): more --rounds, or try later" } else { "" };
-    format!("{table}\n{within} of {} loads within {:.0} % of fio{note}\n", rows.len(), APART_MAX * 100.0)
+        if unquiet { "\nthe machine is not quiet (see spread): more --rounds, or try later" } else { "" };
+    format!("{within} of {} loads within {:.0} % of fio{note}", rows.len(), APART_MAX * 100.0)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -161,11 +197,16 @@ fn fio(subject: &Subject, load: Load, time: Duration) -> anyhow::Result<Run> {
             "--overwrite=1",
             "--allow_file_create=0",
         ])
+        // Our ring has its memory and files registered.
+        .args(["--fixedbufs=1", "--registerfiles=1"])
         // The whole latency, as ours has it: from submission on.
         .args(["--lat_percentiles=1", "--clat_percentiles=0"])
         .args([format!("--filename={name}"), format!("--size={}", subject.bytes()), format!("--rw={rw}")])
         .args([format!("--bs={}", load.bytes), format!("--iodepth={}", load.depth)])
-        .arg(format!("--runtime={}ms", time.as_millis()));
+        .args([
+            format!("--ramp_time={}ms", WARM_UP.as_millis()),
+            format!("--runtime={}ms", time.as_millis()),
+        ]);
     if load.dsync {
         command.arg("--sync=dsync");
     }

@@ -7,7 +7,7 @@
 use super::subject::Subject;
 use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
-use protocol::types::Span;
+use protocol::types::{ENTRY_BLOCKS_MAX, Span};
 use reactor::ring::{Ring, RingConfig};
 use reactor::{BufMut, Completion, Disk, File, IoBuf, Op, OpenOptions, Reactor};
 use serde::{Serialize, Serializer};
@@ -21,6 +21,9 @@ const BLOCK_BYTES: u64 = 4096;
 const STREAM_BYTES: u64 = 128 << 10;
 /// IOs in flight while the file is filled.
 const FILL_DEPTH: u32 = 8;
+
+/// The memory of one IO.
+type Bufs = Vec<BufMut>;
 
 /// A load: what is done, of which size, how many at once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -159,19 +162,16 @@ impl Bench {
         more: impl Fn(u64, Span) -> bool,
     ) -> anyhow::Result<(Histogram<u64>, Span)> {
         let mut times = Histogram::<u64>::new(3)?;
-        let blocks = (load.bytes / BLOCK_BYTES) as usize;
-        let mut spare: Vec<BufMut> = Vec::new();
+        let mut spare: Vec<Bufs> = Vec::new();
         for _ in 0..load.depth {
-            let mut buf = self.ring.arena().alloc(blocks).context("the arena is too small for this depth")?;
-            self.scramble(&mut buf);
-            spare.push(buf);
+            spare.push(self.bufs(load.bytes)?);
         }
         let start = self.ring.now();
         let mut sent = vec![start; load.depth as usize];
         let (mut issued, mut in_flight) = (0_u64, 0_u32);
         let mut completions: Vec<Completion> = Vec::new();
-        while let Some(buf) = spare.pop() {
-            self.submit(load, in_flight.into(), issued, buf);
+        while let Some(bufs) = spare.pop() {
+            self.submit(load, in_flight.into(), issued, bufs);
             (issued, in_flight) = (issued + 1, in_flight + 1);
         }
         let mut ended: VecDeque<Completion> = VecDeque::new();
@@ -189,16 +189,16 @@ impl Bench {
             completion.result.context("an IO of the probe failed")?;
             in_flight -= 1;
             if more(issued, now - start) {
-                let buf = take_back(completion.buf, completion.bufs).context("a buffer was lost")?;
+                let bufs = take_back(completion.buf, completion.bufs).context("a buffer was lost")?;
                 sent[completion.token as usize] = self.ring.now();
-                self.submit(load, completion.token, issued, buf);
+                self.submit(load, completion.token, issued, bufs);
                 (issued, in_flight) = (issued + 1, in_flight + 1);
             }
         }
         Ok((times, self.ring.now() - start))
     }
 
-    fn submit(&mut self, load: Load, token: u64, nth: u64, buf: BufMut) {
+    fn submit(&mut self, load: Load, token: u64, nth: u64, mut bufs: Bufs) {
         let pieces = self.bytes / load.bytes;
         let piece = if load.stream { nth % pieces } else { self.next_random() % pieces };
         let (file, offset) = (self.file, piece * load.bytes);
@@ -206,10 +206,12 @@ impl Bench {
             Op::WriteAt {
                 file,
                 offset,
-                bufs: [IoBuf::whole(buf.freeze())].into_iter().collect(),
+                bufs: bufs.into_iter().map(|buf| IoBuf::whole(buf.freeze())).collect(),
                 dsync: load.dsync,
             }
         } else {
+            let buf = bufs.pop().expect("a read has one buffer");
+            assert!(bufs.is_empty() && buf.len() as u64 == load.bytes, "reads are of one run at most");
             Op::ReadAt { file, offset, buf, bytes: load.bytes as u32 }
         };
         self.ring.submit(token, op);
@@ -223,6 +225,19 @@ impl Bench {
         self.random
     }
 
+    /// The memory of an IO, in runs as long as the arena has them.
+    fn bufs(&mut self, bytes: u64) -> anyhow::Result<Bufs> {
+        let blocks = (bytes / BLOCK_BYTES) as usize;
+        let runs = (0..blocks).step_by(ENTRY_BLOCKS_MAX).map(|at| ENTRY_BLOCKS_MAX.min(blocks - at));
+        let mut bufs = Bufs::new();
+        for run in runs {
+            let mut buf = self.ring.arena().alloc(run).context("the arena is too small for this depth")?;
+            self.scramble(&mut buf);
+            bufs.push(buf);
+        }
+        Ok(bufs)
+    }
+
     /// Bytes that a disk cannot compress.
     fn scramble(&mut self, buf: &mut BufMut) {
         for word in buf.chunks_exact_mut(8) {
@@ -232,9 +247,10 @@ impl Bench {
 }
 
 /// The memory of an IO, to be used again.
-fn take_back(buf: Option<BufMut>, bufs: reactor::IoList) -> Option<BufMut> {
-    buf.or_else(|| match bufs.into_iter().next()? {
+fn take_back(buf: Option<BufMut>, bufs: reactor::IoList) -> Option<Bufs> {
+    let unique = |buf| match buf {
         IoBuf::Shared { buf, .. } => buf.try_unique().ok(),
         _ => None,
-    })
+    };
+    buf.map_or_else(|| bufs.into_iter().map(unique).collect(), |buf| Some(vec![buf]))
 }

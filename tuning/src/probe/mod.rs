@@ -20,6 +20,7 @@ use crate::machine::Machine;
 use crate::model::Profile;
 use crate::render::Style;
 use crate::tree::HostTree;
+use anyhow::Context;
 use choose::limits;
 use clap::Args;
 use comfy_table::Cell;
@@ -57,6 +58,9 @@ pub struct ProbeArgs {
     /// than a tenth apart.
     #[arg(long)]
     fio: bool,
+    /// Keep the comparison with fio as a page, too.
+    #[arg(long, requires = "fio", value_name = "FILE")]
+    write_markdown: Option<PathBuf>,
     /// How often each load is measured by each, with --fio; medians are compared.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: u32,
@@ -94,7 +98,12 @@ pub fn run(args: &ProbeArgs) -> anyhow::Result<Exit> {
         bench.fill()?;
     }
     if args.fio {
-        return compare::run(&mut bench, &subject, time, args.rounds, args.output);
+        let rows = compare::measure_all(&mut bench, &subject, time, args.rounds)?;
+        if let Some(path) = &args.write_markdown {
+            let page = compare::page(&rows, time, args.rounds);
+            std::fs::write(path, page).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        return compare::show(&rows, args.output);
     }
     let figures = measure_all(&mut bench, &subject, time)?;
     let device = describe(&args.at, &figures, args.profile);
@@ -241,6 +250,8 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::OpenOptionsExt;
 
     #[test]
     fn sizes_and_times_that_measure_nothing_are_refused() {
@@ -269,6 +280,71 @@ mod tests {
         }
         drop((bench, subject));
         assert_eq!(std::fs::read_dir(dir.path())?.count(), 0, "a probe leaves nothing behind");
+        Ok(())
+    }
+
+    /// A loop device over a file; detached when dropped.
+    struct Loop(PathBuf);
+
+    impl Loop {
+        fn over(file: &Path) -> Option<Self> {
+            let output = std::process::Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+            let output = output.ok().filter(|output| output.status.success())?;
+            Some(Self(String::from_utf8_lossy(&output.stdout).trim().into()))
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let detached = std::process::Command::new("losetup").arg("--detach").arg(&self.0).status();
+            assert!(detached.is_ok_and(|status| status.success()), "{} stays", self.0.display());
+        }
+    }
+
+    fn probe_of(at: &Path, destroy: bool, save: Option<PathBuf>) -> anyhow::Result<Exit> {
+        let no_save = save.is_none();
+        let (size, seconds, rounds) = (16 << 20, 0.05, 1);
+        let (fio, profile, output, write_markdown) = (false, Profile::default(), Output::Json, None);
+        let at = at.into();
+        run(&ProbeArgs {
+            at,
+            size,
+            seconds,
+            destroy,
+            fio,
+            write_markdown,
+            rounds,
+            profile,
+            save,
+            no_save,
+            output,
+        })
+    }
+
+    #[test]
+    fn a_device_is_only_read_unless_it_may_be_destroyed_and_nothing_uses_it() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR"))?;
+        let (file, saved) = (dir.path().join("disk"), dir.path().join(FILE));
+        let pattern = vec![0xA5_u8; 16 << 20];
+        std::fs::write(&file, &pattern)?;
+        let Some(device) = Loop::over(&file) else {
+            println!("SKIPPED: no loop device can be made here (not root, or no loop in the kernel)");
+            return Ok(());
+        };
+        probe_of(&device.0, false, Some(saved.clone()))?;
+        let read_only = Device::load(dir.path())?.expect("saved").measured.expect("measured");
+        assert!(read_only.read_iops > 0.0 && read_only.write_iops.is_none());
+        assert!(std::fs::read(&file)? == pattern, "a device is only read");
+        let in_use = OpenOptions::new().read(true).custom_flags(nix::libc::O_EXCL).open(&device.0)?;
+        let refused = probe_of(&device.0, true, None).map(|_| ()).expect_err("in use");
+        assert!(format!("{refused:#}").contains("is in use"), "{refused:#}");
+        assert!(std::fs::read(&file)? == pattern, "a device in use is not written");
+        drop(in_use);
+        probe_of(&device.0, true, Some(saved))?;
+        let written = Device::load(dir.path())?.expect("saved").measured.expect("measured");
+        assert!(written.write_iops.is_some_and(|iops| iops > 0.0) && written.log_bytes_s.is_some());
+        drop(device);
+        assert!(std::fs::read(&file)? != pattern, "a device that may be destroyed is written");
         Ok(())
     }
 }

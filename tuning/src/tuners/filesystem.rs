@@ -55,6 +55,7 @@ pub static TUNERS: &[Tuner] = &[
 const FREE_BYTES_MIN: u64 = 4 << 30;
 
 struct Mount {
+    point: String,
     kind: String,
     options: Vec<String>,
 }
@@ -77,7 +78,7 @@ fn mount(machine: &Machine<'_>) -> Option<Mount> {
         (holds(&point) && (*head.get(2)? == device || tail.first() == Some(&"btrfs"))).then(|| {
             let more = tail.get(2).copied().unwrap_or_default();
             let options = options.split(',').chain(more.split(',')).map(str::to_owned).collect();
-            (point.len(), Mount { kind: tail[0].to_owned(), options })
+            (point.len(), Mount { point, kind: tail[0].to_owned(), options })
         })
     });
     beneath.max_by_key(|(length, _)| *length).map(|(_, mount)| mount)
@@ -102,8 +103,12 @@ fn mount_options(machine: &Machine<'_>) -> Vec<Item> {
         return vec![Item::unknown("", "no mount of the folder was found", "-")];
     };
     let has = |word: &str| mount.options.iter().any(|option| option == word);
+    let undiscard = format!(
+        "sudo mount -o remount,nodiscard {}; the same in /etc/fstab; sudo systemctl enable --now fstrim.timer",
+        mount.point
+    );
     let bad: &[(&str, &str)] = &[
-        ("discard", "mount without it and enable fstrim.timer"),
+        ("discard", &undiscard),
         ("data=journal", "mount with data=ordered"),
         ("nobarrier", "mount with barriers: without them a power cut loses acknowledged writes"),
         ("barrier=0", "mount with barriers: without them a power cut loses acknowledged writes"),

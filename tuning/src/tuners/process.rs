@@ -5,6 +5,8 @@ use crate::model::{GONE_AT_REBOOT, Item, Mode, NOT_OURS, Severity, Tuner};
 
 /// The first kernel whose io_uring has all that the reactor uses (DEFER_TASKRUN).
 const KERNEL_MIN: (u32, u32) = (6, 1);
+/// The capability to lock any memory, as capabilities(7) numbers it.
+const CAP_IPC_LOCK: u32 = 14;
 /// A shard's arena at its default size, and as much again for what else is registered.
 const MEMLOCK_BYTES_MIN: u64 = 128 << 20;
 /// Room for the chunk files of some disks and for some thousand connections.
@@ -63,7 +65,7 @@ pub static TUNERS: &[Tuner] = &[
         what: "how much memory this process may lock (RLIMIT_MEMLOCK)",
         why: "without it buffers cannot be registered with the ring, which costs CPU on each IO",
         risk: "locked memory cannot be swapped out or reclaimed",
-        places: &["/proc/self/limits"],
+        places: &["/proc/self/limits", "/proc/self/status"],
         default: "128 MiB or more a shard",
         reboot: NOT_OURS,
         sources: &["io_uring_register(2)", "SPDK: doc/system_configuration.md"],
@@ -150,9 +152,20 @@ fn memlock(machine: &Machine<'_>) -> Vec<Item> {
     let Some((soft, _)) = limit(machine, "Max locked memory") else {
         return vec![Item::unknown("", "not in /proc/self/limits", &wanted)];
     };
+    // The kernel counts no locked memory of who has CAP_IPC_LOCK, as root has.
+    if has_capability(machine, CAP_IPC_LOCK) {
+        return vec![Item::judged("", true, "unlimited (CAP_IPC_LOCK)", &wanted, "")];
+    }
     let found = if soft == u64::MAX { "unlimited".into() } else { format!("{} MiB", soft >> 20) };
-    let fix = "LimitMEMLOCK=infinity in the target's unit (ulimit -l unlimited in a shell of root)";
+    let fix = "LimitMEMLOCK=infinity in the target's unit, or `ulimit -l unlimited` as root before it starts";
     vec![Item::judged("", soft >= least, &found, &wanted, fix)]
+}
+
+/// Whether this process has a capability, by its number in capabilities(7).
+fn has_capability(machine: &Machine<'_>, number: u32) -> bool {
+    let status = machine.text("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    mask.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).is_some_and(|mask| mask >> number & 1 == 1)
 }
 
 fn nofile(machine: &Machine<'_>) -> Vec<Item> {
@@ -169,6 +182,18 @@ fn nofile(machine: &Machine<'_>) -> Vec<Item> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_may_lock_any_memory_has_no_limit() {
+        let text = "/proc/self/limits << END\nMax locked memory         8388608              8388608              bytes\nEND\n";
+        for (mask, good) in [("000001ffffffffff", true), ("0000000000003fff", false), ("", false)] {
+            let text = format!("{text}/proc/self/status << END\nCapEff:\t{mask}\nEND\n");
+            let (tree, facts) = crate::fixture::MemTree::parse(&text).expect("well formed");
+            let machine = Machine { tree: &tree, facts: &facts, profile: Default::default() };
+            let item = memlock(&machine).remove(0);
+            assert_eq!(item.state == crate::model::State::Good, good, "{mask}: {item:?}");
+        }
+    }
 
     #[test]
     fn kernel_releases() {
