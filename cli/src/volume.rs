@@ -1,4 +1,4 @@
-//! `ashlar volume`: create, list, show, remove, check.
+//! `ashlar volume`: create, list, show, resize, remove, check.
 
 pub mod check;
 mod compare;
@@ -21,6 +21,8 @@ pub enum VolumeCommand {
     Ls(ListArgs),
     /// Show one volume.
     Show(OneArgs),
+    /// Make a volume larger. Hosts attached over NVMe see it at once, NBD clients at their next connection.
+    Resize(ResizeArgs),
     /// Remove a volume and all that it holds.
     Rm(OneArgs),
     /// Compare every replica of every chunk; exit code 3 when any differs.
@@ -53,6 +55,20 @@ pub struct ListArgs {
     /// Those being removed too.
     #[arg(long)]
     all: bool,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// What `volume resize` takes.
+#[derive(Args)]
+pub struct ResizeArgs {
+    /// The volume.
+    name: String,
+    /// Its new size, such as 20G; not below what it has.
+    #[arg(long)]
+    size: Size,
     #[command(flatten)]
     cluster: ClusterArgs,
     #[command(flatten)]
@@ -115,6 +131,7 @@ pub async fn run(command: VolumeCommand) -> Outcome {
         VolumeCommand::Create(args) => create(args).await,
         VolumeCommand::Ls(args) => list(args).await,
         VolumeCommand::Show(args) => show(args).await,
+        VolumeCommand::Resize(args) => resize(args).await,
         VolumeCommand::Rm(args) => remove(args).await,
         VolumeCommand::Check(args) => check::run(args).await,
     }
@@ -171,6 +188,13 @@ async fn show(args: OneArgs) -> Outcome {
             if v.exports.is_empty() { "none".into() } else { v.exports.join(" ") },
         )
     })?;
+    Ok(Exit::Ok)
+}
+
+async fn resize(args: ResizeArgs) -> Outcome {
+    let mds = args.cluster.connect()?;
+    let volume = mds.resize_volume(volume_ref(&args.name), args.size.0).await?;
+    args.output.print(&Shown::from(&volume), |v| format!("{} has {} now", v.name, Size(v.bytes)))?;
     Ok(Exit::Ok)
 }
 

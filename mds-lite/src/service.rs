@@ -147,6 +147,16 @@ impl Mds for Service {
         answer(self.owner.query(move |state, _| view::stat(state, id)).await?)
     }
 
+    async fn resize_volume(
+        &self,
+        request: Request<pb::ResizeVolumeRequest>,
+    ) -> Answer<pb::ResizeVolumeResponse> {
+        let pb::ResizeVolumeRequest { volume, bytes } = request.into_inner();
+        let command = Command::ResizeVolume { volume: intake::volume_ref(volume)?, bytes };
+        let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
+        answer(pb::ResizeVolumeResponse { volume: Some(self.owner.command(command, view).await?) })
+    }
+
     async fn delete_volume(
         &self,
         request: Request<pb::DeleteVolumeRequest>,

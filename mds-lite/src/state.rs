@@ -119,6 +119,13 @@ pub enum Command {
         /// Name of its pool.
         pool: String,
     },
+    /// Make a volume larger.
+    ResizeVolume {
+        /// Which.
+        volume: VolumeRef,
+        /// Its new size.
+        bytes: u64,
+    },
     /// Mark a volume deleted.
     DeleteVolume(VolumeRef),
     /// Offer a volume.
@@ -215,7 +222,7 @@ pub enum Reply {
     Allocated(u64),
     /// The pool created.
     Pool(PoolId),
-    /// The volume created, deleted or offered.
+    /// The volume created, grown, deleted or offered.
     Volume(VolumeId),
 }
 
@@ -306,6 +313,7 @@ impl State {
             Command::CreateVolume { name, bytes, block_bytes, pool } => {
                 self.create_volume(name, bytes, block_bytes, &pool)
             }
+            Command::ResizeVolume { volume, bytes } => self.resize_volume(&volume, bytes),
             Command::DeleteVolume(volume) => self.delete_volume(&volume),
             Command::AddExport(volume, protocol) => self.add_export(&volume, protocol),
             Command::RemoveExport(volume, protocol) => self.remove_export(&volume, protocol),

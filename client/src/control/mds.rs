@@ -157,6 +157,16 @@ impl MdsClient {
             .await
     }
 
+    /// Makes a volume larger. Idempotent.
+    pub async fn resize_volume(&self, volume: pb::VolumeRef, bytes: u64) -> Result<pb::Volume, Problem> {
+        let request = pb::ResizeVolumeRequest { volume: Some(volume), bytes };
+        let call = |c| {
+            let r = request.clone();
+            async move { stub(c).resize_volume(r).await }
+        };
+        self.link.repeat(call).await?.volume.ok_or_else(|| self.link.nonsense("no volume"))
+    }
+
     /// Marks a volume deleted; its targets then free its chunks. One attempt.
     pub async fn delete_volume(&self, volume: pb::VolumeRef) -> Result<VolumeId, Problem> {
         let request = pb::DeleteVolumeRequest { volume: Some(volume) };

@@ -237,6 +237,43 @@ fn a_volume_id_is_never_given_out_again_across_delete_purge_and_restart() {
 }
 
 #[test]
+fn a_volume_grows_and_never_shrinks_and_what_its_last_segment_takes_up_must_fit() {
+    let mut mds = Mds::ready(4 * GIB);
+    let id = mds.create("vol0", GIB / 2).unwrap();
+    let resize = |bytes| Command::ResizeVolume { volume: named("vol0"), bytes };
+    mds.run(allocate(id, &[0])).unwrap();
+    let other = mds.create("other", 3 * GIB).unwrap();
+    mds.run(allocate(other, &[0, 1, 2])).unwrap();
+    let before = mds.generation();
+    assert_eq!(mds.run(resize(GIB / 2)).unwrap(), Reply::Volume(id));
+    assert_eq!(mds.generation(), before, "the same size is no change");
+    for bytes in [0, GIB / 2 - 4096, GIB / 2 + 512, limits::VOLUME_BYTES_MAX + 4096] {
+        assert_eq!(mds.refused(resize(bytes)), ProblemKind::Invalid, "{bytes}");
+    }
+    // Of the 4 GiB 3.5 are taken: the short segment may grow by all that is left.
+    mds.run(resize(9 * GIB)).unwrap();
+    assert_eq!((mds.generation(), mds.state.map.volumes[&id].bytes), (before + 1, 9 * GIB));
+    assert_eq!(mds.state.pool_allocated(1), 4 * GIB);
+    assert_eq!(mds.refused(allocate(id, &[1])), ProblemKind::NoSpace);
+    let mds = mds.restart();
+    assert_eq!(mds.state.map.volumes[&id].bytes, 9 * GIB);
+}
+
+#[test]
+fn a_volume_does_not_grow_into_space_that_is_not_there() {
+    let mut mds = Mds::ready(GIB);
+    let id = mds.create("vol0", GIB / 4).unwrap();
+    mds.run(allocate(id, &[0])).unwrap();
+    let other = mds.create("other", GIB / 2).unwrap();
+    mds.run(allocate(other, &[0])).unwrap();
+    let resize = Command::ResizeVolume { volume: named("vol0"), bytes: GIB };
+    assert_eq!(mds.refused(resize), ProblemKind::NoSpace);
+    mds.run(Command::DeleteVolume(named("vol0"))).unwrap();
+    let resize = Command::ResizeVolume { volume: VolumeRef::Id(id), bytes: GIB / 2 };
+    assert_eq!(mds.refused(resize), ProblemKind::NotFound);
+}
+
+#[test]
 fn a_deleted_volume_is_kept_until_every_holder_freed_it() {
     let mut mds = Mds::ready(100 * GIB);
     let id = mds.create("vol0", GIB).unwrap();
@@ -471,6 +508,8 @@ fn any_command() -> impl Strategy<Value = Command> {
             targets: Vec::new()
         }),
         volume().prop_map(Command::DeleteVolume),
+        (volume(), 0u64..6)
+            .prop_map(|(volume, gib)| Command::ResizeVolume { volume, bytes: gib * GIB + 4096 }),
         (volume(), protocol()).prop_map(|(v, p)| Command::AddExport(v, p)),
         (volume(), protocol()).prop_map(|(v, p)| Command::RemoveExport(v, p)),
     ]

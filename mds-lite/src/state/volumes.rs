@@ -1,4 +1,4 @@
-//! Volumes: created, allocated, offered, deleted.
+//! Volumes: created, grown, allocated, offered, deleted.
 
 use super::{Change, Decision, POOL_DEFAULT, Reply, State, VolumeRef, error};
 use crate::record::{PoolId, PoolRecord, VolumeRecord};
@@ -37,6 +37,32 @@ impl State {
         let found = self.pools.iter().find(|(_, pool)| pool.name == name).map(|(id, pool)| (*id, pool));
         let expected = self.policy.targets_expected.max(self.policy.replicas);
         found.ok_or_else(|| error::no_pool(name, self.targets.len(), expected))
+    }
+
+    pub(super) fn resize_volume(&self, volume: &VolumeRef, bytes: u64) -> Result<Decision, Problem> {
+        let (id, record) = self.find_live(volume)?;
+        check_volume_size(bytes, record.block_bytes)?;
+        if bytes < record.bytes {
+            return Err(error::invalid(
+                format!("volume {:?} was not made smaller", record.name),
+                format!("it has {} bytes, and what lies beyond {bytes} would be lost", record.bytes),
+                "volumes only grow; create a smaller one and copy what is needed",
+            ));
+        }
+        if bytes == record.bytes {
+            return Ok(Decision::unchanged(Reply::Volume(id)));
+        }
+        let grown = VolumeRecord { bytes, ..record.clone() };
+        // A last segment that was short and is written takes up more from now on.
+        let allocated = self.allocation(id);
+        let wanted = allocated.bytes_of(&grown) - allocated.bytes_of(record);
+        let pool = &self.pools[&record.pool];
+        let (capacity, held) = (self.pool_capacity(pool), self.pool_allocated(record.pool));
+        if wanted > 0 && held.saturating_add(wanted) > capacity {
+            return Err(error::no_space(&pool.name, capacity, held, wanted));
+        }
+        let changes = vec![Change::Volume(id, grown), Change::Counters(self.next_generation())];
+        Ok(Decision { changes, reply: Reply::Volume(id) })
     }
 
     pub(super) fn delete_volume(&self, volume: &VolumeRef) -> Result<Decision, Problem> {
