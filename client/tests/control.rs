@@ -43,7 +43,7 @@ async fn a_watch_outlives_a_restart_and_no_volume_is_lost() {
     let mut watch = MapWatch::new(mds.clone(), None);
     let first = watch.next().await.unwrap();
     let volume = mds.create_volume("vol0", 1 << 30, 512, "").await.unwrap();
-    mds.add_export(volume_ref("vol0"), ExportProtocol::Nbd).await.unwrap();
+    mds.add_export(volume_ref("vol0"), ExportProtocol::Nbd, None).await.unwrap();
     let mut map = watch.next().await.unwrap();
     while map.exports.is_empty() {
         map = watch.next().await.unwrap();

@@ -3,7 +3,7 @@
 
 use crate::record::{Endpoints, Uuid};
 use crate::state::{Command, Heartbeat, Registration, Replica, Usage, VolumeRef};
-use protocol::control::{Problem, ProblemKind, limits, pb};
+use protocol::control::{Problem, ProblemKind, allowed_hosts, limits, pb, protocol_from_pb};
 use protocol::types::{CopysetId, LogIndex, TargetId, Term, VolumeId};
 use std::net::SocketAddr;
 
@@ -21,6 +21,19 @@ pub fn allocate(request: pb::AllocateSegmentsRequest) -> Result<Command, Problem
     let pb::AllocateSegmentsRequest { volume, segments } = request;
     within("segments", segments.len(), limits::SEGMENTS_MAX as usize)?;
     Ok(Command::Allocate { volume: VolumeId(volume), segments })
+}
+
+/// A volume to be grown.
+pub fn resize_volume(request: pb::ResizeVolumeRequest) -> Result<Command, Problem> {
+    let pb::ResizeVolumeRequest { volume, bytes } = request;
+    Ok(Command::ResizeVolume { volume: volume_ref(volume)?, bytes })
+}
+
+/// A volume to be offered.
+pub fn add_export(request: pb::AddExportRequest) -> Result<Command, Problem> {
+    let pb::AddExportRequest { volume, protocol, allowed } = request;
+    let allowed = allowed.map(|hosts| allowed_hosts(&hosts.nqns)).transpose()?;
+    Ok(Command::AddExport { volume: volume_ref(volume)?, protocol: protocol_from_pb(protocol)?, allowed })
 }
 
 /// A pool to be created.

@@ -192,6 +192,9 @@ impl Allocated {
 /// The key of an export: volume and protocol.
 pub type ExportKey = (VolumeId, protocol::map::ExportProtocol);
 
+/// The NQNs of the only hosts that may use an export; empty: any host.
+pub type AllowedHosts = std::collections::BTreeSet<String>;
+
 mod copysets {
     use protocol::types::CopysetId;
     use serde::{Deserialize, Deserializer, Serializer};

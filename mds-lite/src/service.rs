@@ -67,9 +67,11 @@ impl Mds for Service {
     async fn heartbeat(&self, request: Request<pb::HeartbeatRequest>) -> Answer<pb::HeartbeatResponse> {
         let beat = intake::heartbeat(request.into_inner())?;
         let known = beat.known_generation;
-        let interval = |_: Reply, state: &crate::state::State, _| Ok(state.policy().heartbeat.0 / 1_000_000);
-        let interval_ms = self.owner.command(Command::Heartbeat(beat), interval).await? as u32;
-        answer(pb::HeartbeatResponse { map: self.newer(known), interval_ms })
+        let told = |_: Reply, state: &crate::state::State, now| {
+            Ok((state.policy().heartbeat.0 / 1_000_000, view::away(state, now)))
+        };
+        let (interval_ms, away) = self.owner.command(Command::Heartbeat(beat), told).await?;
+        answer(pb::HeartbeatResponse { map: self.newer(known), interval_ms: interval_ms as u32, away })
     }
 
     async fn get_map(&self, request: Request<pb::GetMapRequest>) -> Answer<pb::GetMapResponse> {
@@ -151,8 +153,7 @@ impl Mds for Service {
         &self,
         request: Request<pb::ResizeVolumeRequest>,
     ) -> Answer<pb::ResizeVolumeResponse> {
-        let pb::ResizeVolumeRequest { volume, bytes } = request.into_inner();
-        let command = Command::ResizeVolume { volume: intake::volume_ref(volume)?, bytes };
+        let command = intake::resize_volume(request.into_inner())?;
         let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
         answer(pb::ResizeVolumeResponse { volume: Some(self.owner.command(command, view).await?) })
     }
@@ -167,9 +168,9 @@ impl Mds for Service {
     }
 
     async fn add_export(&self, request: Request<pb::AddExportRequest>) -> Answer<pb::AddExportResponse> {
-        let pb::AddExportRequest { volume, protocol } = request.into_inner();
-        let protocol = protocol_from_pb(protocol)?;
-        let command = Command::AddExport(intake::volume_ref(volume)?, protocol);
+        let request = request.into_inner();
+        let protocol = protocol_from_pb(request.protocol)?;
+        let command = intake::add_export(request)?;
         let view = move |reply, state: &_, now| view::export(state, now, volume_in(&reply), protocol);
         answer(pb::AddExportResponse { export: Some(self.owner.command(command, view).await?) })
     }

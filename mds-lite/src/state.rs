@@ -11,8 +11,8 @@ mod targets;
 mod volumes;
 
 use crate::record::{
-    Allocated, CopysetRecord, Counters, Endpoints, ExportKey, PoolId, PoolRecord, TargetRecord, Uuid,
-    VolumeRecord,
+    Allocated, AllowedHosts, CopysetRecord, Counters, Endpoints, ExportKey, PoolId, PoolRecord, TargetRecord,
+    Uuid, VolumeRecord,
 };
 use protocol::control::{Problem, limits, map_from_pb, map_to_pb};
 use protocol::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
@@ -68,8 +68,8 @@ pub enum Change {
     VolumePurged(VolumeId),
     /// A volume's allocation is now this.
     Allocated(VolumeId, Allocated),
-    /// A volume is offered.
-    Export(ExportKey),
+    /// A volume is offered, to these hosts.
+    Export(ExportKey, AllowedHosts),
     /// The offer ends.
     ExportRemoved(ExportKey),
 }
@@ -129,7 +129,14 @@ pub enum Command {
     /// Mark a volume deleted.
     DeleteVolume(VolumeRef),
     /// Offer a volume.
-    AddExport(VolumeRef, ExportProtocol),
+    AddExport {
+        /// Which.
+        volume: VolumeRef,
+        /// How.
+        protocol: ExportProtocol,
+        /// To whom only, by NQN; `None`: as before, and to anybody if it is new.
+        allowed: Option<AllowedHosts>,
+    },
     /// End the offer.
     RemoveExport(VolumeRef, ExportProtocol),
 }
@@ -261,7 +268,7 @@ pub struct State {
     pub(crate) copysets: BTreeMap<CopysetId, CopysetRecord>,
     pub(crate) volumes: BTreeMap<VolumeId, VolumeRecord>,
     pub(crate) allocated: BTreeMap<VolumeId, Allocated>,
-    pub(crate) exports: BTreeSet<ExportKey>,
+    pub(crate) exports: BTreeMap<ExportKey, AllowedHosts>,
     /// Names of volumes that are not deleted.
     names: BTreeMap<String, VolumeId>,
     /// The records as the map shows them.
@@ -287,7 +294,7 @@ impl State {
             copysets: BTreeMap::new(),
             volumes: BTreeMap::new(),
             allocated: BTreeMap::new(),
-            exports: BTreeSet::new(),
+            exports: BTreeMap::new(),
             names: BTreeMap::new(),
             map: Arc::default(),
             seen: BTreeMap::new(),
@@ -315,7 +322,7 @@ impl State {
             }
             Command::ResizeVolume { volume, bytes } => self.resize_volume(&volume, bytes),
             Command::DeleteVolume(volume) => self.delete_volume(&volume),
-            Command::AddExport(volume, protocol) => self.add_export(&volume, protocol),
+            Command::AddExport { volume, protocol, allowed } => self.add_export(&volume, protocol, allowed),
             Command::RemoveExport(volume, protocol) => self.remove_export(&volume, protocol),
         }
     }
@@ -352,7 +359,7 @@ impl State {
                 self.freed.remove(&id);
             }
             Change::Allocated(id, allocated) => drop(self.allocated.insert(id, allocated)),
-            Change::Export(key) => drop(self.exports.insert(key)),
+            Change::Export(key, allowed) => drop(self.exports.insert(key, allowed)),
             Change::ExportRemoved(key) => drop(self.exports.remove(&key)),
         }
     }
@@ -465,17 +472,18 @@ impl State {
             copysets: record.copysets.clone(),
             deleted: record.deleted,
         };
+        let export = |((volume, protocol), allowed): (&ExportKey, &AllowedHosts)| ExportEntry {
+            volume: *volume,
+            protocol: *protocol,
+            allowed_hosts: allowed.clone(),
+        };
         ClusterMap {
             cluster: self.cluster.0,
             generation: self.counters.generation,
             targets: self.targets.iter().map(|(id, record)| (*id, target(record))).collect(),
             copysets: self.copysets.iter().map(|(id, record)| (*id, copyset(record))).collect(),
             volumes: self.volumes.iter().map(|(id, record)| (*id, volume(record))).collect(),
-            exports: self
-                .exports
-                .iter()
-                .map(|(volume, protocol)| ExportEntry { volume: *volume, protocol: *protocol })
-                .collect(),
+            exports: self.exports.iter().map(export).collect(),
         }
     }
 

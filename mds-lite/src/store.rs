@@ -31,6 +31,9 @@ const VOLUMES: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("volumes")
 const ALLOCATED: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("allocated");
 const EXPORTS: TableDefinition<'_, (u32, u8), ()> = TableDefinition::new("exports");
 
+/// Of exports that not every host may use; absent in files from before there were such.
+const ALLOWED_HOSTS: TableDefinition<'_, (u32, u8), &[u8]> = TableDefinition::new("allowed_hosts");
+
 const KEY_SCHEMA: &str = "schema";
 const KEY_CLUSTER: &str = "cluster";
 const KEY_COUNTERS: &str = "counters";
@@ -93,11 +96,21 @@ impl Store {
         each(COPYSETS, &|id, value| Ok(Change::Copyset(CopysetId(id), decode("copyset", value)?)))?;
         each(VOLUMES, &|id, value| Ok(Change::Volume(VolumeId(id), decode("volume", value)?)))?;
         each(ALLOCATED, &|id, value| Ok(Change::Allocated(VolumeId(id), Allocated::from_bytes(value))))?;
+        let hosts = match read.open_table(ALLOWED_HOSTS) {
+            Err(redb::TableError::TableDoesNotExist(_)) => None,
+            hosts => Some(hosts.map_err(text)?),
+        };
         let exports = read.open_table(EXPORTS).map_err(text)?;
         for row in exports.iter().map_err(text)? {
-            let (volume, protocol) = row.map_err(text)?.0.value();
+            let key = row.map_err(text)?.0.value();
+            let allowed = match &hosts {
+                Some(hosts) => hosts.get(key).map_err(text)?,
+                None => None,
+            };
+            let allowed = allowed.map(|value| decode("list of hosts", value.value())).transpose()?;
+            let (volume, protocol) = key;
             let protocol = protocol_from(protocol).ok_or(format!("export protocol {protocol}"))?;
-            changes.push(Change::Export((VolumeId(volume), protocol)));
+            changes.push(Change::Export((VolumeId(volume), protocol), allowed.unwrap_or_default()));
         }
         Ok(changes)
     }
@@ -195,13 +208,19 @@ fn put(write: &WriteTransaction, change: &Change) -> Result<(), String> {
                 write.open_table(table).map_err(text)?.remove(id.0).map_err(text)?;
             }
         }
-        Change::Export((volume, protocol)) => {
-            let mut table = write.open_table(EXPORTS).map_err(text)?;
-            table.insert((volume.0, protocol_number(*protocol)), ()).map_err(text)?;
+        Change::Export((volume, protocol), allowed) => {
+            let key = (volume.0, protocol_number(*protocol));
+            write.open_table(EXPORTS).map_err(text)?.insert(key, ()).map_err(text)?;
+            let mut hosts = write.open_table(ALLOWED_HOSTS).map_err(text)?;
+            match allowed.is_empty() {
+                true => hosts.remove(key).map_err(text)?,
+                false => hosts.insert(key, encode(allowed).as_slice()).map_err(text)?,
+            };
         }
         Change::ExportRemoved((volume, protocol)) => {
-            let mut table = write.open_table(EXPORTS).map_err(text)?;
-            table.remove((volume.0, protocol_number(*protocol))).map_err(text)?;
+            let key = (volume.0, protocol_number(*protocol));
+            write.open_table(EXPORTS).map_err(text)?.remove(key).map_err(text)?;
+            write.open_table(ALLOWED_HOSTS).map_err(text)?.remove(key).map_err(text)?;
         }
     }
     Ok(())

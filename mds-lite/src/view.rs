@@ -13,7 +13,7 @@ pub(crate) fn volume(state: &State, id: VolumeId) -> Result<pb::Volume, Problem>
 
 fn volume_of(state: &State, id: VolumeId, record: &VolumeRecord) -> pb::Volume {
     let allocated = state.allocation(id);
-    let exports = state.exports.iter().filter(|(volume, _)| *volume == id);
+    let exports = state.exports.keys().filter(|(volume, _)| *volume == id);
     pb::Volume {
         id: id.0,
         name: record.name.clone(),
@@ -61,6 +61,7 @@ pub(crate) fn export(
     protocol: ExportProtocol,
 ) -> Result<pb::Export, Problem> {
     let (_, record) = state.find_volume(&crate::state::VolumeRef::Id(volume))?;
+    let allowed = state.exports.get(&(volume, protocol));
     let place = |(id, target): (&TargetId, &TargetRecord)| {
         let (tcp, unix) = match protocol {
             ExportProtocol::Nbd => (target.endpoints.nbd_tcp, target.endpoints.nbd_unix.clone()),
@@ -74,12 +75,22 @@ pub(crate) fn export(
         name: record.name.clone(),
         protocol: protocol_to_pb(protocol).into(),
         places: state.targets.iter().map(place).collect(),
+        allowed_hosts: allowed.into_iter().flatten().cloned().collect(),
     })
 }
 
 pub(crate) fn exports(state: &State, now: Time, of: Option<VolumeId>) -> Result<Vec<pb::Export>, Problem> {
-    let wanted = state.exports.iter().filter(|(volume, _)| of.is_none_or(|of| of == *volume));
+    let wanted = state.exports.keys().filter(|(volume, _)| of.is_none_or(|of| of == *volume));
     wanted.map(|(volume, protocol)| export(state, now, *volume, *protocol)).collect()
+}
+
+/// Targets that are not online. Right after the MDS's start that would be all, so none is told of
+/// until all could have beaten.
+pub(crate) fn away(state: &State, now: Time) -> Vec<u32> {
+    if now < Time::default() + state.policy().offline_after + state.policy().offline_after {
+        return Vec::new();
+    }
+    state.targets.keys().filter(|id| !state.is_online(**id, now)).map(|id| id.0).collect()
 }
 
 pub(crate) fn leader_hint(copyset: CopysetId, leader: Leader) -> pb::LeaderHint {

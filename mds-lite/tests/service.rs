@@ -100,7 +100,7 @@ fn a_cluster_comes_up_and_survives_a_restart_of_its_mds() {
         let mut mds = Running::start(dir.path()).await;
         mds.register_three().await;
         let created = mds.client.create_volume(volume("vol0")).await.unwrap().into_inner().volume.unwrap();
-        let request = pb::AddExportRequest { volume: named("vol0"), protocol: 1 };
+        let request = pb::AddExportRequest { volume: named("vol0"), protocol: 1, allowed: None };
         let export = mds.client.add_export(request).await.unwrap().into_inner().export.unwrap();
         assert_eq!(export.places[2].tcp, "127.0.0.1:10803");
         let request = pb::AllocateSegmentsRequest { volume: created.id, segments: vec![0, 2] };
@@ -203,7 +203,7 @@ fn refusals_arrive_typed_and_on_one_line() {
             let kind = Problem::from_status(&status).kind;
             assert!(matches!(kind, ProblemKind::Invalid | ProblemKind::Limit), "row {at}: {status:?}");
         }
-        let request = pb::AddExportRequest { volume: named("vol0"), protocol: 0 };
+        let request = pb::AddExportRequest { volume: named("vol0"), protocol: 0, allowed: None };
         assert!(mds.client.add_export(request).await.is_err());
         assert!(mds.client.stat_volume(pb::StatVolumeRequest { volume: None }).await.is_err());
         mds.stop().await;

@@ -8,7 +8,9 @@
 mod convert;
 mod problem;
 
-pub use convert::{map_from_pb, map_to_pb, protocol_from_pb, protocol_to_pb, shard_from_pb, shard_to_pb};
+pub use convert::{
+    allowed_hosts, map_from_pb, map_to_pb, protocol_from_pb, protocol_to_pb, shard_from_pb, shard_to_pb,
+};
 pub use problem::{Problem, ProblemKind};
 
 /// The messages and services as generated; comments are in `proto/*.proto`.
@@ -17,7 +19,7 @@ pub mod pb {
     tonic::include_proto!("ashlar.v1");
 }
 
-/// What the control plane accepts at most. With all at their most a map is about 6 MiB.
+/// What the control plane accepts at most. With all at their most a map is about 10 MiB.
 pub mod limits {
     use crate::types::{CHUNK_BYTES, SEGMENT_BYTES};
 
@@ -39,6 +41,10 @@ pub mod limits {
     pub const VOLUME_COPYSETS_MAX: usize = 256;
     /// Most volumes of a cluster, those being deleted included.
     pub const VOLUMES_MAX: usize = 4096;
+    /// Hosts on the list of one export.
+    pub const ALLOWED_HOSTS_MAX: usize = 64;
+    /// Hosts on the lists of all exports: at most 223 bytes each, so 3.5 MiB of a map.
+    pub const ALLOWED_HOSTS_ALL_MAX: usize = 16_384;
     /// The longest path of a Unix socket, as in `sockaddr_un`.
     pub const UNIX_PATH_BYTES_MAX: usize = 107;
     /// The largest message either side decodes.
@@ -71,6 +77,21 @@ pub fn check_name(noun: &str, name: &str) -> Result<(), Problem> {
         Some(bad) => invalid(format!("it holds {bad:?}")),
         None => Ok(()),
     }
+}
+
+/// Whether a host may be called so: an NQN, as in /etc/nvme/hostnqn.
+pub fn check_host_nqn(nqn: &str) -> Result<(), Problem> {
+    let cause = if nqn.len() > crate::nvme_tcp::wire::NQN_BYTES_MAX {
+        format!("it is {} bytes long", nqn.len())
+    } else if !nqn.starts_with("nqn.") {
+        "it does not start with \"nqn.\"".into()
+    } else if !nqn.bytes().all(|byte| byte.is_ascii_graphic()) {
+        "it holds something other than printable ASCII".into()
+    } else {
+        return Ok(());
+    };
+    let fix = "take the host's own name from its /etc/nvme/hostnqn";
+    Err(Problem::new(ProblemKind::Invalid, format!("host {nqn:?} refused"), cause, fix))
 }
 
 /// Whether a volume may have this size in bytes and this block size.

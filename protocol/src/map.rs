@@ -5,7 +5,7 @@
 //! looked up, and nobody has to be asked, on the IO path (docs/adr/0002).
 
 use crate::types::{ChunkId, CopysetId, SEGMENT_CHUNKS, ShardAddr, TargetId, VolumeId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 /// Everything that the data path knows of the cluster; replaced whole when the MDS has a newer one.
@@ -63,6 +63,8 @@ pub struct ExportEntry {
     pub volume: VolumeId,
     /// The protocol.
     pub protocol: ExportProtocol,
+    /// The names (NQNs) of the only hosts that may attach over NVMe; empty: any host.
+    pub allowed_hosts: BTreeSet<String>,
 }
 
 /// How hosts attach.

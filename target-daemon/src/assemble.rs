@@ -114,7 +114,7 @@ fn export(arena: &Arena, plan: &ShardPlan, port: &ShardPort) -> Export {
         arena_reserve_blocks: arena / 2,
         ..NbdLimits::default()
     };
-    Export::new(kind::NBD, volume, plan.me, limits, port.counters().clone())
+    Export::new(kind::NBD, volume, plan.me, limits, port.counters().clone(), port.seat().clone())
 }
 
 fn check_owner(found: &Identity, plan: &ShardPlan) -> Result<(), Problem> {

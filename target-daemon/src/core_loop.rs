@@ -234,6 +234,10 @@ impl<R: Reactor> Core<R> {
             protocol: protocol_to_pb(conn.protocol).into(),
             volume: conn.volume.0,
             in_flight: conn.in_flight as u32,
+            host: conn.host,
+            queue: conn.queue.into(),
+            header_digest: conn.digests.0,
+            data_digest: conn.digests.1,
             ..pb::Connection::default()
         };
         self.export.connections().map(told).collect()

@@ -14,6 +14,7 @@ mod nvme;
 use self::nvme::Nvme;
 use crate::mem::{Mem, Mems};
 use crate::metrics::ShardCounters;
+use crate::subsystems::Seat;
 use chunkstore::Payload;
 use client::volume::{Action, Config, IoError, Request, SubmitError, VolumeIo};
 use protocol::map::{ClusterMap, ExportProtocol};
@@ -73,6 +74,12 @@ pub struct ConnInfo {
     pub in_flight: usize,
     /// How it is attached.
     pub protocol: ExportProtocol,
+    /// The host's name (NQN), over NVMe.
+    pub host: String,
+    /// Which of its controller's queues, over NVMe.
+    pub queue: u16,
+    /// Whether headers, and data, carry digests.
+    pub digests: (bool, bool),
 }
 
 struct Pending {
@@ -118,11 +125,13 @@ impl Export {
         me: ShardAddr,
         limits: NbdLimits,
         counters: Arc<ShardCounters>,
+        seat: Seat,
     ) -> Self {
+        seat.join();
         Self {
             kind,
             limits,
-            nvme: Nvme::new(&limits),
+            nvme: Nvme::new(&limits, seat),
             map: Arc::default(),
             volume: VolumeIo::new(config),
             conns: Slab::new(),
@@ -159,6 +168,9 @@ impl Export {
             volume: VolumeId(conn.export().map_or(0, |e| e.id as u32)),
             in_flight: conn.requests(),
             protocol: ExportProtocol::Nbd,
+            host: String::new(),
+            queue: 0,
+            digests: (false, false),
         };
         self.conns.iter().map(nbd).chain(self.nvme.connections())
     }

@@ -21,6 +21,7 @@ pub mod metrics;
 mod run;
 mod shard;
 mod standing;
+mod subsystems;
 
 pub use chunkstore::InspectReport;
 pub use run::{format, inspect, run};

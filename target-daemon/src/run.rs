@@ -84,14 +84,15 @@ pub fn run(config: TargetConfig, ready: impl FnOnce(Box<dyn Fn() + Send + Sync>)
     let _lock = DirLock::for_running(&config.dir)?;
     let host_setup = look_at_host(&config);
     let stop = Arc::new(AtomicBool::new(false));
-    let nbd = listen_nbd(&config)?;
+    let shared = listen_shared(&config)?;
     let wakers: Vec<Arc<OnceLock<Waker>>> = (0..config.shards).map(|_| Arc::default()).collect();
     let (ends, ports) = shard_ports(wakers.iter().map(|waker| wake_by(waker.clone())).collect());
     let mut parts = Vec::new();
     for (port, waker) in ports.into_iter().zip(&wakers) {
-        let nbd = nbd.iter().map(OwnedFd::try_clone).collect::<Result<Vec<_>, _>>();
-        let nbd = nbd.map_err(|error| cannot("share the NBD listener between shards", &error))?;
-        parts.push(Some(Parts { port, waker: waker.clone(), nbd, stop: stop.clone() }));
+        let copy = |(port, fd): &(ListenFor, OwnedFd)| Ok((*port, fd.try_clone()?));
+        let listeners = shared.iter().map(copy).collect::<Result<Vec<_>, std::io::Error>>();
+        let listeners = listeners.map_err(|error| cannot("share the listeners between shards", &error))?;
+        parts.push(Some(Parts { port, waker: waker.clone(), listeners, stop: stop.clone() }));
     }
     let control =
         control::start(control::Start { config: config.clone(), identity: identity.clone(), ends })?;
@@ -150,7 +151,8 @@ fn wake_by(waker: Arc<OnceLock<Waker>>) -> Box<dyn Fn() + Send + Sync> {
 struct Parts {
     port: ShardPort,
     waker: Arc<OnceLock<Waker>>,
-    nbd: Vec<OwnedFd>,
+    /// Shared by all shards.
+    listeners: Vec<(ListenFor, OwnedFd)>,
     stop: Arc<AtomicBool>,
 }
 
@@ -200,42 +202,42 @@ impl Build {
         let _ = parts.waker.set(ring.waker());
         let mut plan = plan(config, &self.identity, shard_index);
         plan.layout = limited(plan.layout, self.limits);
-        build_core(ring, &plan, parts.port, parts.stop, |ring| self.listen(ring, shard_index, parts.nbd))
+        build_core(ring, &plan, parts.port, parts.stop, |ring| {
+            self.listen(ring, shard_index, parts.listeners)
+        })
     }
 
     fn listen(
         &self,
         ring: &mut Ring,
         shard: u16,
-        nbd: Vec<OwnedFd>,
+        shared: Vec<(ListenFor, OwnedFd)>,
     ) -> Result<Vec<(ListenFor, Listener)>, Problem> {
         let peer = self.config.listen.peer[usize::from(shard)];
         let listener = ring.listen(peer).map_err(|error| cannot_listen("peer", &peer.to_string(), &error))?;
         let mut listeners = vec![(ListenFor::Peer, listener)];
-        for fd in nbd {
-            let listener = ring.adopt_listener(fd).map_err(|error| cannot("listen for NBD", &error))?;
-            listeners.push((ListenFor::Nbd, listener));
-        }
-        // All queues of a host must meet the same controllers, so one shard has them all.
-        let Listen { nvme, nvme_discovery, .. } = &self.config.listen;
-        let offered = [("nvme", nvme), ("nvme_discovery", nvme_discovery)];
-        for (key, address) in offered.into_iter().filter(|_| shard == 0) {
-            let Some(address) = *address else { continue };
-            let listener =
-                ring.listen(address).map_err(|error| cannot_listen(key, &address.to_string(), &error))?;
-            listeners.push((ListenFor::Nvme, listener));
+        for (port, fd) in shared {
+            let listener = ring.adopt_listener(fd).map_err(|error| cannot("listen for hosts", &error))?;
+            listeners.push((port, listener));
         }
         Ok(listeners)
     }
 }
 
-/// The listeners that all shards share: whoever is free takes the next client.
-fn listen_nbd(config: &TargetConfig) -> Result<Vec<OwnedFd>, Problem> {
+/// The listeners that all shards share: whoever is free takes the next client, and keeps it.
+fn listen_shared(config: &TargetConfig) -> Result<Vec<(ListenFor, OwnedFd)>, Problem> {
     let mut listeners = Vec::new();
-    if let Some(addr) = config.listen.nbd {
+    let Listen { nbd, nvme, nvme_discovery, .. } = &config.listen;
+    let tcp = [
+        ("nbd", ListenFor::Nbd, nbd),
+        ("nvme", ListenFor::Nvme, nvme),
+        ("nvme_discovery", ListenFor::Nvme, nvme_discovery),
+    ];
+    for (key, port, address) in tcp {
+        let Some(address) = *address else { continue };
         let listener =
-            TcpListener::bind(addr).map_err(|error| cannot_listen("nbd", &addr.to_string(), &error))?;
-        listeners.push(listener.into());
+            TcpListener::bind(address).map_err(|error| cannot_listen(key, &address.to_string(), &error))?;
+        listeners.push((port, listener.into()));
     }
     if let Some(path) = &config.listen.nbd_unix {
         let shown = path.display().to_string();
@@ -244,7 +246,7 @@ fn listen_nbd(config: &TargetConfig) -> Result<Vec<OwnedFd>, Problem> {
             let _ = std::fs::remove_file(path);
         }
         let listener = UnixListener::bind(path).map_err(|error| cannot_listen("nbd_unix", &shown, &error))?;
-        listeners.push(listener.into());
+        listeners.push((ListenFor::Nbd, listener.into()));
     }
     Ok(listeners)
 }

@@ -117,7 +117,7 @@ impl BringUp<'_> {
             if volume.exports().any(|protocol| protocol == protocol_to_pb(wanted)) {
                 continue;
             }
-            match self.mds.add_export(volume_ref(VOLUME), wanted).await {
+            match self.mds.add_export(volume_ref(VOLUME), wanted, None).await {
                 Err(refusal) if refusal.kind != ProblemKind::AlreadyExists => return Err(refusal.into()),
                 _ => {}
             }

@@ -4,7 +4,8 @@ use super::{Link, Patience};
 use protocol::control::pb::mds_client::MdsClient as Stub;
 use protocol::control::{Problem, limits, map_from_pb, pb, protocol_to_pb};
 use protocol::map::{ClusterMap, ExportProtocol};
-use protocol::types::{ChunkId, VolumeId};
+use protocol::types::{ChunkId, TargetId, VolumeId};
+use std::collections::BTreeSet;
 use std::time::Duration;
 use tonic::transport::Channel;
 
@@ -34,6 +35,8 @@ pub struct Beat {
     pub map: Option<ClusterMap>,
     /// When to send the next.
     pub interval: Duration,
+    /// Targets that the MDS has not heard of for a while.
+    pub away: BTreeSet<TargetId>,
 }
 
 /// A volume by its name, as requests have it.
@@ -80,7 +83,8 @@ impl MdsClient {
         let mut stub = stub(self.link.channel.clone());
         let response = self.link.once(self.link.patience.call, stub.heartbeat(request)).await?;
         let interval = Duration::from_millis(response.interval_ms.into()).clamp(BEAT_MIN, BEAT_MAX);
-        Ok(Beat { map: self.map(response.map)?, interval })
+        let away = response.away.into_iter().map(TargetId).collect();
+        Ok(Beat { map: self.map(response.map)?, interval, away })
     }
 
     /// The current map if newer than `known` (0: any), and the last reported leaders.
@@ -175,14 +179,19 @@ impl MdsClient {
         Ok(VolumeId(response.id))
     }
 
-    /// Offers a volume over a protocol, from every target. Idempotent.
+    /// Offers a volume over a protocol, from every target. `allowed` are the NQNs of the only hosts that may
+    /// attach, none of them meaning any; `None` leaves that as it is. Idempotent.
     pub async fn add_export(
         &self,
         volume: pb::VolumeRef,
         protocol: ExportProtocol,
+        allowed: Option<Vec<String>>,
     ) -> Result<pb::Export, Problem> {
-        let request =
-            pb::AddExportRequest { volume: Some(volume), protocol: protocol_to_pb(protocol).into() };
+        let request = pb::AddExportRequest {
+            volume: Some(volume),
+            protocol: protocol_to_pb(protocol).into(),
+            allowed: allowed.map(|nqns| pb::AllowedHosts { nqns }),
+        };
         let call = |c| {
             let r = request.clone();
             async move { stub(c).add_export(r).await }

@@ -26,7 +26,7 @@ type Durable = (
     BTreeMap<CopysetId, CopysetRecord>,
     BTreeMap<VolumeId, VolumeRecord>,
     BTreeMap<VolumeId, Allocated>,
-    (BTreeSet<ExportKey>, Counters, BTreeMap<String, VolumeId>),
+    (BTreeMap<ExportKey, AllowedHosts>, Counters, BTreeMap<String, VolumeId>),
 );
 
 impl Mds {
@@ -274,6 +274,34 @@ fn a_volume_does_not_grow_into_space_that_is_not_there() {
 }
 
 #[test]
+fn a_list_of_hosts_is_kept_and_replaced_and_left_alone_when_none_is_given() {
+    let mut mds = Mds::ready(100 * GIB);
+    mds.create("vol0", GIB).unwrap();
+    let hosts = |names: &[&str]| names.iter().map(|name| format!("nqn.2014-08.org.{name}")).collect();
+    let add = |protocol, allowed| Command::AddExport { volume: named("vol0"), protocol, allowed };
+    let over_nvme = |allowed| add(ExportProtocol::Nvme, allowed);
+    let listed = |mds: &Mds| mds.state.map.exports[0].allowed_hosts.clone();
+    mds.run(over_nvme(None)).unwrap();
+    assert!(listed(&mds).is_empty());
+    mds.run(over_nvme(Some(hosts(&["a", "b"])))).unwrap();
+    let before = mds.generation();
+    mds.run(over_nvme(None)).unwrap();
+    mds.run(over_nvme(Some(hosts(&["b", "a"])))).unwrap();
+    assert_eq!((mds.generation(), listed(&mds)), (before, hosts(&["a", "b"])), "no change");
+    mds = mds.restart();
+    assert_eq!(listed(&mds), hosts(&["a", "b"]));
+    assert_eq!(mds.refused(add(ExportProtocol::Nbd, Some(hosts(&["a"])))), ProblemKind::Invalid);
+    // Removed with its export: one added later does not inherit it.
+    mds.run(Command::RemoveExport(named("vol0"), ExportProtocol::Nvme)).unwrap();
+    mds.run(over_nvme(None)).unwrap();
+    mds = mds.restart();
+    assert!(listed(&mds).is_empty());
+    mds.run(over_nvme(Some(hosts(&["c"])))).unwrap();
+    mds.run(over_nvme(Some(AllowedHosts::new()))).unwrap();
+    assert!(mds.restart().state.map.exports[0].allowed_hosts.is_empty(), "any host again");
+}
+
+#[test]
 fn a_deleted_volume_is_kept_until_every_holder_freed_it() {
     let mut mds = Mds::ready(100 * GIB);
     let id = mds.create("vol0", GIB).unwrap();
@@ -318,7 +346,8 @@ fn an_exported_volume_cannot_be_deleted_under_its_hosts() {
     let mut mds = Mds::ready(GIB);
     let id = mds.create("vol0", GIB).unwrap();
     for _ in 0..2 {
-        mds.run(Command::AddExport(named("vol0"), ExportProtocol::Nbd)).unwrap();
+        mds.run(Command::AddExport { volume: named("vol0"), protocol: ExportProtocol::Nbd, allowed: None })
+            .unwrap();
     }
     assert_eq!(mds.state.map.exports.len(), 1);
     assert_eq!(mds.refused(Command::DeleteVolume(VolumeRef::Id(id))), ProblemKind::InUse);
@@ -330,7 +359,11 @@ fn an_exported_volume_cannot_be_deleted_under_its_hosts() {
     mds.run(Command::RemoveExport(named("vol0"), ExportProtocol::Nbd)).unwrap();
     mds.run(Command::DeleteVolume(VolumeRef::Id(id))).unwrap();
     assert_eq!(
-        mds.refused(Command::AddExport(VolumeRef::Id(id), ExportProtocol::Nbd)),
+        mds.refused(Command::AddExport {
+            volume: VolumeRef::Id(id),
+            protocol: ExportProtocol::Nbd,
+            allowed: None
+        }),
         ProblemKind::NotFound
     );
 }
@@ -480,7 +513,7 @@ fn records_that_contradict_each_other_are_refused() {
         vec![Change::Volume(VolumeId(1), record)],
         vec![Change::Pool(1, pool)],
         vec![Change::Allocated(VolumeId(1), Allocated::from_bytes(&[1]))],
-        vec![Change::Export((VolumeId(1), ExportProtocol::Nbd))],
+        vec![Change::Export((VolumeId(1), ExportProtocol::Nbd), AllowedHosts::new())],
     ];
     for records in rows {
         let shown = format!("{records:?}");
@@ -510,7 +543,11 @@ fn any_command() -> impl Strategy<Value = Command> {
         volume().prop_map(Command::DeleteVolume),
         (volume(), 0u64..6)
             .prop_map(|(volume, gib)| Command::ResizeVolume { volume, bytes: gib * GIB + 4096 }),
-        (volume(), protocol()).prop_map(|(v, p)| Command::AddExport(v, p)),
+        (volume(), protocol(), proptest::option::of(0u8..3)).prop_map(|(volume, protocol, hosts)| {
+            let allowed =
+                hosts.map(|count| (0..count).map(|n| format!("nqn.2014-08.org.example:{n}")).collect());
+            Command::AddExport { volume, protocol, allowed }
+        }),
         (volume(), protocol()).prop_map(|(v, p)| Command::RemoveExport(v, p)),
     ]
 }

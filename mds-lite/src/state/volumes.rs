@@ -1,7 +1,7 @@
 //! Volumes: created, grown, allocated, offered, deleted.
 
 use super::{Change, Decision, POOL_DEFAULT, Reply, State, VolumeRef, error};
-use crate::record::{PoolId, PoolRecord, VolumeRecord};
+use crate::record::{AllowedHosts, PoolId, PoolRecord, VolumeRecord};
 use protocol::control::{Problem, ProblemKind, check_name, check_volume_size, limits};
 use protocol::map::ExportProtocol;
 use protocol::types::{CopysetId, VolumeId};
@@ -70,7 +70,7 @@ impl State {
         if record.deleted {
             return Ok(Decision::unchanged(Reply::Volume(id)));
         }
-        if self.exports.iter().any(|(exported, _)| *exported == id) {
+        if self.exports.keys().any(|(exported, _)| *exported == id) {
             return Err(error::exported(id, &record.name));
         }
         let record = VolumeRecord { deleted: true, ..record.clone() };
@@ -106,12 +106,29 @@ impl State {
         &self,
         volume: &VolumeRef,
         protocol: ExportProtocol,
+        allowed: Option<AllowedHosts>,
     ) -> Result<Decision, Problem> {
         let (id, _) = self.find_live(volume)?;
-        if self.exports.contains(&(id, protocol)) {
+        if allowed.is_some() && protocol != ExportProtocol::Nvme {
+            return Err(error::invalid(
+                "a list of hosts was refused",
+                format!("clients of {protocol:?} do not tell who they are"),
+                "name hosts with `--protocol nvme` only",
+            ));
+        }
+        let before = self.exports.get(&(id, protocol));
+        let Some(allowed) = allowed.or(if before.is_none() { Some(AllowedHosts::new()) } else { None })
+        else {
+            return Ok(Decision::unchanged(Reply::Volume(id)));
+        };
+        if before == Some(&allowed) {
             return Ok(Decision::unchanged(Reply::Volume(id)));
         }
-        let changes = vec![Change::Export((id, protocol)), Change::Counters(self.next_generation())];
+        let held: usize = self.exports.values().map(AllowedHosts::len).sum();
+        if held - before.map_or(0, AllowedHosts::len) + allowed.len() > limits::ALLOWED_HOSTS_ALL_MAX {
+            return Err(error::limit("more allowed hosts refused".into(), limits::ALLOWED_HOSTS_ALL_MAX));
+        }
+        let changes = vec![Change::Export((id, protocol), allowed), Change::Counters(self.next_generation())];
         Ok(Decision { changes, reply: Reply::Volume(id) })
     }
 
@@ -121,7 +138,7 @@ impl State {
         protocol: ExportProtocol,
     ) -> Result<Decision, Problem> {
         let (id, record) = self.find_live(volume)?;
-        if !self.exports.contains(&(id, protocol)) {
+        if !self.exports.contains_key(&(id, protocol)) {
             return Err(Problem::new(
                 ProblemKind::NotFound,
                 format!("volume {:?} is not exported over {protocol:?}", record.name),

@@ -1,10 +1,10 @@
 //! Cluster map <-> message. Coming in, everything is checked: sizes, names, addresses, and that
 //! every id that is referred to exists.
 
-use super::{Problem, ProblemKind, check_name, check_volume_size, limits, pb};
+use super::{Problem, ProblemKind, check_host_nqn, check_name, check_volume_size, limits, pb};
 use crate::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
 use crate::types::{CopysetId, MEMBERS_MAX, ShardAddr, TargetId, VolumeId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 /// The map as a message.
@@ -43,7 +43,11 @@ fn volume_to_pb(id: VolumeId, entry: &VolumeEntry) -> pb::MapVolume {
 }
 
 fn export_to_pb(entry: &ExportEntry) -> pb::MapExport {
-    pb::MapExport { volume: entry.volume.0, protocol: protocol_to_pb(entry.protocol).into() }
+    pb::MapExport {
+        volume: entry.volume.0,
+        protocol: protocol_to_pb(entry.protocol).into(),
+        allowed_hosts: entry.allowed_hosts.iter().cloned().collect(),
+    }
 }
 
 /// A shard's address as a message.
@@ -172,6 +176,8 @@ fn volume_from_pb(message: &pb::MapVolume, map: &ClusterMap) -> Result<VolumeEnt
 
 fn exports_from_pb(messages: &[pb::MapExport], map: &ClusterMap) -> Result<Vec<ExportEntry>, Problem> {
     let mut exports: Vec<ExportEntry> = Vec::new();
+    let hosts = messages.iter().map(|export| export.allowed_hosts.len()).sum();
+    within("allowed hosts", hosts, limits::ALLOWED_HOSTS_ALL_MAX)?;
     for message in messages {
         let volume = VolumeId(message.volume);
         if map.volumes.get(&volume).is_none_or(|v| v.deleted) {
@@ -179,13 +185,32 @@ fn exports_from_pb(messages: &[pb::MapExport], map: &ClusterMap) -> Result<Vec<E
         }
         // A newer MDS may offer more protocols: what this end does not know, it does not serve.
         let Ok(protocol) = protocol_from_pb(message.protocol) else { continue };
-        let entry = ExportEntry { volume, protocol };
-        if exports.contains(&entry) {
+        let allowed_hosts = allowed_hosts(&message.allowed_hosts).map_err(|p| nonsense(p.to_string()))?;
+        let entry = ExportEntry { volume, protocol, allowed_hosts };
+        if exports.iter().any(|other| other.volume == volume && other.protocol == protocol) {
             return Err(nonsense(format!("two equal exports of volume {volume}")));
         }
         exports.push(entry);
     }
     Ok(exports)
+}
+
+/// The hosts that a list names.
+///
+/// # Errors
+/// `Invalid` or `Limit`: a name that no host has, or too many.
+pub fn allowed_hosts(nqns: &[String]) -> Result<BTreeSet<String>, Problem> {
+    nqns.iter().try_for_each(|nqn| check_host_nqn(nqn))?;
+    let hosts: BTreeSet<String> = nqns.iter().cloned().collect();
+    if hosts.len() > limits::ALLOWED_HOSTS_MAX {
+        return Err(Problem::new(
+            ProblemKind::Limit,
+            format!("{} hosts for one export refused", hosts.len()),
+            format!("the limit is {}", limits::ALLOWED_HOSTS_MAX),
+            "name fewer, or let any host attach",
+        ));
+    }
+    Ok(hosts)
 }
 
 fn names_differ(map: &ClusterMap) -> Result<(), Problem> {
@@ -251,7 +276,11 @@ mod tests {
             let entry = VolumeEntry { name, bytes: 1 << 30, block_bytes: 512, copysets, deleted };
             map.volumes.insert(VolumeId(id), entry);
         }
-        map.exports.push(ExportEntry { volume: VolumeId(1), protocol: ExportProtocol::Nbd });
+        map.exports.push(ExportEntry {
+            volume: VolumeId(1),
+            protocol: ExportProtocol::Nvme,
+            allowed_hosts: ["nqn.2014-08.org.example:a".to_owned()].into(),
+        });
         map
     }
 
@@ -290,7 +319,8 @@ mod tests {
             ("volume name", |m| m.volumes[0].name.clear()),
             ("two volumes named", |m| m.volumes[1].deleted = false),
             ("export of volume 2", |m| m.exports[0].volume = 2),
-            ("two equal exports", |m| m.exports.push(m.exports[0])),
+            ("does not start", |m| m.exports[0].allowed_hosts[0] = "somebody".into()),
+            ("two equal exports", |m| m.exports.push(m.exports[0].clone())),
             ("targets, above", |m| m.targets = vec![m.targets[0].clone(); limits::TARGETS_MAX + 1]),
         ];
         for (expected, spoil) in rows {
@@ -305,7 +335,7 @@ mod tests {
     #[test]
     fn an_export_of_a_protocol_from_the_future_is_left_out() {
         let mut message = map_to_pb(&sample());
-        message.exports.push(pb::MapExport { volume: 1, protocol: 99 });
+        message.exports.push(pb::MapExport { volume: 1, protocol: 99, ..Default::default() });
         assert_eq!(map_from_pb(&message).unwrap(), sample());
     }
 

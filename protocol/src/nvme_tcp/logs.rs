@@ -24,6 +24,8 @@ const ERROR_BYTES: usize = 64;
 const SMART_BYTES: usize = 512;
 const DISCOVERY_HEADER_BYTES: usize = 1024;
 const DISCOVERY_ENTRY_BYTES: usize = 1024;
+/// Of an entry without extended attributes.
+const HOST_ENTRY_BYTES: usize = 1032;
 
 /// Errors: none.
 pub fn errors() -> Vec<u8> {
@@ -78,7 +80,7 @@ pub fn effects() -> Vec<u8> {
 /// Which logs there are.
 pub fn supported(discovery: bool) -> Vec<u8> {
     let mut log = vec![0; 1024];
-    let of_discovery = [log::SUPPORTED, log::DISCOVERY];
+    let of_discovery = [log::SUPPORTED, log::DISCOVERY, log::HOST_DISCOVERY];
     let of_others =
         [log::SUPPORTED, log::ERROR, log::SMART, log::FIRMWARE, log::CHANGED_NS, log::EFFECTS, log::ANA];
     let all = if discovery { &of_discovery[..] } else { &of_others };
@@ -118,6 +120,22 @@ pub fn discovery(generation: u64, subsystems: &[String], ports: &[(u16, SocketAd
             entry(&mut log, nqn, *id, *addr);
         }
     }
+    log
+}
+
+/// The hosts that a host may know of: itself.
+pub fn hosts(generation: u64, nqn: &str) -> Vec<u8> {
+    let bytes = DISCOVERY_HEADER_BYTES + HOST_ENTRY_BYTES;
+    let mut log = vec![0; bytes];
+    put(&mut log, 0, &generation.to_le_bytes());
+    put(&mut log, 8, &1u64.to_le_bytes());
+    put(&mut log, 20, &(bytes as u32).to_le_bytes());
+    let entry = &mut log[DISCOVERY_HEADER_BYTES..];
+    // TCP; from an address that the service does not tell.
+    entry[0] = 3;
+    put(entry, 256, nqn.as_bytes());
+    entry[512..768].fill(b' ');
+    put(entry, 1024, &(HOST_ENTRY_BYTES as u32).to_le_bytes());
     log
 }
 

@@ -136,6 +136,8 @@ pub mod log {
     pub const ANA: u8 = 0x0c;
     /// What there is to connect to.
     pub const DISCOVERY: u8 = 0x70;
+    /// Hosts that the discovery service knows.
+    pub const HOST_DISCOVERY: u8 = 0x71;
 }
 
 /// Features.

@@ -46,6 +46,7 @@ async fn session(control: &Control, trouble: &mut Trouble) -> Result<std::conver
             () = sleep_until(next) => {
                 let beat = client.heartbeat(heartbeat(control)).await?;
                 heard(control);
+                control.subsystems.set_away(beat.away);
                 if let Some(map) = beat.map {
                     control.take_map(map)?;
                 }

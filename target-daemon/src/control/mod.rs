@@ -24,6 +24,7 @@ pub use queue::{
 use crate::config::TargetConfig;
 use crate::identity::Identity;
 use crate::metrics::ProcessGauges;
+use crate::subsystems::Subsystems;
 use client::control::{MdsClient, Patience};
 use protocol::control::{Problem, ProblemKind, pb};
 use protocol::map::ClusterMap;
@@ -97,6 +98,7 @@ pub fn start(start: Start) -> Result<ControlHandle, Problem> {
     let mut control = Control {
         config: start.config,
         ports: start.ends.shards,
+        subsystems: start.ends.subsystems,
         process: ProcessGauges::default(),
         state: Mutex::new(state),
         mds: Vec::new(),
@@ -127,6 +129,7 @@ pub fn start(start: Start) -> Result<ControlHandle, Problem> {
 struct Control {
     config: TargetConfig,
     ports: Vec<ShardHandle>,
+    subsystems: Arc<Subsystems>,
     process: ProcessGauges,
     state: Mutex<State>,
     mds: Vec<MdsClient>,

@@ -4,6 +4,7 @@
 //! was not taken yet, so it needs no room; everything else is refused when the queue is full.
 
 use crate::metrics::ShardCounters;
+use crate::subsystems::{Seat, Subsystems, Wake};
 use protocol::control::{Problem, pb};
 use protocol::map::ClusterMap;
 use protocol::types::{CopysetId, TargetId, VolumeId};
@@ -98,12 +99,13 @@ pub enum FromShard {
 /// The control thread's end of one shard.
 pub struct ShardHandle {
     shared: Arc<Shared>,
-    wake: Box<dyn Fn() + Send + Sync>,
+    wake: Wake,
 }
 
 /// The shard's end. Nothing here waits.
 pub struct ShardPort {
     shard: u16,
+    seat: Seat,
     shared: Arc<Shared>,
     reports: mpsc::Sender<Report>,
     /// Reports that found the queue full.
@@ -145,15 +147,18 @@ struct Queue {
 /// turn if it sleeps; any thread may call it.
 pub fn shard_ports(wakes: Vec<Box<dyn Fn() + Send + Sync>>) -> (ControlEnds, Vec<ShardPort>) {
     let (reports, incoming) = mpsc::channel(FROM_SHARDS_MAX);
-    let make = |(shard, wake): (usize, _)| {
+    let wakes: Vec<Wake> = wakes.into_iter().map(Wake::from).collect();
+    let subsystems = Subsystems::new(wakes.clone());
+    let make = |(shard, wake): (usize, Wake)| {
         let shared = Arc::new(Shared::default());
         let (backlog, checks) = (VecDeque::new(), BTreeMap::new());
         let shard = u16::try_from(shard).expect("the configuration has at most 65,535 shards");
         let handle = ShardHandle { shared: shared.clone(), wake };
-        (handle, ShardPort { shard, shared, reports: reports.clone(), backlog, checks, next_job: 0 })
+        let seat = subsystems.seat(shard);
+        (handle, ShardPort { shard, seat, shared, reports: reports.clone(), backlog, checks, next_job: 0 })
     };
     let (shards, ports) = wakes.into_iter().enumerate().map(make).unzip();
-    (ControlEnds { shards, reports: incoming }, ports)
+    (ControlEnds { shards, reports: incoming, subsystems }, ports)
 }
 
 /// The control thread's ends of all shards.
@@ -161,6 +166,7 @@ pub fn shard_ports(wakes: Vec<Box<dyn Fn() + Send + Sync>>) -> (ControlEnds, Vec
 pub struct ControlEnds {
     pub(super) shards: Vec<ShardHandle>,
     pub(super) reports: mpsc::Receiver<Report>,
+    pub(super) subsystems: Arc<Subsystems>,
 }
 
 impl ControlEnds {
@@ -229,6 +235,10 @@ impl ShardPort {
     /// What this shard counts.
     pub fn counters(&self) -> &Arc<ShardCounters> {
         &self.shared.counters
+    }
+    /// The shard's place among those that share the NVMe subsystems.
+    pub(crate) fn seat(&self) -> &Seat {
+        &self.seat
     }
     /// Replaces what status pages and heartbeats show of this shard; about once a second.
     pub fn post_status(&self, status: pb::ShardStatus) {

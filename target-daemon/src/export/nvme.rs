@@ -1,18 +1,18 @@
 //! NVMe/TCP: connections, controllers, and the words that both use for failures.
 //!
 //! Each volume exported over NVMe is a subsystem; every target of the map that has an NVMe
-//! address is a port of it. All connections of a host must meet the same [`Controllers`], so one
-//! shard of a target accepts them all.
+//! address is a port of it. Whichever shard accepts a connection keeps it: an IO queue is the
+//! shard's alone, commands of admin queues go to the [subsystems](crate::subsystems) of the target.
 
 use super::{CONNECTIONS_MAX, ConnInfo, ConnKey, Export, Failure, Pending, Purpose, zero_range};
 use crate::core_loop::kind;
 use crate::mem::Mem;
+use crate::subsystems::Seat;
 use client::volume::{IoError, Request, SubmitError};
-use protocol::map::{ClusterMap, ExportProtocol};
-use protocol::nvme_tcp::controller::{Answer, Controllers, Out, View, Volume};
-use protocol::nvme_tcp::logs::Ana;
-use protocol::nvme_tcp::{Namespace, Status, Violation};
-use protocol::types::{BLOCK_BYTES, TargetId, Time, VolumeId, block_crc};
+use protocol::map::ExportProtocol;
+use protocol::nvme_tcp::controller::{Answer, Out, QueueId};
+use protocol::nvme_tcp::{Status, Violation};
+use protocol::types::{BLOCK_BYTES, Time, VolumeId, block_crc};
 use reactor::{Completion, Op, Reactor, Socket};
 use slab::Slab;
 use std::collections::BTreeMap;
@@ -22,18 +22,32 @@ use transport::{NbdLimits, NvmeCloseReason, NvmeConn, NvmeEvent, NvmeLimits, Own
 pub(super) struct Nvme {
     limits: NvmeLimits,
     conns: Slab<NvmeConn>,
-    controllers: Controllers,
+    /// Of each connection, by its place.
+    attached: Vec<Attached>,
+    seat: Seat,
+    serial: u32,
     /// Connections that the controllers want closed.
     to_close: Vec<usize>,
 }
 
+/// What is known of a connection beside its bytes.
+#[derive(Clone, Default)]
+struct Attached {
+    queue: QueueId,
+    /// Empty until its Connect was accepted.
+    host: String,
+    qid: u16,
+}
+
 impl Nvme {
-    pub(super) fn new(limits: &NbdLimits) -> Self {
+    pub(super) fn new(limits: &NbdLimits, seat: Seat) -> Self {
         let (bytes_max, arena_reserve_blocks) = (limits.bytes_max, limits.arena_reserve_blocks);
         Self {
             limits: NvmeLimits { bytes_max, arena_reserve_blocks, ..NvmeLimits::default() },
             conns: Slab::new(),
-            controllers: Controllers::new(),
+            attached: Vec::new(),
+            seat,
+            serial: 0,
             to_close: Vec::new(),
         }
     }
@@ -44,6 +58,9 @@ impl Nvme {
             volume: conn.namespace().map_or(VolumeId(0), |n| n.volume),
             in_flight: conn.requests(),
             protocol: ExportProtocol::Nvme,
+            host: self.attached[key].host.clone(),
+            queue: self.attached[key].qid,
+            digests: conn.digests(),
         })
     }
 
@@ -57,27 +74,29 @@ impl Nvme {
 
     /// Hosts are told to use other paths.
     pub(super) fn stop(&mut self) {
-        self.controllers.set_ana(Ana::Inaccessible);
+        self.seat.leave();
         self.carry_out();
+    }
+
+    /// The connection that a controller means, unless it is over.
+    fn place(&self, queue: QueueId) -> Option<usize> {
+        let place = Seat::place(queue);
+        (self.conns.contains(place) && self.attached[place].queue == queue).then_some(place)
     }
 
     /// Does what the controllers want.
     fn carry_out(&mut self) {
-        while let Some(out) = self.controllers.poll() {
+        for out in self.seat.take() {
+            let Some(place) = self.place(out.queue()) else { continue };
+            let conn = &mut self.conns[place];
             match out {
-                Out::Complete { queue, cid, status, result } => {
-                    if let Some(conn) = self.conns.get_mut(queue) {
-                        conn.admin_done(cid, Answer::Done { status, result, data: Vec::new() });
-                    }
+                Out::Complete { cid, status, result, .. } => {
+                    conn.admin_done(cid, Answer::Done { status, result, data: Vec::new() });
                 }
-                Out::Namespace { queue, namespace } => {
-                    if let Some(conn) = self.conns.get_mut(queue) {
-                        conn.set_namespace(namespace);
-                    }
-                }
-                Out::Close { queue, why } => {
+                Out::Namespace { namespace, .. } => conn.set_namespace(namespace),
+                Out::Close { why, .. } => {
                     tracing::info!(why, "NVMe connection ends");
-                    self.to_close.push(queue);
+                    self.to_close.push(place);
                 }
             }
         }
@@ -101,8 +120,7 @@ impl Nvme {
 impl Export {
     /// Tells the controllers what the map offers.
     pub(super) fn offer_nvme(&mut self) {
-        let ana = self.nvme.controllers.view().ana;
-        self.nvme.controllers.set_view(view(&self.map, self.me.target, ana));
+        self.nvme.seat.adopted(&self.map, self.me.target);
         self.nvme.carry_out();
     }
 
@@ -114,7 +132,12 @@ impl Export {
         let conn = if full { None } else { NvmeConn::new(reactor, socket, owner, self.nvme.limits) };
         match conn {
             Some(conn) => {
-                conns.insert(conn);
+                let place = conns.insert(conn);
+                self.nvme.serial = self.nvme.serial.wrapping_add(1);
+                let queue = self.nvme.seat.queue_id(place, self.nvme.serial);
+                let attached = &mut self.nvme.attached;
+                attached.resize_with(attached.len().max(place + 1), Attached::default);
+                attached[place] = Attached { queue, ..Attached::default() };
                 self.counts.connections += 1;
             }
             None => {
@@ -142,12 +165,15 @@ impl Export {
             self.nvme.conns[key].tick(reactor, now, &mut events);
             self.take_nvme(key, events, now);
         }
-        self.nvme.controllers.tick(now);
+        if self.nvme.seat.keeps_time() {
+            self.nvme.seat.with(|controllers| controllers.tick(now));
+        }
         self.nvme.carry_out();
     }
 
     pub(super) fn pump_nvme<R: Reactor>(&mut self, reactor: &mut R, now: Time) -> bool {
         let mut any = false;
+        self.nvme.carry_out();
         // Closing one connection may lead to others: those of its controller.
         while let Some(key) = self.nvme.to_close.pop() {
             let Some(conn) = self.nvme.conns.get_mut(key) else { continue };
@@ -183,14 +209,20 @@ impl Export {
     fn event_nvme(&mut self, key: usize, event: NvmeEvent, now: Time) {
         match event {
             NvmeEvent::Connect { sqe, data } => {
-                let answer = self.nvme.controllers.connect(key, &sqe, &data, now);
-                if let Err((status, result)) = &answer {
-                    tracing::info!(?status, result, "NVMe Connect refused");
+                let queue = self.nvme.attached[key].queue;
+                let answer = self.nvme.seat.with(|controllers| controllers.connect(queue, &sqe, &data, now));
+                match &answer {
+                    Err((status, result)) => tracing::info!(?status, result, "NVMe Connect refused"),
+                    Ok(told) => {
+                        let attached = &mut self.nvme.attached[key];
+                        (attached.host, attached.qid) = (told.host.clone(), told.qid);
+                    }
                 }
                 self.nvme.conns[key].connect_done(&sqe, answer);
             }
             NvmeEvent::Admin { sqe, data } => {
-                let answer = self.nvme.controllers.admin(key, &sqe, &data, now);
+                let queue = self.nvme.attached[key].queue;
+                let answer = self.nvme.seat.with(|controllers| controllers.admin(queue, &sqe, &data, now));
                 self.nvme.conns[key].admin_done(sqe.cid(), answer);
                 self.nvme.carry_out();
             }
@@ -246,28 +278,10 @@ impl Export {
                 tracing::debug!(%reason, "NVMe connection closed");
             }
         }
-        self.nvme.controllers.closed(conn);
+        let queue = self.nvme.attached[conn].queue;
+        self.nvme.seat.with(|controllers| controllers.closed(queue));
         self.nvme.carry_out();
         self.abandon(ConnKey::Nvme(conn), now);
-    }
-}
-
-fn view(map: &ClusterMap, me: TargetId, ana: Ana) -> View {
-    let offered = map.exports.iter().filter(|e| e.protocol == ExportProtocol::Nvme);
-    let volumes = offered.filter_map(|e| {
-        let volume = map.volumes.get(&e.volume).filter(|v| !v.deleted)?;
-        let (bytes, block_bytes) = (volume.bytes, volume.block_bytes);
-        let namespace = Namespace { volume: e.volume, bytes, block_bytes };
-        Some(Volume { name: volume.name.clone(), namespace })
-    });
-    let port = |(id, entry): (&TargetId, &protocol::map::TargetEntry)| Some((id.0 as u16, entry.nvme?));
-    View {
-        cluster: map.cluster,
-        generation: map.generation,
-        target: me.0,
-        ports: map.targets.iter().filter_map(port).collect(),
-        volumes: volumes.collect(),
-        ana,
     }
 }
 
@@ -280,7 +294,9 @@ fn status(failure: Failure, reading: bool) -> Status {
             Status::INVALID_NAMESPACE.dnr()
         }
         Failure::Io(IoError::Corrupt) if reading => Status::UNRECOVERED_READ,
-        Failure::Io(IoError::Corrupt | IoError::Io | IoError::TimedOut) => Status::INTERNAL,
+        // Its quorum is lost, for now.
+        Failure::Io(IoError::TimedOut) => Status::NOT_READY,
+        Failure::Io(IoError::Corrupt | IoError::Io) => Status::INTERNAL,
         Failure::WireCorrupt => Status::TRANSIENT_TRANSPORT,
         Failure::Refused(SubmitError::OutOfRange) => Status::LBA_RANGE.dnr(),
         Failure::Refused(SubmitError::Misaligned | SubmitError::Busy) => Status::INVALID_FIELD.dnr(),

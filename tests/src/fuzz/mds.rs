@@ -84,17 +84,15 @@ fn command(kind: u8, bytes: &[u8]) -> Result<Command, Problem> {
     fn get<M: Message + Default>(bytes: &[u8]) -> M {
         M::decode(bytes).unwrap_or_default()
     }
-    Ok(match kind % 8 {
+    Ok(match kind % 9 {
         0 => Command::Register(intake::registration(get(bytes))?),
         1 => Command::Heartbeat(intake::heartbeat(get(bytes))?),
         2 => intake::allocate(get(bytes))?,
         3 => intake::create_pool(get(bytes))?,
         4 => intake::create_volume(get(bytes)),
         5 => Command::DeleteVolume(intake::volume_ref(get::<pb::DeleteVolumeRequest>(bytes).volume)?),
-        6 => {
-            let request: pb::AddExportRequest = get(bytes);
-            Command::AddExport(intake::volume_ref(request.volume)?, protocol_from_pb(request.protocol)?)
-        }
+        6 => intake::add_export(get(bytes))?,
+        8 => intake::resize_volume(get(bytes))?,
         _ => {
             let request: pb::RemoveExportRequest = get(bytes);
             Command::RemoveExport(intake::volume_ref(request.volume)?, protocol_from_pb(request.protocol)?)
@@ -110,7 +108,7 @@ fn requests(dice: &mut Dice) -> Vec<u8> {
     }
     for _ in 0..dice.below(10) {
         let volume = pb::VolumeRef { id: dice.below(3) as u32, name: format!("v{}", dice.below(3)) };
-        match dice.below(7) {
+        match dice.below(8) {
             0 => put(&mut out, 0, &registration(1 + dice.below(6) as u32, dice)),
             1 => put(&mut out, 1, &heartbeat(dice)),
             2 => {
@@ -129,9 +127,18 @@ fn requests(dice: &mut Dice) -> Vec<u8> {
                 put(&mut out, 4, &pb::CreateVolumeRequest { name: volume.name, bytes, block_bytes, pool });
             }
             5 => put(&mut out, 5, &pb::DeleteVolumeRequest { volume: Some(volume) }),
+            6 => {
+                let bytes = if dice.percent(70) { (1 + dice.below(9) as u64) << 30 } else { dice.odd() };
+                put(&mut out, 8, &pb::ResizeVolumeRequest { volume: Some(volume), bytes });
+            }
             _ => {
                 let protocol = dice.below(4) as i32;
-                put(&mut out, 6, &pb::AddExportRequest { volume: Some(volume), protocol });
+                let allowed = dice.percent(50).then(|| {
+                    let host =
+                        |n: usize| dice.pick(&["nqn.a", "nqn.b", "b"]).to_owned() + &"x".repeat(n * 120);
+                    pb::AllowedHosts { nqns: (0..3).map(host).collect() }
+                });
+                put(&mut out, 6, &pb::AddExportRequest { volume: Some(volume), protocol, allowed });
             }
         }
     }

@@ -53,7 +53,11 @@ const HOST_NQN: &str = "nqn.2014-08.org.nvmexpress:uuid:0";
 fn view() -> View {
     let mut view = View { cluster: [3; 16], generation: 1, target: 1, ..View::default() };
     view.ports.push((1, "127.0.0.1:4420".parse().expect("an address")));
-    view.volumes.push(Volume { name: "vol0".into(), namespace: NAMESPACE });
+    view.volumes.push(Volume {
+        name: "vol0".into(),
+        namespace: NAMESPACE,
+        allowed_hosts: Default::default(),
+    });
     view
 }
 

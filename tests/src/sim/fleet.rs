@@ -303,7 +303,11 @@ fn cluster_map(mix: &Mix) -> ClusterMap {
         let (bytes, block_bytes) = (*bytes, *block_bytes);
         let entry = VolumeEntry { name: volume_name(n), bytes, block_bytes, copysets, deleted: false };
         map.volumes.insert(id, entry);
-        map.exports.push(ExportEntry { volume: id, protocol: ExportProtocol::Nbd });
+        map.exports.push(ExportEntry {
+            volume: id,
+            protocol: ExportProtocol::Nbd,
+            allowed_hosts: Default::default(),
+        });
     }
     map
 }

@@ -214,7 +214,8 @@ impl Controller {
         let view = context.view;
         let Some(volume) = self.volume else {
             return match page {
-                log::DISCOVERY => Ok(discovery_log(view)),
+                log::DISCOVERY => Ok(discovery_log(view, &self.host_nqn)),
+                log::HOST_DISCOVERY => Ok(logs::hosts(view.generation, &self.host_nqn)),
                 log::SUPPORTED => Ok(logs::supported(true)),
                 _ => Err(Status::INVALID_LOG_PAGE.dnr()),
             };
@@ -247,8 +248,8 @@ impl Controller {
     }
 }
 
-fn discovery_log(view: &View) -> Vec<u8> {
+fn discovery_log(view: &View, host: &str) -> Vec<u8> {
     let names: Vec<String> =
-        view.volumes.iter().map(|volume| identify::nqn(&view.cluster, &volume.name)).collect();
+        view.shown(host).into_iter().map(|name| identify::nqn(&view.cluster, name)).collect();
     logs::discovery(view.generation, &names, &view.ports)
 }

@@ -40,7 +40,7 @@ pub type QueueId = usize;
 pub struct View {
     /// Which cluster.
     pub cluster: [u8; 16],
-    /// Rises with every change; told as the generation of the discovery log.
+    /// Rises with changes. The discovery log's generation is this, or more: it rises with that log's own changes.
     pub generation: u64,
     /// This target's number.
     pub target: u32,
@@ -59,6 +59,14 @@ pub struct Volume {
     pub name: String,
     /// What hosts see of it.
     pub namespace: Namespace,
+    /// The names of the only hosts that may see it; empty: any may.
+    pub allowed_hosts: BTreeSet<String>,
+}
+
+impl Volume {
+    fn allows(&self, host: &str) -> bool {
+        self.allowed_hosts.is_empty() || self.allowed_hosts.contains(host)
+    }
 }
 
 /// A Connect that was accepted.
@@ -70,6 +78,10 @@ pub struct Connected {
     pub cntlid: u16,
     /// The namespace of the subsystem.
     pub namespace: Option<Namespace>,
+    /// Who connected.
+    pub host: String,
+    /// The queue's number.
+    pub qid: u16,
 }
 
 /// The answer to an admin command.
@@ -125,6 +137,15 @@ pub enum Out {
         /// For people.
         why: &'static str,
     },
+}
+
+impl Out {
+    /// The connection that it concerns.
+    pub fn queue(&self) -> QueueId {
+        match self {
+            Out::Complete { queue, .. } | Out::Namespace { queue, .. } | Out::Close { queue, .. } => *queue,
+        }
+    }
 }
 
 /// What a host is told of by asynchronous events.
@@ -189,17 +210,6 @@ struct Controller {
     behavior: Vec<u8>,
 }
 
-/// A host that is connected.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct HostInfo {
-    /// Its name.
-    pub nqn: String,
-    /// The volume; `None` for discovery.
-    pub volume: Option<VolumeId>,
-    /// IO queues.
-    pub io_queues: usize,
-}
-
 /// All controllers of one target; see the module.
 #[derive(Debug, Default)]
 pub struct Controllers {
@@ -224,27 +234,30 @@ impl Controllers {
     pub fn poll(&mut self) -> Option<Out> {
         self.out.pop_front()
     }
-    /// The hosts that are connected.
-    pub fn hosts(&self) -> impl Iterator<Item = HostInfo> + '_ {
-        self.controllers.values().map(|c| HostInfo {
-            nqn: c.host_nqn.clone(),
-            volume: c.volume,
-            io_queues: c.io.len(),
-        })
+    /// Whether no host is connected.
+    pub fn is_empty(&self) -> bool {
+        self.controllers.is_empty()
     }
-    /// What is offered has changed; hosts are told.
+    /// What is offered has changed; hosts are told, and those that may not any more are let go.
     pub fn set_view(&mut self, view: View) {
         let before = core::mem::replace(&mut self.view, view);
-        let view = &self.view;
-        let names = |view: &View| view.volumes.iter().map(|v| v.name.clone()).collect::<Vec<_>>();
-        let discovery = before.ports != view.ports || names(&before) != names(view);
-        if !discovery && before.generation != 0 {
-            // The generation of the log counts its own changes.
-            self.view.generation = before.generation;
+        let offer = |view: &View| {
+            let seen = |v: &Volume| (v.name.clone(), v.allowed_hosts.clone());
+            view.volumes.iter().map(seen).collect::<Vec<_>>()
+        };
+        let changed = before.ports != self.view.ports || offer(&before) != offer(&self.view);
+        if before.generation != 0 {
+            self.view.generation = match changed {
+                true => self.view.generation.max(before.generation + 1),
+                false => before.generation,
+            };
         }
+        self.let_go();
+        let view = &self.view;
         let ana = before.ana != self.view.ana;
         self.ana_changes += u64::from(ana);
         for controller in self.controllers.values_mut() {
+            let host = &controller.host_nqn;
             if let Some(volume) = controller.volume {
                 let now = namespace(&self.view, volume);
                 if now != namespace(&before, volume) {
@@ -256,14 +269,22 @@ impl Controllers {
                 if ana {
                     controller.notify(Notice::Ana, &mut self.out);
                 }
-            } else if discovery {
+            } else if before.ports != view.ports || before.shown(host) != view.shown(host) {
                 controller.notify(Notice::Discovery, &mut self.out);
             }
         }
     }
-    /// The paths through this target have become better or worse; hosts are told.
-    pub fn set_ana(&mut self, ana: Ana) {
-        self.set_view(View { ana, ..self.view.clone() });
+    /// Ends the controllers of hosts that are no longer allowed.
+    fn let_go(&mut self) {
+        let stays = |c: &Controller| {
+            let volume = self.view.volumes.iter().find(|v| Some(v.namespace.volume) == c.volume);
+            volume.is_none_or(|volume| volume.allows(&c.host_nqn))
+        };
+        let barred: Vec<u64> =
+            self.controllers.iter().filter(|(_, c)| !stays(c)).map(|(key, _)| *key).collect();
+        for key in barred {
+            self.expel(key, "its host is no longer allowed");
+        }
     }
     /// What this target offers.
     pub fn view(&self) -> &View {
@@ -308,7 +329,7 @@ impl Controllers {
         host_id: [u8; 16],
         now: Time,
     ) -> Result<Connected, Refused> {
-        let volume = self.subsystem(nqn).ok_or(in_data(256))?;
+        let volume = self.subsystem(nqn, host)?;
         let cntlid = self.free_id(nqn).ok_or((Status::CONNECT_BUSY, 0))?;
         let controller = Controller {
             cntlid,
@@ -334,7 +355,7 @@ impl Controllers {
         self.next += 1;
         self.controllers.insert(self.next, controller);
         self.queues.insert(queue, self.next);
-        Ok(Connected { admin: true, cntlid, namespace: None })
+        Ok(Connected { admin: true, cntlid, namespace: None, host: host.to_owned(), qid: 0 })
     }
     fn connect_io(
         &mut self,
@@ -345,7 +366,7 @@ impl Controllers {
         host: &str,
         host_id: [u8; 16],
     ) -> Result<Connected, Refused> {
-        self.subsystem(nqn).ok_or(in_data(256))?;
+        self.subsystem(nqn, host)?;
         let mut found = self.controllers.iter_mut().filter(|(_, c)| c.cntlid == cntlid && c.nqn == nqn);
         let (key, controller) = found.next().ok_or(in_data(16))?;
         if controller.host_nqn != host {
@@ -362,16 +383,21 @@ impl Controllers {
         }
         controller.io.insert(qid, queue);
         self.queues.insert(queue, *key);
-        Ok(Connected { admin: false, cntlid, namespace: namespace(&self.view, volume) })
+        let namespace = namespace(&self.view, volume);
+        Ok(Connected { admin: false, cntlid, namespace, host: host.to_owned(), qid })
     }
-    /// `Some(None)` is discovery.
-    fn subsystem(&self, nqn: &str) -> Option<Option<VolumeId>> {
+    /// The volume of a subsystem, if the host may; `None` is discovery, which all may.
+    fn subsystem(&self, nqn: &str, host: &str) -> Result<Option<VolumeId>, Refused> {
         if nqn == DISCOVERY_NQN {
-            return Some(None);
+            return Ok(None);
         }
         let mut volumes = self.view.volumes.iter();
-        let found = volumes.find(|v| identify::nqn(&self.view.cluster, &v.name) == nqn)?;
-        Some(Some(found.namespace.volume))
+        let found = volumes.find(|v| identify::nqn(&self.view.cluster, &v.name) == nqn);
+        let found = found.ok_or(in_data(256))?;
+        match found.allows(host) {
+            true => Ok(Some(found.namespace.volume)),
+            false => Err((Status::CONNECT_HOST.dnr(), 0)),
+        }
     }
     /// An id that no controller of the subsystem has, and that no other target gives out.
     fn free_id(&self, nqn: &str) -> Option<u16> {
@@ -393,6 +419,11 @@ impl Controllers {
             controller.io.retain(|_, io| *io != queue);
         }
     }
+    /// Ends a controller, its admin queue too.
+    fn expel(&mut self, key: u64, why: &'static str) {
+        self.out.push_back(Out::Close { queue: self.controllers[&key].admin, why });
+        self.end(key, why);
+    }
     fn end(&mut self, key: u64, why: &'static str) {
         let Some(controller) = self.controllers.remove(&key) else { return };
         self.queues.remove(&controller.admin);
@@ -407,10 +438,15 @@ impl Controllers {
         let expired: Vec<u64> =
             self.controllers.iter().filter(|(_, c)| late(c)).map(|(key, _)| *key).collect();
         for key in expired {
-            let why = "keep alive timer expired";
-            self.out.push_back(Out::Close { queue: self.controllers[&key].admin, why });
-            self.end(key, why);
+            self.expel(key, "keep alive timer expired");
         }
+    }
+}
+
+impl View {
+    /// The names of the volumes that a host may see.
+    pub(super) fn shown(&self, host: &str) -> Vec<&str> {
+        self.volumes.iter().filter(|v| v.allows(host)).map(|v| v.name.as_str()).collect()
     }
 }
 

@@ -4,12 +4,17 @@ use super::*;
 use crate::nvme_tcp::command::NSID;
 use crate::nvme_tcp::host::{CC_ENABLE, connect_data};
 use crate::nvme_tcp::wire::{admin, log};
+use std::collections::BTreeSet;
 
 const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:host";
 const CLUSTER: [u8; 16] = [0xab; 16];
 
 fn volume(id: u32, name: &str, bytes: u64) -> Volume {
-    Volume { name: name.into(), namespace: Namespace { volume: VolumeId(id), bytes, block_bytes: 4096 } }
+    Volume {
+        name: name.into(),
+        namespace: Namespace { volume: VolumeId(id), bytes, block_bytes: 4096 },
+        allowed_hosts: BTreeSet::new(),
+    }
 }
 
 fn view() -> View {
@@ -146,7 +151,7 @@ fn the_end_of_an_admin_queue_ends_its_io_queues_and_nobody_elses() {
     assert_eq!(told(&mut c), [Out::Close { queue: 1, why: "its admin queue is gone" }]);
     c.closed(1);
     assert!(told(&mut c).is_empty());
-    assert_eq!(c.hosts().count(), 1);
+    assert_eq!(c.controllers.len(), 1);
 }
 
 #[test]
@@ -212,7 +217,7 @@ fn a_silent_host_is_let_go_and_one_that_speaks_is_kept() {
     };
     let queues: Vec<QueueId> = told(&mut c).into_iter().filter_map(queue).collect();
     assert_eq!(queues, [0, 1]);
-    assert_eq!(c.hosts().count(), 0);
+    assert!(c.is_empty());
 }
 
 #[test]
@@ -270,6 +275,9 @@ fn discovery_lists_every_volume_at_every_port_and_says_when_that_changes() {
     assert_eq!((second[0], second[1], second[2], u16_at(second, 6)), (3, 2, 2, u16::MAX));
     assert!(second[32..].starts_with(b"4421 ") && second[512..].starts_with(b"::1 "));
     assert!(second[256..].starts_with(vol0().as_bytes()));
+    let hosts = ask(&mut c, get_log(log::HOST_DISCOVERY, 2056, 0)).2;
+    assert_eq!((u64_at(&hosts, 8), u32_at(&hosts, 20), u32_at(&hosts, 2048)), (1, 2056, 1032));
+    assert!(hosts[1024 + 256..].starts_with(HOST.as_bytes()), "a host knows of itself");
     assert_eq!(ask(&mut c, get_log(log::SMART, 512, 0)).0, Status::INVALID_LOG_PAGE.dnr());
     assert_eq!(
         connect(&mut c, 1, 1, 0, DISCOVERY_NQN).map_err(|e| e.0),
@@ -284,6 +292,33 @@ fn discovery_lists_every_volume_at_every_port_and_says_when_that_changes() {
     let result = 2 | 0xf0 << 8 | 0x70 << 16;
     assert_eq!(told(&mut c), [Out::Complete { queue: 0, cid: 8, status: Status::SUCCESS, result }]);
     assert_eq!(u64_at(&ask(&mut c, get_log(log::DISCOVERY, 16, 0)).2, 0), 6);
+}
+
+#[test]
+fn a_host_that_is_not_on_the_list_neither_sees_nor_reaches_the_volume_and_is_let_go() {
+    let listed = |hosts: &[&str]| {
+        let allowed_hosts = hosts.iter().map(|host| (*host).to_owned()).collect();
+        View { volumes: vec![Volume { allowed_hosts, ..volume(1, "vol0", 1 << 30) }], ..view() }
+    };
+    let (mut c, _) = enabled(DISCOVERY_NQN);
+    c.set_view(listed(&["nqn.other"]));
+    assert_eq!(u64_at(&ask(&mut c, get_log(log::DISCOVERY, 16, 0)).2, 8), 0);
+    assert_eq!(connect(&mut c, 1, 0, u16::MAX, &vol0()), Err((Status::CONNECT_HOST.dnr(), 0)));
+    ask(&mut c, set(feature::ASYNC_EVENT, 1 << 31));
+    c.admin(0, &Sqe::new(admin::ASYNC_EVENT, 8, 0), &[], Time(1));
+    c.set_view(listed(&["nqn.other", "nqn.third"]));
+    assert!(told(&mut c).is_empty(), "nothing changed for this host");
+    c.set_view(listed(&["nqn.other", HOST]));
+    assert!(matches!(told(&mut c)[..], [Out::Complete { queue: 0, cid: 8, .. }]));
+    assert_eq!(u64_at(&ask(&mut c, get_log(log::DISCOVERY, 16, 0)).2, 8), 2);
+    let id = connect(&mut c, 1, 0, u16::MAX, &vol0()).expect("on the list").cntlid;
+    c.admin(1, &Sqe::property_set(1, property::CC, CC_ENABLE), &[], Time(1));
+    connect(&mut c, 2, 1, id, &vol0()).expect("on the list");
+    c.set_view(listed(&["nqn.other"]));
+    let closed: Vec<QueueId> = told(&mut c).iter().map(Out::queue).collect();
+    assert_eq!(closed, [1, 2], "both queues of the volume, and discovery stays");
+    c.set_view(listed(&[]));
+    assert!(connect(&mut c, 3, 0, u16::MAX, &vol0()).is_ok(), "an empty list lets any host in");
 }
 
 #[test]
@@ -310,7 +345,7 @@ fn a_grown_volume_is_told_once_until_the_log_was_read() {
     ask(&mut c, get_log(log::CHANGED_NS, 4096, 0));
     assert!(matches!(told(&mut c)[..], [Out::Complete { cid: 9, .. }]), "the second change");
     c.set_view(View { volumes: vec![], ..view() });
-    c.set_ana(Ana::Inaccessible);
+    c.set_view(View { ana: Ana::Inaccessible, ..c.view().clone() });
     let events = told(&mut c);
     assert!(events.contains(&Out::Namespace { queue: 1, namespace: None }), "{events:?}");
     assert!(events.iter().any(|e| matches!(e, Out::Complete { result: 0x0c_0302, .. })), "{events:?}");
