@@ -24,9 +24,7 @@ impl NvmeConn {
             }
             let (offset, left) = (req.offset + u64::from(req.emitted), req.length - req.emitted);
             let length = piece_length(offset, left);
-            // When the host has nothing left to take, waiting for it would be for ever.
-            let stuck = req.outstanding == 0 && self.stream.tx_bytes() == 0;
-            if !self.has_budget(length as usize) && !stuck {
+            if !self.has_budget(length as usize) {
                 return;
             }
             if !self.has_room(arena, (length as usize).div_ceil(BLOCK_BYTES)) {

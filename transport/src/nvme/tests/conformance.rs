@@ -1,0 +1,455 @@
+//! What hosts must not send, over loopback sockets: each is answered as the specification says, and a host beside it
+//! goes on. The same fields are tried in memory by `protocol::nvme_tcp`; here they come in arbitrary pieces.
+
+use super::*;
+use protocol::nvme_tcp::pdu::{self, Data};
+use protocol::nvme_tcp::wire::{FABRICS, flag, kind};
+
+/// How far a host is when it misbehaves.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Stage {
+    /// The connection is open.
+    Open,
+    /// ICReq is answered.
+    Ready,
+    /// An IO queue without digests.
+    Io,
+    /// An IO queue with both digests.
+    Digests,
+    /// A write of 8 KiB of which all is asked for.
+    Asked,
+}
+
+/// What it gets.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Gets {
+    /// A termination: fatal error status, and what goes with it.
+    End(u16, u32),
+    /// A termination for a digest, with the one that came.
+    EndByDigest,
+    /// A status; the queue goes on.
+    Status(Status),
+}
+
+struct Case {
+    name: String,
+    stage: Stage,
+    bytes: Box<dyn Fn(Option<Data>) -> Vec<u8> + Send>,
+    gets: Gets,
+}
+
+fn patched(mut bytes: Vec<u8>, at: usize, value: &[u8]) -> Vec<u8> {
+    bytes[at..at + value.len()].copy_from_slice(value);
+    bytes
+}
+
+fn ic_req() -> Vec<u8> {
+    let mut bytes = Vec::new();
+    Codec::default().ic_req(Digests::default(), 0, 0, &mut bytes);
+    bytes
+}
+
+fn capsule(stage: Stage, sqe: &Sqe, inline: &[u8]) -> Vec<u8> {
+    let digests = Digests::from_bits(if stage == Stage::Digests { 3 } else { 0 });
+    let mut bytes = Vec::new();
+    Codec { digests, h2c_max: 0 }.command(sqe, inline, &mut bytes);
+    bytes
+}
+
+fn write_inline(stage: Stage) -> Vec<u8> {
+    capsule(stage, &command(io::WRITE, 0, 512, true), &[6; 512])
+}
+
+/// H2CData with these fields, and as much data as they tell.
+fn h2c(fields: Data, flags: u8) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    pdu::data(kind::H2C_DATA, flags, fields, Digests::default(), 4, &mut bytes);
+    bytes.resize(bytes.len() + fields.length as usize, 0);
+    bytes
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut add = |name: String, stage, gets, bytes: Box<dyn Fn(Option<Data>) -> Vec<u8> + Send>| {
+        cases.push(Case { name, stage, bytes, gets });
+    };
+    let mut fixed = |name: &str, stage, gets, bytes: Vec<u8>| {
+        add(name.to_owned(), stage, gets, Box::new(move |_| bytes.clone()));
+    };
+    use fes::*;
+    // ICReq, field by field.
+    for bad in [1u8, 3, 5, 7, 8, 9, 0x7f, 0xff] {
+        fixed("ICReq: type", Stage::Open, Gets::End(HEADER_FIELD, 0), patched(ic_req(), 0, &[bad]));
+    }
+    for other in [kind::COMMAND, kind::H2C_DATA] {
+        fixed("before ICReq", Stage::Open, Gets::End(SEQUENCE, 0), patched(ic_req(), 0, &[other]));
+    }
+    for hlen in [0u8, 127, 129, 255] {
+        fixed("ICReq: HLEN", Stage::Open, Gets::End(HEADER_FIELD, 2), patched(ic_req(), 2, &[hlen]));
+    }
+    for plen in [0u32, 8, 127, 129, u32::MAX] {
+        let bytes = patched(ic_req(), 4, &plen.to_le_bytes());
+        fixed("ICReq: PLEN", Stage::Open, Gets::End(HEADER_FIELD, 4), bytes);
+    }
+    for pfv in [1u16, 0x100, u16::MAX] {
+        let bytes = patched(ic_req(), 8, &pfv.to_le_bytes());
+        fixed("ICReq: PFV", Stage::Open, Gets::End(UNSUPPORTED, 8), bytes);
+    }
+    for hpda in [32u8, 255] {
+        fixed("ICReq: HPDA", Stage::Open, Gets::End(HEADER_FIELD, 10), patched(ic_req(), 10, &[hpda]));
+    }
+    fixed("ICReq twice", Stage::Ready, Gets::End(SEQUENCE, 0), ic_req());
+    fixed("ICReq on a queue", Stage::Io, Gets::End(SEQUENCE, 0), ic_req());
+    // Command capsules, field by field.
+    for stage in [Stage::Ready, Stage::Io] {
+        for bad in [1u8, 3, 5, 7, 8, 9, 0xff] {
+            let bytes = patched(write_inline(stage), 0, &[bad]);
+            fixed("capsule: type", stage, Gets::End(HEADER_FIELD, 0), bytes);
+        }
+        for hlen in [0u8, 24, 71, 73, 255] {
+            let bytes = patched(write_inline(stage), 2, &[hlen]);
+            fixed("capsule: HLEN", stage, Gets::End(HEADER_FIELD, 2), bytes);
+        }
+        for plen in [0u32, 8, 71] {
+            let bytes = patched(write_inline(stage), 4, &plen.to_le_bytes());
+            fixed("capsule: PLEN", stage, Gets::End(HEADER_FIELD, 4), bytes);
+        }
+        for pdo in [0u8, 8, 71, 73, 74, 75] {
+            let bytes = patched(write_inline(stage), 3, &[pdo]);
+            fixed("capsule: PDO", stage, Gets::End(HEADER_FIELD, 3), bytes);
+        }
+        for flags in [flag::HDGST, flag::DDGST, flag::HDGST | flag::DDGST] {
+            let bytes = patched(write_inline(stage), 1, &[flags]);
+            fixed("capsule: FLAGS", stage, Gets::End(HEADER_FIELD, 1), bytes);
+        }
+        let bytes = patched(write_inline(stage), 4, &u32::MAX.to_le_bytes());
+        fixed("capsule: oversize", stage, Gets::End(LIMIT, 0), bytes);
+    }
+    let long = capsule(Stage::Io, &command(io::WRITE, 0, 17 << 10, true), &vec![0; 17 << 10]);
+    fixed("more than IOCCSZ", Stage::Io, Gets::End(LIMIT, 0), long);
+    fixed("a response from a host", Stage::Io, Gets::End(HEADER_FIELD, 0), {
+        let mut bytes = Vec::new();
+        let cqe = Cqe { result: 0, sqhd: 0, cid: 0, status: Status::SUCCESS };
+        pdu::response(cqe, Digests::default(), &mut bytes);
+        bytes
+    });
+    // Digests.
+    for flags in [0, flag::HDGST, flag::DDGST] {
+        let bytes = patched(write_inline(Stage::Digests), 1, &[flags]);
+        fixed("digests: FLAGS", Stage::Digests, Gets::End(HEADER_FIELD, 1), bytes);
+    }
+    for at in [8, 20, 72, 75] {
+        let mut bytes = write_inline(Stage::Digests);
+        bytes[at] ^= 0x10;
+        fixed("header digest", Stage::Digests, Gets::EndByDigest, bytes);
+    }
+    for at in [76, 300, 76 + 511, 76 + 512] {
+        let mut bytes = write_inline(Stage::Digests);
+        bytes[at] ^= 1;
+        fixed("data digest", Stage::Digests, Gets::Status(Status::TRANSIENT_TRANSPORT), bytes);
+    }
+    // H2CData that nobody asked for, and then unlike what was asked for.
+    let stray = Data { cid: 7, ttag: 0x100, offset: 0, length: 512 };
+    for stage in [Stage::Ready, Stage::Io] {
+        fixed("H2CData unasked", stage, Gets::End(HEADER_FIELD, 10), h2c(stray, flag::LAST));
+    }
+    type Change = fn(Data) -> Data;
+    let changes: [(&str, Change, u8, Gets); 12] = [
+        ("TTAG 0", |d| Data { ttag: 0, ..d }, flag::LAST, Gets::End(HEADER_FIELD, 10)),
+        ("TTAG of nobody", |d| Data { ttag: d.ttag ^ 1, ..d }, flag::LAST, Gets::End(HEADER_FIELD, 10)),
+        ("TTAG of before", |d| Data { ttag: d.ttag - 0x100, ..d }, flag::LAST, Gets::End(HEADER_FIELD, 10)),
+        ("TTAG", |d| Data { ttag: u16::MAX, ..d }, flag::LAST, Gets::End(HEADER_FIELD, 10)),
+        ("CCCID", |d| Data { cid: d.cid + 1, ..d }, flag::LAST, Gets::End(HEADER_FIELD, 8)),
+        (
+            "DATAO out of order",
+            |d| Data { offset: 4096, length: 4096, ..d },
+            flag::LAST,
+            Gets::End(SEQUENCE, 0),
+        ),
+        ("DATAO wraps", |d| Data { offset: u32::MAX, length: 512, ..d }, flag::LAST, Gets::End(SEQUENCE, 0)),
+        ("beyond the R2T", |d| Data { length: 8196, ..d }, flag::LAST, Gets::End(OUT_OF_RANGE, 0)),
+        ("DATAL 0", |d| Data { length: 0, ..d }, 0, Gets::End(HEADER_FIELD, 16)),
+        ("LAST missing", |d| d, 0, Gets::End(HEADER_FIELD, 1)),
+        ("LAST early", |d| Data { length: 4096, ..d }, flag::LAST, Gets::End(HEADER_FIELD, 1)),
+        ("digest flags", |d| d, flag::LAST | flag::DDGST, Gets::End(HEADER_FIELD, 1)),
+    ];
+    for (name, change, flags, gets) in changes {
+        let bytes = move |asked: Option<Data>| h2c(change(asked.expect("it was asked for")), flags);
+        add(format!("H2CData: {name}"), Stage::Asked, gets, Box::new(bytes));
+    }
+    for (name, at, value, gets) in [
+        ("HLEN", 2, 23u32, Gets::End(HEADER_FIELD, 2)),
+        ("PDO", 3, 26, Gets::End(HEADER_FIELD, 3)),
+        ("PLEN", 4, 20, Gets::End(HEADER_FIELD, 4)),
+        ("DATAL unlike PLEN", 16, 4096, Gets::End(HEADER_FIELD, 16)),
+    ] {
+        let bytes = move |asked: Option<Data>| {
+            let bytes = h2c(asked.expect("it was asked for"), flag::LAST);
+            let width = if at < 4 { 1 } else { 4 };
+            patched(bytes, at, &value.to_le_bytes()[..width])
+        };
+        add(format!("H2CData: {name}"), Stage::Asked, gets, Box::new(bytes));
+    }
+    // Commands at the wrong time, and in the wrong form.
+    let mut refused = |name: &str, stage, status: Status, sqe: Sqe, inline: &[u8]| {
+        let bytes = capsule(stage, &sqe, inline);
+        add(name.to_owned(), stage, Gets::Status(status.dnr()), Box::new(move |_| bytes.clone()));
+    };
+    let end = VOLUME_BYTES;
+    let read = |offset, bytes| command(io::READ, offset, bytes, false);
+    refused("Read before Connect", Stage::Ready, Status::SEQUENCE, read(0, 512), &[]);
+    refused(
+        "Keep Alive before Connect",
+        Stage::Ready,
+        Status::SEQUENCE,
+        Sqe::new(admin::KEEP_ALIVE, 1, 0),
+        &[],
+    );
+    refused(
+        "Property Get before Connect",
+        Stage::Ready,
+        Status::SEQUENCE,
+        Sqe::property_get(1, 0, true),
+        &[],
+    );
+    let connect = connect_data([3; 16], u16::MAX, &subsystem(), "nqn.host");
+    refused("Connect twice", Stage::Io, Status::SEQUENCE, Sqe::connect(1, 1, 32, 0), &connect);
+    let short = Sqe::connect(1, 0, 32, 0).with_data(512, true);
+    refused("Connect with half its data", Stage::Ready, Status::SGL_LENGTH, short, &connect[..512]);
+    let mut form = Sqe::connect(1, 0, 32, 0);
+    form.0[40] = 1;
+    refused("Connect of an unknown form", Stage::Ready, Status::CONNECT_FORMAT, form, &connect);
+    refused(
+        "Connect with a queue of 1",
+        Stage::Ready,
+        Status::CONNECT_PARAMETER,
+        Sqe::connect(1, 0, 1, 0),
+        &connect,
+    );
+    let nobody = connect_data([3; 16], u16::MAX, "nqn.nobody", "nqn.host");
+    refused("Connect to nobody", Stage::Ready, Status::CONNECT_PARAMETER, Sqe::connect(1, 0, 32, 0), &nobody);
+    let astray = connect_data([3; 16], 0x7777, &subsystem(), "nqn.host");
+    refused(
+        "Connect to no controller",
+        Stage::Ready,
+        Status::CONNECT_PARAMETER,
+        Sqe::connect(1, 1, 32, 0),
+        &astray,
+    );
+    refused("unknown opcode", Stage::Io, Status::INVALID_OPCODE, Sqe::new(0x7e, 1, 1), &[]);
+    refused("Fabrics on an IO queue", Stage::Io, Status::INVALID_OPCODE, Sqe::new(FABRICS, 1, 0x55), &[]);
+    refused("admin on an IO queue", Stage::Io, Status::INVALID_OPCODE, Sqe::new(admin::IDENTIFY, 1, 1), &[]);
+    for nsid in [0, 2, u32::MAX] {
+        refused("namespace", Stage::Io, Status::INVALID_NAMESPACE, read(0, 512).with(1, nsid), &[]);
+    }
+    refused("past the end", Stage::Io, Status::LBA_RANGE, read(end, 512), &[]);
+    refused("across the end", Stage::Io, Status::LBA_RANGE, read(end - 512, 1024), &[]);
+    refused("an LBA that wraps", Stage::Io, Status::LBA_RANGE, read(0, 512).with_range(u64::MAX, 1), &[]);
+    let large = read(0, 512).with_range(0, 2049).with_data(2049 * 512, false);
+    refused("above MDTS", Stage::Io, Status::INVALID_FIELD, large, &[]);
+    refused(
+        "a length unlike the blocks",
+        Stage::Io,
+        Status::SGL_LENGTH,
+        read(0, 512).with_data(1024, false),
+        &[],
+    );
+    let mut odd = read(0, 512);
+    odd.0[39] = 0;
+    refused("SGL type", Stage::Io, Status::SGL_TYPE, odd, &[]);
+    let offset = command(io::WRITE, 0, 512, true).with(6, 4);
+    refused("an offset in the capsule", Stage::Io, Status::SGL_OFFSET, offset, &[6; 512]);
+    let more = command(io::WRITE, 0, 1024, true);
+    refused("less data than told", Stage::Io, Status::SGL_LENGTH, more, &[6; 512]);
+    for flags in [0, 1 << 6 | 1, 1 << 6 | 2] {
+        let mut sqe = read(0, 512);
+        sqe.0[1] = flags;
+        refused("PRPs, or fused", Stage::Io, Status::INVALID_FIELD, sqe, &[]);
+    }
+    let ranges = Sqe::new(io::DSM, 1, NSID).with(10, 1).with(11, 4).with_data(16, true);
+    refused("fewer ranges than told", Stage::Io, Status::SGL_LENGTH, ranges, &[0; 16]);
+    cases
+}
+
+/// A queue at the stage, and what it was asked for; its admin queue lives as long.
+fn reach(addr: std::net::SocketAddr, stage: Stage) -> (Option<Queue>, Queue, Option<Data>) {
+    match stage {
+        Stage::Open => {
+            let wire = TcpStream::connect(addr).unwrap();
+            wire.set_nodelay(true).unwrap();
+            wire.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            (None, Queue { wire, codec: Codec::default(), input: Vec::new() }, None)
+        }
+        Stage::Ready => (None, Queue::open(addr, 0, 0, 0), None),
+        Stage::Io | Stage::Digests | Stage::Asked => {
+            let digests = if stage == Stage::Digests { 3 } else { 0 };
+            let (admin, mut queue) = attach(addr, digests, 0, 0, true);
+            let mut asked = None;
+            if stage == Stage::Asked {
+                queue.send(&command(io::WRITE, 4096, 8192, false), &[]);
+                let HostEvent::R2t(r2t) = queue.event() else { panic!("data is asked for") };
+                asked = Some(r2t);
+            }
+            (Some(admin), queue, asked)
+        }
+    }
+}
+
+/// Sends in pieces of any length; the other side may have closed before all of it went.
+fn send_in_pieces(wire: &mut TcpStream, mut bytes: &[u8], random: &mut Random) {
+    while !bytes.is_empty() {
+        let (some, rest) = bytes.split_at((1 + random.below(200) as usize).min(bytes.len()));
+        if wire.write_all(some).is_err() {
+            return;
+        }
+        if random.below(3) == 0 {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        bytes = rest;
+    }
+}
+
+#[test]
+fn every_malformed_pdu_and_command_is_answered_as_specified_and_the_others_go_on() {
+    let cases = cases();
+    let count = cases.len();
+    let ends = cases.iter().filter(|case| !matches!(case.gets, Gets::Status(_))).count();
+    let seen = serve(Manner::default(), move |addr| {
+        let (_admin, mut good) = attach(addr, 3, 0, 0, true);
+        let mut random = Random(4);
+        let model = vec![9; 16 << 10];
+        good.run(&command(io::WRITE, 1 << 20, 16 << 10, false), &[], &model, 4096);
+        for case in cases {
+            let (_admin, mut bad, asked) = reach(addr, case.stage);
+            send_in_pieces(&mut bad.wire, &(case.bytes)(asked), &mut random);
+            let name = &case.name;
+            match (case.gets, bad.event()) {
+                (Gets::End(fes, info), event) => {
+                    assert_eq!(event, HostEvent::Terminated { fes, info }, "{name} at {:?}", case.stage);
+                }
+                (Gets::EndByDigest, event) => {
+                    let told = matches!(event, HostEvent::Terminated { fes: fes::HEADER_DIGEST, .. });
+                    assert!(told, "{name}: {event:?}");
+                }
+                (Gets::Status(status), HostEvent::Response(cqe)) => {
+                    assert_eq!(cqe.status, status, "{name} at {:?}", case.stage);
+                    match case.stage {
+                        Stage::Io | Stage::Digests => drop(bad.ok(&command(io::READ, 0, 4096, false))),
+                        _ => drop(bad.connect(0, u16::MAX, true)),
+                    }
+                }
+                (gets, event) => panic!("{name}: {event:?} instead of {gets:?}"),
+            }
+            assert!(good.ok(&command(io::READ, 1 << 20, 16 << 10, false)).1 == model, "after {name}");
+        }
+    });
+    let broken = |reason: &&NvmeCloseReason| matches!(reason, NvmeCloseReason::Violation(_));
+    assert_eq!(seen.closed.iter().filter(broken).count(), ends);
+    eprintln!("{count} cases of conformance over loopback sockets, {ends} of them end the connection");
+}
+
+#[test]
+fn a_thousand_connections_are_served_at_once() {
+    let seen = serve(Manner::default(), |addr| {
+        // 200 controllers with five queues each: fewer than a subsystem's 255.
+        let mut hosts = Vec::new();
+        for _ in 0..200 {
+            let mut admin = Queue::open(addr, 0, 0, 0);
+            let id = admin.connect(0, u16::MAX, true);
+            admin.ok(&Sqe::property_set(1, property::CC, CC_ENABLE));
+            let queue = |qid| {
+                let mut io = Queue::open(addr, 0, 0, 0);
+                io.connect(qid, id, true);
+                io
+            };
+            hosts.push((admin, (1..5).map(queue).collect::<Vec<_>>()));
+        }
+        for round in 0..2u8 {
+            for (at, (_, queues)) in hosts.iter_mut().enumerate() {
+                let offset = at * 8192;
+                let data = vec![at as u8 ^ round; 4096];
+                let (cqe, _) = queues[0].run(&command(io::WRITE, offset, 4096, true), &data, &[], 0);
+                assert_eq!(cqe.status, Status::SUCCESS);
+                for queue in &mut queues[1..] {
+                    assert!(queue.ok(&command(io::READ, offset, 4096, false)).1 == data, "host {at}");
+                }
+            }
+        }
+    });
+    assert_eq!(seen.conns_max, 1000);
+}
+
+#[test]
+fn headers_that_drip_in_mean_the_same_and_hold_up_nobody() {
+    serve(Manner::default(), |addr| {
+        let drips: Vec<_> = (0..8u64)
+            .map(|seed| {
+                std::thread::spawn(move || {
+                    let (_, mut slow, _) = reach(addr, Stage::Open);
+                    let data = connect_data([3; 16], u16::MAX, &subsystem(), "nqn.host");
+                    let mut bytes = ic_req();
+                    slow.codec.command(&Sqe::connect(0, 0, 32, 0), &data[..], &mut bytes);
+                    let headers = 128 + 72;
+                    for byte in &bytes[..headers] {
+                        slow.wire.write_all(&[*byte]).unwrap();
+                        std::thread::sleep(Duration::from_micros(500 + seed * 100));
+                    }
+                    assert!(matches!(slow.event(), HostEvent::Ready(_)));
+                    slow.wire.write_all(&bytes[headers..]).unwrap();
+                    assert!(matches!(slow.event(), HostEvent::Response(cqe) if cqe.status.is_ok()));
+                })
+            })
+            .collect();
+        let (_admin, mut good) = attach(addr, 0, 0, 0, true);
+        while !drips.iter().all(std::thread::JoinHandle::is_finished) {
+            good.ok(&command(io::READ, 0, 4096, false));
+        }
+        drips.into_iter().for_each(|drip| drip.join().unwrap());
+    });
+}
+
+/// Hosts that tell lengths and send nothing of it, that stop in the middle, that ask and do not take.
+#[test]
+fn hosts_that_lie_stall_and_flood_hold_no_more_than_their_budget_and_an_honest_one_goes_on() {
+    const HOSTS: usize = 12;
+    let budget = 1 << 20;
+    let limits = NvmeLimits { bytes_max: budget, arena_reserve_blocks: 1024, ..Manner::default().limits };
+    // All budgets together are more than the arena has; half of it is out of their reach.
+    let manner = Manner { limits, arena_bytes: 8 << 20, ..Manner::default() };
+    let seen = serve(manner, |addr| {
+        let (_admin, mut good) = attach(addr, 0, 0, 0, true);
+        let mut bad: Vec<_> = (0..HOSTS).map(|_| attach(addr, 0, 0, 3, true)).collect();
+        for (at, (_, io)) in bad.iter_mut().enumerate() {
+            io.wire.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
+            let mut bytes = Vec::new();
+            for cid in 0..100u16 {
+                let (opcode, inline) = match at % 3 {
+                    // Lies: 1 MiB each, of which nothing comes.
+                    0 => (io::WRITE, 0),
+                    // Asks for 1 MiB each and takes nothing.
+                    1 => (io::READ, 0),
+                    // Floods with capsules and does not look at the answers.
+                    _ => (io::WRITE, 16 << 10),
+                };
+                let length = if inline > 0 { inline } else { 1 << 20 };
+                let mut sqe = command(opcode, usize::from(cid % 16) << 20, length, inline > 0);
+                sqe.0[2..4].copy_from_slice(&cid.to_le_bytes());
+                io.codec.command(&sqe, &vec![1; inline], &mut bytes);
+            }
+            if at % 3 == 2 {
+                // And stops in the middle of the last one.
+                bytes.truncate(bytes.len() - 5000);
+            }
+            // Whoever is not read from any more has no choice.
+            let _ = io.wire.write_all(&bytes);
+        }
+        for round in 0..50u8 {
+            let data = vec![round; 256 << 10];
+            let (cqe, _) = good.run(&command(io::WRITE, 20 << 20, 256 << 10, false), &[], &data, 1 << 17);
+            assert_eq!(cqe.status, Status::SUCCESS);
+            assert!(good.ok(&command(io::READ, 20 << 20, 256 << 10, false)).1 == data);
+        }
+    });
+    assert!(seen.bytes_max <= budget + HEADERS, "{}", seen.bytes_max);
+    eprintln!("of a budget of {budget} bytes each, the greediest of {HOSTS} hosts held {}", seen.bytes_max);
+}
