@@ -65,6 +65,20 @@ pub struct DevVolume {
     /// NBD URIs over Unix sockets, one a target.
     #[serde(default)]
     pub nbd_unix: Vec<String>,
+    /// NVMe/TCP paths, one a target.
+    #[serde(default)]
+    pub nvme: Vec<DevPath>,
+}
+
+/// A path to a volume over NVMe/TCP.
+#[derive(Clone, Debug, Deserialize)]
+pub struct DevPath {
+    /// Address.
+    pub traddr: String,
+    /// Port.
+    pub trsvcid: String,
+    /// The subsystem's name.
+    pub nqn: String,
 }
 
 impl DevFile {

@@ -4,16 +4,19 @@
 //! medians are printed; a subject is fully written before it is read; no figure is ever typed by hand, since the
 //! table, the JSON and the Markdown page all come from the same [`report::FirstReport`].
 //!
-//! Deliberately absent: an IO engine of our own. fio is the client here, because it knows nothing of Ashlar.
+//! fio is the client wherever it speaks the protocol, because it knows nothing of Ashlar; [`wire`] is a small one of
+//! our own for NVMe/TCP, which fio does not speak, and for NBD beside it.
 
 pub mod dev;
 pub mod environment;
 pub mod fio;
 pub mod first;
 pub mod idle;
+pub mod nvme;
 pub mod process;
 pub mod report;
 pub mod rival;
+pub mod wire;
 
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -27,6 +30,8 @@ pub const EXIT_CHECK_FAILED: u8 = 3;
 pub enum BenchCommand {
     /// 4 KiB random IO on the raw disk, on a volume over NBD and on qemu-nbd, in one run.
     First(first::FirstArgs),
+    /// 4 KiB random IO on one volume through NVMe/TCP and through NBD, in one run.
+    Nvme(nvme::NvmeArgs),
     /// CPU of each process while nothing happens, and memory while it is busy.
     Idle(idle::IdleArgs),
 }
@@ -71,6 +76,7 @@ pub struct ClusterArgs {
 pub fn run(command: BenchCommand) -> anyhow::Result<ExitCode> {
     match command {
         BenchCommand::First(args) => first::run(&args),
+        BenchCommand::Nvme(args) => nvme::run(&args),
         BenchCommand::Idle(args) => idle::run(&args),
     }
 }
