@@ -1,10 +1,11 @@
 //! Interop, model and simulation tests: what they share.
 //!
 //! The tests themselves lie in `tests/`: `interop` runs real NBD clients against `ashlar dev`, `faults` kills, stops,
-//! starves and damages its processes under load. Both meet the cluster as its users do: a binary, `dev.json`, URIs.
+//! starves and damages its processes under load, `nvme` attaches
+//! the Linux kernel's NVMe/TCP initiator in a virtual machine. All meet the cluster as its users do: a binary, `dev.json`, URIs.
 //!
 //! Invariants: one cluster at a time on a machine (a file lock); a test that cannot run says SKIPPED and why, on
-//! stderr and in `skipped.txt` of the target directory; `ASHLAR_NO_SKIP=1` makes that a failure. A failing test
+//! stderr and in `skipped.txt` of the target directory, which `cargo xtask test` prints; `ASHLAR_NO_SKIP=1` makes that a failure. A failing test
 //! prints the tail of every log. `ASHLAR_LONG=1` runs each test at its full length.
 //!
 //! Further settings by environment: `ASHLAR_BIN` (the binary to test; without it a release build is made, or with
@@ -18,3 +19,4 @@ pub mod metrics;
 pub mod register;
 pub mod sim;
 pub mod tools;
+pub mod vm;

@@ -185,9 +185,21 @@ pub fn skip(reason: &str) {
     let forbidden = std::env::var("ASHLAR_NO_SKIP").is_ok_and(|value| value == "1");
     assert!(!forbidden, "{test} may not be skipped, but: {reason}");
     eprintln!("SKIPPED {test}: {reason}");
-    let list = std::fs::File::options().create(true).append(true).open(target_dir().join("skipped.txt"));
-    // The list is a convenience; the line above is what counts.
-    let _ = list.and_then(|mut list| writeln!(list, "{test}: {reason}"));
+    note("skipped.txt", &format!("SKIPPED {test}: {reason}"));
+}
+
+/// Says what a test has checked, one line each, also where the output of tests that pass is not shown.
+pub fn tell_checks<'a>(test: &str, checks: impl IntoIterator<Item = &'a str>) {
+    for check in checks {
+        eprintln!("{check}");
+        note("checks.txt", &format!("{test}: {check}"));
+    }
+}
+
+/// Adds a line to a file of the target directory. It is a convenience: what counts is on stderr.
+fn note(file: &str, line: &str) {
+    let file = std::fs::File::options().create(true).append(true).open(target_dir().join(file));
+    let _ = file.and_then(|mut file| writeln!(file, "{line}"));
 }
 
 /// Whether all of these programs are installed; if not, the test is skipped. `python3-libnbd` means the module.
@@ -207,7 +219,8 @@ pub fn have(programs: &[&str]) -> bool {
     missing.is_empty()
 }
 
-fn in_path(name: &str) -> bool {
+/// Whether a program is installed.
+pub fn in_path(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|dir| dir.join(name).is_file())
 }

@@ -25,6 +25,9 @@ const NEEDED: &[(Probe, &str)] = &[
     (Probe::Program("nbdkit"), "nbdkit"),
     (Probe::Program("nft"), "nftables"),
     (Probe::Program("ip"), "iproute2"),
+    (Probe::Program("qemu-system-x86_64"), "qemu-system-x86"),
+    (Probe::Program("cpio"), "cpio"),
+    (Probe::Program("xz"), "xz-utils"),
 ];
 
 /// Installs what is missing, if that is allowed here. Answers with what is missing still.
