@@ -154,6 +154,7 @@ impl<P: Payload> Store<P> {
             match waiter {
                 Waiter::Read(id) => self.plan(id),
                 Waiter::Job(chunk) => self.job_go_on(chunk),
+                Waiter::Repair(chunk) => self.repairs_go_on(chunk),
                 Waiter::Table { chunk, .. } | Waiter::Status { chunk, .. } => {
                     if self.want_table(chunk, waiter) {
                         self.answer(waiter);
@@ -187,7 +188,7 @@ impl<P: Payload> Store<P> {
                 }
                 self.events.push_back(Event::Status { token, runs });
             }
-            Waiter::Read(_) | Waiter::Job(_) => {}
+            Waiter::Read(_) | Waiter::Job(_) | Waiter::Repair(_) => {}
         }
     }
 

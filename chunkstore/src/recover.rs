@@ -269,6 +269,7 @@ fn new_store<P: Payload>(
         pool: Pool::new(from.slots_ready.min(layout.slots_max), layout.slots_max),
         tables: Tables::new(layout.table_cache_max),
         reads: Default::default(),
+        repairs: Vec::new(),
         flush: Default::default(),
         round: Default::default(),
         preformat: Default::default(),

@@ -11,7 +11,7 @@ use crate::pool::Pool;
 use crate::preformat::Preformat;
 use crate::read::{Pending, Reads};
 use crate::round::Round;
-use crate::tables::Tables;
+use crate::tables::{Tables, Waiter};
 use protocol::raft::{Body, Entry, HardState, Members};
 use protocol::types::{BlockRange, ChunkId, CopysetId, LogIndex, Term, Time, VolumeId, crc_at_rest};
 use rustc_hash::FxBuildHasher;
@@ -147,6 +147,8 @@ pub struct Store<P> {
     pub(crate) tables: Tables,
     pub(crate) reads: Reads<P>,
     pub(crate) flush: Flush<P>,
+    /// Repairs that wait for their chunk's table.
+    pub(crate) repairs: Vec<(ChunkId, u16, P)>,
     pub(crate) round: Round,
     pub(crate) preformat: Preformat,
     pub(crate) last_stage: Time,
@@ -270,18 +272,23 @@ impl<P: Payload> Store<P> {
         self.chunks.contains_key(&chunk)
     }
     /// Replaces a bad block by good content (told by `Corrupt`): block `block` of the chunk by the
-    /// first of `payload`. False when the content is not what is expected (any more); then nothing is done.
+    /// first of `payload`. False when the content is not what is expected (any more); then nothing is
+    /// done. Where the chunk's table must be loaded to know, that is decided before any later read.
     pub fn repair(&mut self, chunk: ChunkId, block: u16, payload: P) -> bool {
         let crc = protocol::types::block_crc(payload.block(0));
-        let Some(state) = self.chunks.get_mut(&chunk) else { return false };
+        let Some(state) = self.chunks.get(&chunk) else { return false };
         let copyset = state.copyset;
-        let fits = match (state.overlay.get(&block), state.slot) {
-            (Some(over), _) => over.crc == crc_at_rest(crc),
-            (None, Some(slot)) => self
-                .tables
-                .get(slot)
-                .is_some_and(|t| t.expected(block.into()).is_none_or(|e| e == crc_at_rest(crc))),
-            (None, None) => false,
+        let fits = match state.overlay.get(&block) {
+            Some(over) => over.crc == crc_at_rest(crc),
+            None => {
+                let Some(slot) = state.slot else { return false };
+                if !self.want_table(chunk, Waiter::Repair(chunk)) {
+                    self.repairs.push((chunk, block, payload));
+                    return true;
+                }
+                let table = self.tables.get(slot).expect("at hand");
+                table.expected(block.into()).is_none_or(|expected| expected == crc_at_rest(crc))
+            }
         };
         if fits {
             self.stats.repaired_blocks += 1;
@@ -290,6 +297,17 @@ impl<P: Payload> Store<P> {
             self.wake_flush(chunk);
         }
         fits
+    }
+
+    /// The table that repairs of a chunk waited for is at hand.
+    pub(crate) fn repairs_go_on(&mut self, chunk: ChunkId) {
+        for (at, block, payload) in std::mem::take(&mut self.repairs) {
+            if at == chunk {
+                self.repair(chunk, block, payload);
+            } else {
+                self.repairs.push((at, block, payload));
+            }
+        }
     }
     /// Drops the oldest payload handles of durable entries, about `blocks` blocks of them; they are
     /// log-backed from then on. Tells how many were dropped.

@@ -9,6 +9,7 @@ use protocol::types::{BlockRange, ChunkId};
 pub(crate) enum Waiter {
     Read(u64),
     Job(ChunkId),
+    Repair(ChunkId),
     Table { token: u64, chunk: ChunkId },
     Status { token: u64, chunk: ChunkId, range: BlockRange },
 }

@@ -153,6 +153,35 @@ fn a_flipped_block_at_rest_is_found_repaired_and_rewritten() {
 }
 
 #[test]
+fn a_repair_is_judged_though_the_chunks_table_must_be_loaded_for_it() {
+    let mut rig = Rig::new(&Layout { table_cache_max: 1, ..small_layout() });
+    rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
+    let other = ChunkId { index: 1, ..CHUNK };
+    write(&mut rig, 1, 1, 101);
+    let body = Body::Write { chunk: other, range: BlockRange { first: 1, count: 1 } };
+    let entry = Entry { term: Term(1), index: LogIndex(2), body };
+    rig.store.stage(Record::Entry { copyset: CS, entry }, Some(Buf::of(&[102])), &[block_crc(&block(102))]);
+    rig.settle();
+    rig.store.commit(CS, LogIndex(2));
+    rig.pass(3000);
+    let (file, base) = small_layout().data_place(0);
+    rig.disk.flip(file, base / 4096 + 1, 77);
+    let forget_table = |rig: &mut Rig| {
+        rig.store.read(6, other, BlockRange { first: 1, count: 1 });
+        rig.settle();
+        rig.events.clear();
+    };
+    let is_bad = |result: Result<u64, ReadError>| matches!(result, Err(ReadError::Corrupt(_)));
+    assert!(is_bad(read(&mut rig, 1)));
+    forget_table(&mut rig);
+    rig.store.repair(CHUNK, 1, Buf::of(&[555]));
+    assert!(is_bad(read(&mut rig, 1)), "other content is refused");
+    forget_table(&mut rig);
+    rig.store.repair(CHUNK, 1, Buf::of(&[101]));
+    assert_eq!(read(&mut rig, 1), Ok(101));
+}
+
+#[test]
 fn inspect_tells_a_flipped_block_and_a_lost_page() {
     let mut rig = flushed();
     // A block in the replay window is told apart: the log will write it anew.
