@@ -65,6 +65,17 @@ enum Phase {
     },
 }
 
+impl Phase {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Beginning => "beginning",
+            Self::Fetching => "fetching",
+            Self::Ending => "ending",
+            Self::Writing { .. } => "writing",
+        }
+    }
+}
+
 impl Shard {
     /// The replica cannot go on by the leader's log.
     pub(super) fn start_catch_up(&mut self, id: CopysetId, from: ShardAddr) {
@@ -108,6 +119,9 @@ impl Shard {
             return self.catch_up_step(id);
         }
         let from = hosted.replica.leader().unwrap_or(catch_up.from);
+        let (phase, chunks) = (catch_up.phase.name(), catch_up.chunks.len());
+        let has_room = self.store.can_stage(ENTRY_BLOCKS_MAX);
+        tracing::info!(copyset = id.0, phase, chunks, has_room, "chunk catch-up got no answer; begins anew");
         // Begins anew (see `under_way`).
         self.start_catch_up(id, from);
     }
@@ -266,6 +280,11 @@ impl Shard {
         let Some(at) = current.asked.iter().position(|r| *r == range) else { return };
         current.asked.swap_remove(at);
         catch_up.progress = now;
+        if !self.store.can_stage(range.count.into()) {
+            // Others took the room that there was when it was asked for: asked again later.
+            current.todo.push_front(range);
+            return;
+        }
         catch_up.blocks += u64::from(range.count);
         self.counts.catch_up_blocks += u64::from(range.count);
         let mut blocks = payload.iter().flat_map(|run| (0..run.blocks()).map(move |at| run.window(at, 1)));
