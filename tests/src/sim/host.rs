@@ -118,9 +118,13 @@ impl Host {
         windows.dedup();
         windows.iter_mut().for_each(|first| *first *= BLOCK_BYTES as u64);
         let now = reactor.now();
+        let mut mix = mix.clone();
+        if number < mix.readers {
+            mix.reads_permille = 1000;
+        }
         Ok(Self {
             draw: Draw::new(seed ^ (node as u64) << 32 ^ 0x686f_7374),
-            mix: mix.clone(),
+            mix,
             number,
             volume,
             bytes,

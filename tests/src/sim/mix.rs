@@ -10,8 +10,8 @@ use protocol::types::{BLOCK_BYTES, Span};
 /// Families of runs: `swarm` draws everything; `calm` has no faults; `partial` writes parts of few
 /// blocks through elections; `lag` leaves one of three replicas behind while the log is recycled;
 /// `rot` damages one disk at rest; `lease` cuts leaders off from their followers, but not from hosts,
-/// again and again, under clocks that drift as far as is allowed; `wire` inverts bits between shards.
-pub const FAMILIES: [&str; 7] = ["swarm", "calm", "partial", "lag", "rot", "lease", "wire"];
+/// again and again, under clocks that drift as far as is allowed; `wire` inverts bits between shards; `beyond` damages two disks of three: the right answer is to stop.
+pub const FAMILIES: [&str; 8] = ["swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond"];
 
 /// What may go wrong, and about how often; `None` leaves it out.
 #[derive(Clone, Copy, Default, Debug)]
@@ -24,6 +24,10 @@ pub struct Faults {
     pub down_max: Span,
     /// Mean time between partitions.
     pub partition: Option<Span>,
+    /// Two targets have a bad disk: more than a copyset can bear.
+    pub beyond: bool,
+    /// Every partition cuts one shard off from the other shards, but not from hosts.
+    pub isolate: bool,
     /// Mean time between resets of connections.
     pub reset: Option<Span>,
     /// Mean time between leaderships handed over as if by an operator.
@@ -71,6 +75,8 @@ pub struct Mix {
     pub volumes: Vec<(u64, u32)>,
     /// NBD clients.
     pub hosts: usize,
+    /// Of them, those that only read: where writes hang, they go on.
+    pub readers: usize,
     /// Requests that a host keeps in flight, at most.
     pub depth: usize,
     /// The longest that a host waits between two requests, in microseconds.
@@ -112,6 +118,7 @@ impl Mix {
             copysets: 2,
             volumes: vec![(64 << 20, 4096)],
             hosts: 2,
+            readers: 0,
             depth: 4,
             think_us_max: 4_000,
             reads_permille: 400,
@@ -155,16 +162,26 @@ impl Mix {
             "lease" => {
                 (mix.targets, mix.shards, mix.copysets) = (3, 1, 2);
                 mix.volumes = vec![(16 << 20, 4096)];
-                (mix.hosts, mix.depth, mix.think_us_max, mix.windows) = (5, 2, 1_000, (1, 1));
+                (mix.hosts, mix.readers) = (7, 4);
+                (mix.depth, mix.think_us_max, mix.windows) = (2, 2_000, (1, 1));
                 (mix.reads_permille, mix.blocks_max, mix.exclusive) = (600, 1, false);
                 (mix.patience, mix.load) = (None, Span::ms(20_000));
                 mix.faults = Faults { down_max: Span::ms(400), ..Faults::default() };
                 mix.faults.partition = Some(Span::ms(600));
+                mix.faults.isolate = true;
                 mix.faults.pause = Some(Span::ms(1_500));
                 mix.faults.crash = Some(Span::ms(1_500));
                 mix.faults.transfer = Some(Span::ms(300));
                 mix.faults.drift_ppm = Some(45_000);
                 mix.election_timeout = Span::ms(200);
+            }
+            "beyond" => {
+                (mix.targets, mix.shards) = (3, 1);
+                mix.faults = Faults { down_max: Span::ms(500), ..Faults::default() };
+                mix.faults.rot_chunks = Some(Span::ms(100));
+                mix.faults.rot_log_permille = 500;
+                mix.faults.crash = Some(Span::ms(1_000));
+                mix.faults.beyond = true;
             }
             "wire" => {
                 mix.faults.wire_flip_ppm = 3_000;
@@ -196,6 +213,7 @@ impl Mix {
             copysets: draw.between(1, 4) as usize,
             volumes,
             hosts: draw.between(1, 4) as usize,
+            readers: 0,
             depth: draw.of(&[1, 2, 4, 8, 16]),
             think_us_max: draw.of(&[500, 3_000, 10_000, 50_000]),
             reads_permille: draw.of(&[100, 300, 500]),

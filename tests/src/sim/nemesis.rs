@@ -80,6 +80,8 @@ pub struct Nemesis {
     mix: Mix,
     agenda: BTreeSet<(Time, What)>,
     victim: usize,
+    /// The other one, where more breaks than a copyset can bear.
+    second: Option<usize>,
     /// What was injected.
     pub count: Count,
 }
@@ -89,8 +91,9 @@ impl Nemesis {
     pub fn new(mix: &Mix, seed: u64, now: Time) -> Self {
         let mut draw = Draw::new(seed ^ 0x6e65_6d65);
         let victim = draw.below(mix.targets as u64) as usize;
-        let mut nemesis =
-            Self { draw, mix: mix.clone(), agenda: BTreeSet::new(), victim, count: Count::default() };
+        let second = mix.faults.beyond.then_some((victim + 1) % mix.targets);
+        let (mix, agenda, count) = (mix.clone(), BTreeSet::new(), Count::default());
+        let mut nemesis = Self { draw, mix, agenda, victim, second, count };
         let kinds = [
             What::Crash,
             What::Partition,
@@ -213,7 +216,8 @@ impl Nemesis {
         self.count.partitions += 1;
         let (shards, nodes) = (fleet.nodes(), fleet.nodes() + self.mix.hosts);
         let (a, b) = self.pair(nodes as u64);
-        match self.draw.below(5) {
+        let kind = self.draw.below(5);
+        match if self.mix.faults.isolate { 2 } else { kind } {
             0 => {
                 world.partition_one_way(a, b);
                 self.later(now, Span::ms(4_000), What::Heal(a, b));
@@ -275,8 +279,9 @@ impl Nemesis {
         if fleet.is_up(target) {
             return Ok(());
         }
-        if target == self.victim && self.draw.chance(self.mix.faults.rot_log_permille) {
-            self.damage(world, fleet, What::Rot, "log", "log")?;
+        let is_bad = target == self.victim || Some(target) == self.second;
+        if is_bad && self.draw.chance(self.mix.faults.rot_log_permille) {
+            self.damage_target(world, fleet, target, What::Rot, "log", "log")?;
         }
         tracing::info!(target, "starts");
         self.set_clocks(world, fleet, target);
@@ -301,7 +306,20 @@ impl Nemesis {
         dir: &str,
         ends: &str,
     ) -> Result<(), Failure> {
-        let node = fleet.nodes_of(self.victim).start + self.draw.below(self.mix.shards as u64) as usize;
+        let victim = self.second.filter(|_| self.draw.chance(500)).unwrap_or(self.victim);
+        self.damage_target(world, fleet, victim, what, dir, ends)
+    }
+
+    fn damage_target(
+        &mut self,
+        world: &SimWorld,
+        fleet: &Fleet,
+        victim: usize,
+        what: What,
+        dir: &str,
+        ends: &str,
+    ) -> Result<(), Failure> {
+        let node = fleet.nodes_of(victim).start + self.draw.below(self.mix.shards as u64) as usize;
         let number = self.draw.below(if dir == "log" { self.mix.layout.log_segments.into() } else { 4 });
         let path: PathBuf = fleet.dir(node).join(dir).join(format!("{number:05}.{ends}"));
         let Some(bit) = world.some_bit(node, &path) else { return Ok(()) };
