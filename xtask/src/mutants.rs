@@ -138,7 +138,9 @@ pub fn mutant(number: u32) -> bool {{
 /// Builds the simulator from a copy of the sources; files that did not change are left alone, so
 /// that little is built anew.
 fn build(root: &Path, target: &Path, mutated: &BTreeMap<String, String>, binary: &Path) -> Result<()> {
-    let copy = target.join("mutants/sources");
+    // A folder of its own for what is built: cargo tells crates of one workspace apart by their place
+    // within it, and would take these for the real ones.
+    let (copy, built) = (target.join("mutants/sources"), target.join("mutants/build"));
     let listed =
         Command::new("git").args(["ls-files", "-co", "--exclude-standard"]).current_dir(root).output()?;
     for name in String::from_utf8(listed.stdout)?.lines() {
@@ -158,9 +160,9 @@ fn build(root: &Path, target: &Path, mutated: &BTreeMap<String, String>, binary:
     }
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(["build", "--quiet", "--profile", "sim", "--package", "ashlar-tests", "--bin", "ashlar-sim"]);
-    let status = cargo.current_dir(&copy).env("CARGO_TARGET_DIR", target).status()?;
+    let status = cargo.current_dir(&copy).env("CARGO_TARGET_DIR", &built).status()?;
     ensure!(status.success(), "the mutants do not build; their sources are in {}", copy.display());
-    fs::copy(target.join("sim/ashlar-sim"), binary)?;
+    fs::copy(built.join("sim/ashlar-sim"), binary)?;
     Ok(())
 }
 
