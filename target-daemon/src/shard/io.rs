@@ -2,6 +2,7 @@
 
 use super::hosted::{Crcs, PendingWrite, Waiter};
 use super::ordering::Step;
+use super::repair::Repaired;
 use super::{Origin, Output, REPAIR_TRIES_MAX, Shard, Work};
 use crate::mem::{Mem, Mems};
 use chunkstore::{BadBlock, Payload, ReadData, ReadError, ReadPiece};
@@ -40,7 +41,7 @@ pub struct ReadWork {
     pub(super) tries: u8,
     /// Repairs that it waits for.
     pub(super) repairs: usize,
-    pub(super) unrepaired: bool,
+    pub(super) repaired: Repaired,
 }
 
 /// A status under way.
@@ -120,7 +121,8 @@ impl Shard {
             return self.answer(origin, request.id, request.copyset, IoOutcome::Invalid, Mems::new());
         }
         let (id, copyset) = (request.id, request.copyset);
-        let work = ReadWork { origin, id, copyset, chunk, range, tries: 0, repairs: 0, unrepaired: false };
+        let work =
+            ReadWork { origin, id, copyset, chunk, range, tries: 0, repairs: 0, repaired: Repaired::Yes };
         let key = self.work.insert(Work::Read(work));
         self.ask_replica(key, copyset);
     }
@@ -181,8 +183,9 @@ impl Shard {
             }
             Err(ReadError::Corrupt(bad)) => self.repair_for_read(key, &bad),
             Err(error) => {
+                // The disk takes its shard along: another replica leads soon, and has the block.
                 tracing::warn!(%error, "a read failed");
-                self.end_read(key, IoOutcome::Corrupt, Mems::new());
+                self.end_read(key, IoOutcome::Busy, Mems::new());
             }
         }
     }
@@ -201,16 +204,20 @@ impl Shard {
     }
 
     /// One of the repairs that a read waits for has ended.
-    pub(super) fn read_repaired(&mut self, key: usize, repaired: bool) {
+    pub(super) fn read_repaired(&mut self, key: usize, repaired: Repaired) {
         let Some(Work::Read(read)) = self.work.get_mut(key) else { return };
         read.repairs -= 1;
-        read.unrepaired |= !repaired;
+        read.repaired = read.repaired.max(repaired);
         if read.repairs > 0 {
             return;
         }
-        if std::mem::take(&mut read.unrepaired) {
-            self.counts.unrepaired_reads += 1;
-            return self.end_read(key, IoOutcome::Corrupt, Mems::new());
+        match std::mem::take(&mut read.repaired) {
+            Repaired::Yes => {}
+            Repaired::Later => return self.end_read(key, IoOutcome::Busy, Mems::new()),
+            Repaired::Never => {
+                self.counts.unrepaired_reads += 1;
+                return self.end_read(key, IoOutcome::Corrupt, Mems::new());
+            }
         }
         let (chunk, range) = (read.chunk, read.range);
         self.store.read(key as u64, chunk, range);
@@ -376,7 +383,8 @@ impl Shard {
                 }
                 return self.part_ended(pending.request, IoOutcome::Busy);
             }
-            Err(_) => return self.part_ended(pending.request, IoOutcome::Corrupt),
+            // As for a read: another replica leads soon.
+            Err(_) => return self.part_ended(pending.request, IoOutcome::Busy),
         };
         match self.merge(&data, &pending, range) {
             Some(merged) => {

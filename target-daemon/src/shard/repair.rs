@@ -16,6 +16,23 @@ const ANSWER_WITHIN: Span = Span::ms(500);
 /// Times that all other replicas are asked before the repair is given up.
 const ROUNDS_MAX: u8 = 3;
 
+/// How a repair ended.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Debug)]
+pub enum Repaired {
+    /// The block is good again.
+    #[default]
+    Yes,
+    /// Not now: another replica that may have it is away or being filled, or leads soon.
+    Later,
+    /// Every other replica was asked, and none has it.
+    Never,
+}
+
+/// Who could lead in this replica's place.
+fn heir(replica: &copyset::Replica) -> Option<ShardAddr> {
+    replica.lags().find(|l| l.voter && l.alive && !l.installing).map(|l| l.peer)
+}
+
 /// One block being repaired.
 pub struct Repair {
     bad: BadBlock,
@@ -43,9 +60,10 @@ impl Shard {
             "a block fails its checksum; repairing from a peer"
         );
         if bad.expected.is_none() {
+            let other = self.hosted.get(&id).and_then(|h| heir(&h.replica));
             self.rebuild(id);
             if let Some(read) = read {
-                self.read_repaired(read, false);
+                self.read_repaired(read, other.map_or(Repaired::Never, |_| Repaired::Later));
             }
             return;
         }
@@ -74,8 +92,7 @@ impl Shard {
         let (me, now) = (self.settings.me, self.now);
         let Some(hosted) = self.hosted.get_mut(&id).filter(|h| h.wants_rebuild) else { return };
         if hosted.replica.role() == Role::Leader {
-            let other = hosted.replica.lags().find(|l| l.voter && l.alive && !l.installing).map(|l| l.peer);
-            if let Some(other) = other {
+            if let Some(other) = heir(&hosted.replica) {
                 let _ = hosted.replica.transfer_leadership(other.target, now);
                 self.touch(id);
             }
@@ -93,17 +110,23 @@ impl Shard {
         let Some(repair) = self.repairs.get_mut(&key) else { return };
         if repair.left.is_empty() {
             if repair.rounds == ROUNDS_MAX {
-                return self.end_repair(key, false);
+                let whole = hosted.replica.lags().filter(|l| l.voter).all(|l| l.alive && !l.installing);
+                return self.end_repair(key, if whole { Repaired::Never } else { Repaired::Later });
             }
             repair.rounds += 1;
             repair.left = hosted.replica.members().all().filter(|m| *m != me).collect();
+            if repair.rounds > 1 {
+                // Those who refused may be a moment behind.
+                (repair.asked, repair.ask_next_at) = (None, self.now + ANSWER_WITHIN);
+                return;
+            }
         }
         repair.asked = repair.left.pop();
         repair.ask_next_at = self.now + ANSWER_WITHIN;
         let range = BlockRange::new(block.into(), 1).expect("a block of a chunk");
         match repair.asked {
             Some(peer) => self.ask(peer, id, Fetch::Blocks { chunk, range }),
-            None => self.end_repair(key, false),
+            None => self.end_repair(key, Repaired::Never),
         }
     }
 
@@ -130,7 +153,7 @@ impl Shard {
             Some(block) => {
                 // Refused when the block was overwritten meanwhile: then the next read is right too.
                 self.store.repair(chunk, range.first, block.window(0, 1));
-                self.end_repair(key, true);
+                self.end_repair(key, Repaired::Yes);
             }
             // That replica is behind or ahead of this one, or bad itself.
             None => self.ask_for_repair(key),
@@ -156,10 +179,10 @@ impl Shard {
         }
     }
 
-    fn end_repair(&mut self, key: (CopysetId, ChunkId, u16), repaired: bool) {
+    fn end_repair(&mut self, key: (CopysetId, ChunkId, u16), repaired: Repaired) {
         let Some(repair) = self.repairs.remove(&key) else { return };
         let (id, chunk, block) = key;
-        if repaired {
+        if repaired == Repaired::Yes {
             tracing::info!(copyset = id.0, ?chunk, block, "block repaired from a peer");
         } else {
             tracing::error!(copyset = id.0, ?chunk, block, "no replica has a good copy of this block now");
