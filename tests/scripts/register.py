@@ -10,7 +10,8 @@ where a zero was written (or nothing ever was).
   run    mixes writes, reads, zeroes and flushes for --seconds, then reads everything back through every URI
   check  only reads everything back through every URI
 
-The history is kept in --state, so that later runs and checks go on from it. Exit codes: 0 right, 1 a wrong read or an
+The history is kept in --state, so that later runs and checks go on from it. With --trace FILE every operation is
+appended to it, one line each (see tests/src/chaos/trace.rs), for a checker that knows nothing of this one's rules. Exit codes: 0 right, 1 a wrong read or an
 IO that failed or hung; the last line of stdout is a JSON summary.
 """
 import argparse
@@ -141,6 +142,7 @@ class Workload:
         self.connections = [Connection(uri) for uri in args.uris]
         self.at = 0
         self.writing, self.queue, self.done = set(), [], []
+        self.trace = open(args.trace, "a") if args.trace else None
         self.count = {"write": 0, "read": 0, "zero": 0, "flush": 0, "retried": 0, "reconnects": 0, "enospc": 0}
         self.longest = 0.0
         self.started = time.monotonic()
@@ -233,20 +235,44 @@ class Workload:
     def complete(self, op, error):
         self.longest = max(self.longest, time.monotonic() - op.born)
         if error == ENOSPC and op.kind in ("write", "zero") and self.args.allow_enospc:
+            self.tell_write(op, None)
             self.count["enospc"] += 1  # It may have been applied in part: its numbers stay possible.
         elif error:
             raise Wrong(f"{op.kind} of {op.count} blocks at block {op.block} through {op.uri}: {os.strerror(error)}")
         elif op.kind == "read":
-            data = bytes(op.buffer.to_bytearray())
+            data, seen = bytes(op.buffer.to_bytearray()), []
             for at, block in enumerate(op.span()):
                 part = data[at * BLOCK:(at + 1) * BLOCK]
-                self.history.raise_low(block, self.history.check(block, part, op.low[at], op.uri))
+                number = self.history.check(block, part, op.low[at], op.uri)
+                self.history.raise_low(block, number)
+                seen.append(0 if part == ZERO else number)
+            self.tell(op, seen, time.monotonic())
         elif op.kind in ("write", "zero"):
             for block, number in zip(op.span(), op.numbers):
                 self.history.raise_low(block, number)
+            self.tell_write(op, time.monotonic())
         self.count[op.kind] += 1
         if op.numbers:
             self.writing.difference_update(op.span())
+
+    def tell(self, op, numbers, ended):
+        """A line of the trace; the beginning is when it was first sent, unlike a read's, which counts anew."""
+        if self.trace:
+            begun = op.sent if op.kind == "read" else op.born
+            ended = "-" if ended is None else round(ended * 1e9)
+            kind = "r" if op.kind == "read" else "w"
+            print(kind, op.block, round(begun * 1e9), ended, *numbers, file=self.trace)
+
+    def tell_write(self, op, ended):
+        if op.born and op.numbers:
+            self.tell(op, [0] * op.count if op.kind == "zero" else op.numbers, ended)
+
+    def end_trace(self):
+        """What was sent and never answered may have been done, or may be yet."""
+        for op in [op for connection in self.connections for op in connection.ops] + self.queue:
+            self.tell_write(op, None)
+        if self.trace:
+            self.trace.close()
 
     # The loop.
 
@@ -370,6 +396,7 @@ def main():
     parser.add_argument("--op-limit", type=float, default=30)
     parser.add_argument("--until-dead", action="store_true", help="stop, successfully, when a connection is lost")
     parser.add_argument("--allow-enospc", action="store_true")
+    parser.add_argument("--trace")
     parser.add_argument("--no-check", action="store_true", help="do not read everything back after a run")
     parser.add_argument("--vary", action="store_true", help="do not replay the same choices from the seed")
     parser.add_argument("uris", nargs="+")
@@ -378,6 +405,7 @@ def main():
     workload, result, text = Workload(args, history), 0, "right"
     try:
         survived = workload.run() if args.command == "run" else True
+        workload.end_trace()
         history.save(args.state)
         if survived and not args.no_check:
             read_back(args, history)

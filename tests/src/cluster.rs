@@ -262,12 +262,15 @@ fn log_paths(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// Where clusters live: `ASHLAR_TEST_DIR`, or the target directory, which is on a real disk where /tmp may not be.
-fn scratch_dir() -> PathBuf {
+pub fn scratch_dir() -> PathBuf {
     std::env::var_os("ASHLAR_TEST_DIR").map_or_else(target_dir, PathBuf::from)
 }
 
 /// Waits for the right to run a cluster: two of them on a small machine would measure each other.
-fn machine_lock() -> anyhow::Result<Flock<File>> {
+///
+/// # Errors
+/// The lock's file cannot be had.
+pub fn machine_lock() -> anyhow::Result<Flock<File>> {
     let path = std::env::temp_dir().join("ashlar-tests.lock");
     let file = File::options().create(true).append(true).open(&path);
     let file = file.with_context(|| format!("{} cannot be opened", path.display()))?;
@@ -276,7 +279,10 @@ fn machine_lock() -> anyhow::Result<Flock<File>> {
 }
 
 /// The binary under test: `ASHLAR_BIN`, or a release build (`ASHLAR_PROFILE=dev` for the other) made here.
-fn binary() -> anyhow::Result<PathBuf> {
+///
+/// # Errors
+/// It cannot be built.
+pub fn binary() -> anyhow::Result<PathBuf> {
     static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     if let Some(bin) = std::env::var_os("ASHLAR_BIN") {
         return Ok(bin.into());

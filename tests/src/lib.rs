@@ -12,6 +12,7 @@
 //! `ASHLAR_PROFILE=dev` a debug one), `ASHLAR_TEST_DIR` (where clusters lie; the target directory without it),
 //! `ASHLAR_KEEP=1` (a failed test leaves its cluster's directory behind).
 
+pub mod chaos;
 pub mod cluster;
 pub mod damage;
 pub mod fuzz;

@@ -26,6 +26,12 @@ pub struct Register {
     pub attach: Attach,
     /// Whether ENOSPC is an answer like any other.
     pub allow_enospc: bool,
+    /// The network namespace it runs in.
+    pub netns: Option<String>,
+    /// Where every operation is told, for another checker.
+    pub trace: Option<PathBuf>,
+    /// How long an operation may take.
+    pub op_limit_s: u64,
 }
 
 /// What a run did.
@@ -49,7 +55,17 @@ impl Register {
     /// A workload over the first `blocks` blocks of 4 KiB of the volume behind `uris`.
     pub fn new(scratch: &Path, seed: u64, blocks: u32, uris: &[String]) -> Self {
         let state = scratch.join(format!("register-{seed}.json"));
-        Self { state, seed, blocks, uris: uris.to_vec(), attach: Attach::All, allow_enospc: false }
+        Self {
+            state,
+            seed,
+            blocks,
+            uris: uris.to_vec(),
+            attach: Attach::All,
+            allow_enospc: false,
+            netns: None,
+            trace: None,
+            op_limit_s: 30,
+        }
     }
 
     fn command(&self, command: &str) -> anyhow::Result<Run> {
@@ -59,7 +75,14 @@ impl Register {
             .arg(&self.state)
             .args(["--seed", &self.seed.to_string(), "--blocks", &self.blocks.to_string(), "--vary"])
             .args(["--attach", if self.attach == Attach::One { "one" } else { "all" }])
+            .args(["--op-limit", &self.op_limit_s.to_string()])
             .limit(LONG_LIMIT);
+        if let Some(name) = &self.netns {
+            run = run.inside(name);
+        }
+        if let Some(trace) = &self.trace {
+            run = run.arg("--trace").arg(trace);
+        }
         if self.allow_enospc {
             run = run.arg("--allow-enospc");
         }
@@ -72,7 +95,8 @@ impl Register {
     /// Python cannot be started.
     pub fn spawn(&self, length: Duration) -> anyhow::Result<Running> {
         let seconds = length.as_secs_f64().to_string();
-        self.command("run")?.args(["--seconds", &seconds]).args(&self.uris).spawn()
+        let run = self.command("run")?.args(["--seconds", &seconds]).args(&self.uris);
+        run.limit(length + LONG_LIMIT).spawn()
     }
 
     /// Starts a run that ends when the first connection is lost, and reads nothing back.

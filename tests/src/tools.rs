@@ -73,6 +73,14 @@ impl Run {
         self
     }
 
+    /// Lets it run in a network namespace.
+    #[must_use]
+    pub fn inside(mut self, netns: impl AsRef<str>) -> Self {
+        let before = ["ip", "netns", "exec", netns.as_ref()].map(OsString::from);
+        self.words.splice(0..0, before);
+        self
+    }
+
     /// Sets how long it may take.
     #[must_use]
     pub fn limit(mut self, limit: Duration) -> Self {
@@ -121,6 +129,16 @@ impl Running {
     /// The system refuses to say.
     pub fn is_running(&mut self) -> anyhow::Result<bool> {
         Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// The exit code of one that has ended, and what it printed.
+    ///
+    /// # Errors
+    /// The system refuses to say.
+    pub fn left(&mut self) -> anyhow::Result<(Option<i32>, String, String)> {
+        let code = self.child.try_wait()?.and_then(|status| status.code());
+        let [stdout, stderr] = self.printed();
+        Ok((code, stdout, stderr))
     }
 
     /// Waits for its end.

@@ -39,6 +39,12 @@ enum Command {
     /// Give decoders what nobody should send, led by coverage (libFuzzer) where a C++ compiler is
     /// at hand. All of them, one after the other, when none is named; `--list` tells which there are.
     Fuzz(fuzz::FuzzArgs),
+    /// Run a cluster of real processes on failing networks and disks: --minutes N, --seed S.
+    Chaos {
+        /// What the run takes; `--help` tells all of it.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Run the unit tests of the cores under miri, which finds undefined behaviour (nightly needed).
     Miri,
     /// Check which crate uses which, and the rules on unsafe and on file headers.
@@ -59,6 +65,7 @@ fn main() -> ExitCode {
         Command::Sim { args } => steps::sim(&args),
         Command::Mutants(args) => steps::mutants(&args),
         Command::Fuzz(args) => fuzz::fuzz(&args),
+        Command::Chaos { args } => steps::chaos(&args),
         Command::Miri => steps::miri().map(drop),
         Command::Arrows => steps::arrows(),
         Command::Setup => packages::ensure().map(drop),

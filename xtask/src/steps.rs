@@ -66,6 +66,7 @@ pub fn test(args: &TestArgs) -> Result<()> {
     if args.nightly {
         report.step("fuzz, led by coverage", || fuzz::long().map(|()| Outcome::Passed));
         report.step("miri", miri);
+        report.step("chaos", || chaos(&["--minutes".into(), "30".into()]).map(|()| Outcome::Passed));
     }
     if !args.no_interop {
         report.step("release build", || release_build().map(|_| Outcome::Passed));
@@ -96,6 +97,14 @@ pub fn sim(args: &[String]) -> Result<()> {
     let build = ["build", "--quiet", "--profile", "sim", "--package", INTEROP, "--bin", "ashlar-sim"];
     run(&mut cargo(&build))?;
     run(Command::new(target_folder().join("sim/ashlar-sim")).args(args))
+}
+
+/// Builds the chaos program and the release binary, and runs it.
+pub fn chaos(args: &[String]) -> Result<()> {
+    release_build()?;
+    run(&mut cargo(&["build", "--quiet", "--package", INTEROP, "--bin", "ashlar-chaos"]))?;
+    let mut command = Command::new(target_folder().join("debug/ashlar-chaos"));
+    run(command.args(args).env("ASHLAR_BIN", target_folder().join("release/ashlar")))
 }
 
 /// Looks for mutants, or checks that each still has its place.

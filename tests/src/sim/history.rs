@@ -120,6 +120,16 @@ impl History {
         ops.push(Op { begun, ended, value, is_read: true });
     }
 
+    /// Judges every register by what was asked and answered alone.
+    ///
+    /// # Errors
+    /// Some register did not behave as one.
+    pub fn judge_alone(&self) -> Result<(), Failure> {
+        self.registers.iter().try_for_each(|(register, ops)| {
+            judge(ops).map_err(|what| Failure(describe(*register, ops, &[], &what)))
+        })
+    }
+
     /// Judges every register by both judges; returns how many writes took effect twice.
     ///
     /// # Errors
