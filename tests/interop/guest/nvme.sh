@@ -258,7 +258,8 @@ wait $load || { cat /tmp/fio; fail "IO failed while one of two paths died"; }
 ok "multipath: one of two targets killed under load with verification, no IO error, discovery without it"
 host restart 1 || fail "restart"
 within 60 paths_live "$nqn" 2 || fail "the path did not come back: $(nvme list-subsys)"
-within 15 shown || fail "discovery without the target that came back"
+back() { nvme discover -t tcp -a "$address" -s "${ports[0]}" | grep -q "trsvcid: *${ports[1]}\$"; }
+within 15 back || fail "discovery without the target that came back"
 verify "$disk" --rw=randwrite --bs=4k --iodepth=16 --size=1M
 ok "multipath: the path is back after its target's restart"
 disconnect "$nqn"
