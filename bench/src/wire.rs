@@ -112,7 +112,7 @@ impl Client {
         let slots = load.size / load.bytes as u64;
         let mut issued = 0;
         let mut at = |random: &mut u64| -> Option<u64> {
-            let over = if load.sequential { issued == slots } else { started.elapsed() >= load.time };
+            let over = if load.sequential { issued >= slots } else { started.elapsed() >= load.time };
             let index = if load.sequential { issued } else { next(random) % slots };
             issued += 1;
             (!over).then_some(index * load.bytes as u64)
