@@ -65,7 +65,7 @@ fn config(
         capacity_bytes: size.saturating_mul(2).max(CAPACITY_BYTES_MIN),
         arena_bytes: 64 << 20,
         host: Host::default(),
-        spin_us_max: 50,
+        spin_us_max: 200,
         listen,
         // Half of the default: a restart reads the log, and dev clusters are killed for fun.
         log: Log { segment_bytes: 32 << 20, ..Log::default() },

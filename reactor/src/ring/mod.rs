@@ -11,6 +11,7 @@
 //! Deliberately absent: IOPOLL rings, SQPOLL, zero-copy send, multishot receive (all measured
 //! as losses or not yet measured as gains).
 
+mod aside;
 mod net;
 mod ops;
 #[cfg(test)]
@@ -30,6 +31,7 @@ use crate::arena::Arena;
 use crate::clock::monotonic_now;
 use crate::disk::HostDisk;
 use crate::table::Table;
+use aside::Aside;
 use net::{ListenEntry, SocketEntry};
 use ops::Slot;
 
@@ -84,6 +86,7 @@ pub struct Ring {
     wake_count: Box<u64>,
     wake_armed: bool,
     spin: Spin,
+    aside: Option<Aside>,
     random: u64,
     stats: Stats,
 }
@@ -97,6 +100,11 @@ struct Spin {
 impl Ring {
     /// Sets up a ring and its arena. Fails with a hint when the kernel refuses io_uring.
     pub fn new(config: RingConfig) -> Result<Self, IoError> {
+        Self::woken_by(config, Waker::new()?)
+    }
+
+    /// [`Ring::new`] with a waker that others hold already.
+    pub fn woken_by(config: RingConfig, waker: Waker) -> Result<Self, IoError> {
         let ring = build(config.entries)?;
         let arena = Arena::new(config.arena_bytes)?;
         let arena_registered = config.register_arena && register(&ring, &arena);
@@ -115,10 +123,11 @@ impl Ring {
             listeners: Table::new(),
             arena,
             arena_registered,
-            waker: Waker::new()?,
+            waker,
             wake_count: Box::new(0),
             wake_armed: false,
             spin: Spin { max_ns, budget_ns: 0 },
+            aside: Aside::new(),
             random: seed(),
             stats: Stats::default(),
         };
@@ -310,6 +319,9 @@ impl Reactor for Ring {
         self.stats.completions += self.done.len() as u64;
         self.stats.in_flight -= self.done.len() as u32;
         completions.append(&mut self.done);
+        if let Some(aside) = &mut self.aside {
+            aside.look(monotonic_now(), self.stats.turns, self.stats.completions);
+        }
     }
 
     fn waker(&self) -> Waker {
