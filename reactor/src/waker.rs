@@ -30,7 +30,10 @@ struct Shared {
 
 impl Waker {
     /// With an eventfd for the ring to read.
-    pub(crate) fn new() -> Result<Self, IoError> {
+    ///
+    /// # Errors
+    /// The process has no file descriptor left.
+    pub fn new() -> Result<Self, IoError> {
         // Blocking on purpose: the ring's read must wait, and a write blocks only at 2^64.
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
             .map_err(|errno| IoError::new("make an eventfd", errno as i32))?;

@@ -11,6 +11,7 @@ use crate::files::{FileMedia, Files};
 use crate::links::Links;
 use crate::mem::Mem;
 use crate::shard::{Settings, Shard};
+use crate::siblings::Sibling;
 use chunkstore::{Identity, Layout};
 use client::volume::Config as VolumeConfig;
 use protocol::control::{Problem, ProblemKind};
@@ -62,6 +63,7 @@ pub fn build_core<R: Reactor>(
     mut reactor: R,
     plan: &ShardPlan,
     port: ShardPort,
+    siblings: Vec<Sibling>,
     stop: Arc<AtomicBool>,
     listen: impl FnOnce(&mut R) -> Result<Vec<(Port, Listener)>, Problem>,
 ) -> Result<Core<R>, Problem> {
@@ -94,7 +96,7 @@ pub fn build_core<R: Reactor>(
     let layout = store.layout();
     let shard = Shard::new(settings, reactor.arena().clone(), store, copysets, now);
     let disk = DiskDriver::new(kind::DISK, files, &reactor);
-    let links = Links::new(kind::LINK, kind::CONNECT, me, incarnation);
+    let links = Links::new(kind::LINK, kind::CONNECT, me, incarnation, siblings);
     let export = export(reactor.arena(), plan, &port);
     let listeners = listen(&mut reactor)?;
     Ok(Core::new(reactor, shard, disk, links, export, port, listeners, layout, stop))

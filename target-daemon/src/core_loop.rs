@@ -146,7 +146,7 @@ impl<R: Reactor> Core<R> {
 
     fn deadline(&self) -> Option<Time> {
         let starved = self.disk.is_starved() || self.links.is_starved() || self.export.is_starved();
-        let waiting = starved || self.port.is_behind();
+        let waiting = starved || self.port.is_behind() || self.links.is_behind();
         let retry = waiting.then(|| self.reactor.now() + STARVED_RETRY);
         [Some(self.slow_at), self.shard.next_timeout(), self.links.next_timeout(), retry]
             .into_iter()

@@ -2,7 +2,8 @@
 //!
 //! [`run`] starts one [`core_loop::Core`] a shard and the control thread beside them. Within a
 //! core: [`shard`] joins `copyset` and `chunkstore`, [`export`] serves NBD clients through
-//! `client::volume`, [`links`] reaches the other shards, [`disk`] runs the store's operations.
+//! `client::volume`, [`links`] reaches the other shards ([`siblings`] those of this target), [`disk`] runs the
+//! store's operations.
 //! All of it is generic over `reactor::Reactor`. [`control`] is the only place where a
 //! shard meets another thread.
 
@@ -20,6 +21,7 @@ mod mem;
 pub mod metrics;
 mod run;
 mod shard;
+pub mod siblings;
 mod standing;
 mod subsystems;
 

@@ -7,13 +7,16 @@
 //!
 //! A new incoming link from a shard replaces the one there was *before* anything is taken from
 //! it: that, with the term in each request, is why a delayed write can never overtake a later one.
+//!
+//! The shards of the same target are reached by mailboxes ([`crate::siblings`]), which never break.
 
 use crate::mem::{Mem, Mems};
+use crate::siblings::{Delivery, Parcel, Sibling};
 use chunkstore::Payload;
 use protocol::map::ClusterMap;
 use protocol::peer::{Hello, IoOp, IoRequest, PeerMessage};
 use protocol::types::{BLOCK_BYTES, ShardAddr, Span, Time};
-use reactor::{Addr, Completion, IoBuf, Op, Output, Reactor, Socket};
+use reactor::{Addr, Arena, Completion, IoBuf, Op, Output, Reactor, Socket};
 use slab::Slab;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -75,11 +78,20 @@ pub struct Links {
     serials: BTreeMap<u64, usize>,
     next_serial: u64,
     events: Vec<LinkEvent>,
+    siblings: Vec<Sibling>,
+    /// Whether the siblings were told as up.
+    siblings_up: bool,
 }
 
 impl Links {
-    /// No links yet. Tokens of links have `link_kind`, those of connects `connect_kind`.
-    pub fn new(link_kind: u8, connect_kind: u8, me: ShardAddr, incarnation: u64) -> Self {
+    /// No links yet, only siblings. Tokens of links have `link_kind`, those of connects `connect_kind`.
+    pub fn new(
+        link_kind: u8,
+        connect_kind: u8,
+        me: ShardAddr,
+        incarnation: u64,
+        siblings: Vec<Sibling>,
+    ) -> Self {
         Self {
             link_kind,
             connect_kind,
@@ -92,16 +104,23 @@ impl Links {
             serials: BTreeMap::new(),
             next_serial: 0,
             events: Vec::new(),
+            siblings,
+            siblings_up: false,
         }
     }
 
     /// Keeps links to all shards of the map.
     pub fn set_map(&mut self, map: &ClusterMap, now: Time) {
         self.cluster = Some(map.cluster);
+        if !std::mem::replace(&mut self.siblings_up, true) {
+            let target = self.me.target;
+            let up = self.siblings.iter().map(|s| LinkEvent::Up(ShardAddr { target, shard: s.shard() }));
+            self.events.extend(up);
+        }
         for (target, entry) in &map.targets {
             for (shard, addr) in entry.peers.iter().enumerate() {
                 let peer = ShardAddr { target: *target, shard: shard as u16 };
-                if peer == self.me {
+                if *target == self.me.target {
                     continue;
                 }
                 let fresh = Outgoing { addr: *addr, state: State::Idle { retry_at: now }, pause: RETRY_MIN };
@@ -214,6 +233,7 @@ impl Links {
 
     /// Sends and receives; to be called once all answers of a turn are queued.
     pub fn pump<R: Reactor>(&mut self, reactor: &mut R) {
+        self.pump_siblings(reactor.arena());
         for key in self.keys() {
             let Some(link) = self.links.get_mut(key) else { continue };
             if link.conn.needs_pump() {
@@ -230,9 +250,39 @@ impl Links {
         }
     }
 
-    /// Whether a link waits for memory.
+    fn pump_siblings(&mut self, arena: &Arena) {
+        for sibling in &mut self.siblings {
+            let from = ShardAddr { target: self.me.target, shard: sibling.shard() };
+            sibling.flush();
+            while let Some(Delivery { message, payload, answer }) = sibling.take(arena) {
+                let incoming = (!answer).then(|| sibling_serial(from.shard));
+                self.events.push(LinkEvent::Message { from, incoming, message, payload });
+            }
+        }
+        let (target, events) = (self.me.target, &mut self.events);
+        self.siblings.retain(|sibling| {
+            let gone = sibling.is_gone();
+            if gone {
+                events.push(LinkEvent::Down(ShardAddr { target, shard: sibling.shard() }));
+            }
+            !gone
+        });
+    }
+
+    fn sibling(&mut self, at: ShardAddr) -> Option<&mut Sibling> {
+        let mine = at.target == self.me.target;
+        self.siblings.iter_mut().find(|sibling| mine && sibling.shard() == at.shard)
+    }
+
+    /// Whether a link or a sibling waits for memory.
     pub fn is_starved(&self) -> bool {
         self.links.iter().any(|(_, link)| link.conn.is_starved())
+            || self.siblings.iter().any(Sibling::is_starved)
+    }
+
+    /// Whether something waits for room in a sibling's mailbox.
+    pub fn is_behind(&self) -> bool {
+        self.siblings.iter().any(Sibling::is_behind)
     }
 
     /// What has come.
@@ -322,6 +372,10 @@ impl Links {
 
     /// Sends on one's own link; false when there is none (the message is lost).
     pub fn send(&mut self, to: ShardAddr, message: &PeerMessage, payload: &Mems) -> bool {
+        if let Some(sibling) = self.sibling(to) {
+            sibling.send(Parcel::new(message, &parts(message, payload), false));
+            return true;
+        }
         match self.outgoing.get(&to).map(|o| &o.state) {
             Some(State::Link(key)) => {
                 let key = *key;
@@ -341,7 +395,9 @@ impl Links {
 
     /// Answers on an incoming link, if it is still there.
     pub fn answer(&mut self, serial: u64, message: &PeerMessage, payload: &Mems) {
-        if let Some(key) = self.serials.get(&serial).copied() {
+        if let Some(sibling) = self.siblings.iter_mut().find(|s| sibling_serial(s.shard()) == serial) {
+            sibling.send(Parcel::new(message, &parts(message, payload), true));
+        } else if let Some(key) = self.serials.get(&serial).copied() {
             self.send_on(key, message, payload);
         }
     }
@@ -354,6 +410,11 @@ impl Links {
         }
         sent.is_ok()
     }
+}
+
+/// What stands for an incoming link where a sibling asks; links count up from 0.
+fn sibling_serial(shard: u16) -> u64 {
+    u64::MAX - u64::from(shard)
 }
 
 /// A message's block data as it goes over the wire: a write only its own bytes.

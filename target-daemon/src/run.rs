@@ -7,6 +7,7 @@ use crate::core_loop::{Core, Port as ListenFor};
 use crate::files::{FileMedia, Files};
 use crate::identity::Identity;
 use crate::lock::DirLock;
+use crate::siblings::{Sibling, mesh};
 use chunkstore::{InspectReport, Layout};
 use protocol::control::{Problem, ProblemKind};
 use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, ShardAddr, Span};
@@ -19,7 +20,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use tuning::device::Limits;
 use tuning::start::{AtStart, Start};
 
@@ -85,14 +86,16 @@ pub fn run(config: TargetConfig, ready: impl FnOnce(Box<dyn Fn() + Send + Sync>)
     let host_setup = look_at_host(&config);
     let stop = Arc::new(AtomicBool::new(false));
     let shared = listen_shared(&config)?;
-    let wakers: Vec<Arc<OnceLock<Waker>>> = (0..config.shards).map(|_| Arc::default()).collect();
+    let wakers = (0..config.shards).map(|_| Waker::new()).collect::<Result<Vec<_>, _>>();
+    let wakers = wakers.map_err(|error| cannot("make the shards' wakers", &error))?;
     let (ends, ports) = shard_ports(wakers.iter().map(|waker| wake_by(waker.clone())).collect());
     let mut parts = Vec::new();
-    for (port, waker) in ports.into_iter().zip(&wakers) {
+    let joined = ports.into_iter().zip(&wakers).zip(mesh(&wakers));
+    for ((port, waker), siblings) in joined {
         let copy = |(port, fd): &(ListenFor, OwnedFd)| Ok((*port, fd.try_clone()?));
         let listeners = shared.iter().map(copy).collect::<Result<Vec<_>, std::io::Error>>();
         let listeners = listeners.map_err(|error| cannot("share the listeners between shards", &error))?;
-        parts.push(Some(Parts { port, waker: waker.clone(), listeners, stop: stop.clone() }));
+        parts.push(Some(Parts { port, waker: waker.clone(), siblings, listeners, stop: stop.clone() }));
     }
     let control =
         control::start(control::Start { config: config.clone(), identity: identity.clone(), ends })?;
@@ -138,19 +141,16 @@ fn look_at_host(config: &TargetConfig) -> AtStart {
     told
 }
 
-/// Wakes a shard once it runs.
-fn wake_by(waker: Arc<OnceLock<Waker>>) -> Box<dyn Fn() + Send + Sync> {
-    Box::new(move || {
-        if let Some(waker) = waker.get() {
-            waker.wake();
-        }
-    })
+/// Wakes a shard.
+fn wake_by(waker: Waker) -> Box<dyn Fn() + Send + Sync> {
+    Box::new(move || waker.wake())
 }
 
 /// What one shard's thread is given.
 struct Parts {
     port: ShardPort,
-    waker: Arc<OnceLock<Waker>>,
+    waker: Waker,
+    siblings: Vec<Sibling>,
     /// Shared by all shards.
     listeners: Vec<(ListenFor, OwnedFd)>,
     stop: Arc<AtomicBool>,
@@ -198,11 +198,10 @@ impl Build {
             entries: ring_entries(self.limits),
             ..RingConfig::default()
         };
-        let ring = Ring::new(ring).map_err(|error| cannot("set up io_uring", &error))?;
-        let _ = parts.waker.set(ring.waker());
+        let ring = Ring::woken_by(ring, parts.waker).map_err(|error| cannot("set up io_uring", &error))?;
         let mut plan = plan(config, &self.identity, shard_index);
         plan.layout = limited(plan.layout, self.limits);
-        build_core(ring, &plan, parts.port, parts.stop, |ring| {
+        build_core(ring, &plan, parts.port, parts.siblings, parts.stop, |ring| {
             self.listen(ring, shard_index, parts.listeners)
         })
     }

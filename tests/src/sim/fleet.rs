@@ -21,6 +21,7 @@ use target_daemon::CopysetStanding;
 use target_daemon::assemble::{ShardPlan, build_core, format_shard};
 use target_daemon::control::{ControlEnds, ShardPort, ToShard, shard_ports};
 use target_daemon::core_loop::{Core, Port};
+use target_daemon::siblings::{Sibling, mesh};
 
 /// How often the standing of a shard is looked at: once in so many turns.
 const LOOK_EVERY: u64 = 8;
@@ -108,11 +109,14 @@ impl Fleet {
             tally: Tally::default(),
             witness: Witness::new(mix),
         };
-        for node in 0..fleet.nodes.len() {
-            let mut reactor = fleet.reactor(node)?;
-            let formatted = format_shard(&mut reactor, &fleet.nodes[node].plan);
-            formatted.map_err(|problem| Failure(format!("shard {node} cannot be formatted: {problem}")))?;
-            fleet.start_on(node, reactor)?;
+        for target in 0..mix.targets {
+            let mut reactors = fleet.reactors(target)?;
+            for (node, reactor) in fleet.nodes_of(target).zip(&mut reactors) {
+                let formatted = format_shard(reactor, &fleet.nodes[node].plan);
+                formatted
+                    .map_err(|problem| Failure(format!("shard {node} cannot be formatted: {problem}")))?;
+            }
+            fleet.start_on(target, reactors)?;
         }
         Ok(fleet)
     }
@@ -157,21 +161,34 @@ impl Fleet {
         Tally { terms: self.leaders.len() as u64, ..self.tally }
     }
 
-    fn reactor(&self, node: usize) -> Result<SimReactor, Failure> {
-        let started = self.world.start(node, self.arena_bytes);
-        started.map_err(|error| Failure(format!("no reactor for shard {node}: {error}")))
+    fn reactors(&self, target: usize) -> Result<Vec<SimReactor>, Failure> {
+        let start = |node| {
+            let started = self.world.start(node, self.arena_bytes);
+            started.map_err(|error| Failure(format!("no reactor for shard {node}: {error}")))
+        };
+        self.nodes_of(target).map(start).collect()
     }
 
     /// Starts a target that is down.
     pub fn start(&mut self, target: usize) -> Result<(), Failure> {
-        for node in self.nodes_of(target) {
-            let reactor = self.reactor(node)?;
-            self.start_on(node, reactor)?;
+        let reactors = self.reactors(target)?;
+        self.start_on(target, reactors)
+    }
+
+    fn start_on(&mut self, target: usize, reactors: Vec<SimReactor>) -> Result<(), Failure> {
+        let wakers: Vec<_> = reactors.iter().map(Reactor::waker).collect();
+        for ((node, reactor), siblings) in self.nodes_of(target).zip(reactors).zip(mesh(&wakers)) {
+            self.start_shard(node, reactor, siblings)?;
         }
         Ok(())
     }
 
-    fn start_on(&mut self, node: usize, reactor: SimReactor) -> Result<(), Failure> {
+    fn start_shard(
+        &mut self,
+        node: usize,
+        reactor: SimReactor,
+        siblings: Vec<Sibling>,
+    ) -> Result<(), Failure> {
         self.tally.starts += 1;
         let waker = reactor.waker();
         let (ends, mut ports) = shard_ports(vec![Box::new(move || waker.wake())]);
@@ -182,9 +199,15 @@ impl Fleet {
             let both = open(Port::Peer, peer).and_then(|p| Ok(vec![p, open(Port::Nbd, nbd)?]));
             Ok(both.unwrap_or_else(|error: IoError| panic!("shard {node} cannot listen: {error}")))
         };
-        let core =
-            build_core(reactor, &self.nodes[node].plan, port, Arc::new(AtomicBool::new(false)), listen)
-                .map_err(|problem| Failure(format!("start: shard {node} does not start: {problem}")))?;
+        let core = build_core(
+            reactor,
+            &self.nodes[node].plan,
+            port,
+            siblings,
+            Arc::new(AtomicBool::new(false)),
+            listen,
+        )
+        .map_err(|problem| Failure(format!("start: shard {node} does not start: {problem}")))?;
         let _ = ends.shards()[0].send(ToShard::Map(self.map.clone()));
         self.nodes[node].life = Some(Life { core, ends, turns: 0, failed: false });
         Ok(())
