@@ -2,13 +2,13 @@
 //!
 //! Deliberately absent: host names, user names and paths, since results are published.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The machine and the versions of all that took part.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Environment {
     /// UTC, as in 2026-01-31T12:00:00Z.
     pub time: String,
@@ -55,9 +55,10 @@ impl Environment {
     pub fn line(&self) -> String {
         let Self { time, ashlar, kernel, cpu, cpus, memory_mib, file_system, fio, qemu_nbd, .. } = self;
         let build = if self.debug_build { " (DEBUG BUILD)" } else { "" };
+        let fio = if fio.is_empty() { String::new() } else { format!(", {fio}") };
         let qemu = if qemu_nbd.is_empty() { String::new() } else { format!(", {qemu_nbd}") };
         format!(
-            "{time}: ashlar {ashlar}{build}, Linux {kernel}, {cpus} x {cpu}, {memory_mib} MiB, {file_system}, {fio}{qemu}"
+            "{time}: ashlar {ashlar}{build}, Linux {kernel}, {cpus} x {cpu}, {memory_mib} MiB, {file_system}{fio}{qemu}"
         )
     }
 }

@@ -5,7 +5,8 @@
 //! table, the JSON and the Markdown page all come from the same [`report::FirstReport`].
 //!
 //! fio is the client wherever it speaks the protocol, because it knows nothing of Ashlar; [`wire`] is a small one of
-//! our own for NVMe/TCP, which fio does not speak, and for NBD beside it.
+//! our own for NVMe/TCP, which fio does not speak, and for NBD beside it; [`run`] has clients on the reactor, an open
+//! loop, and counts what fio cannot.
 
 pub mod dev;
 pub mod environment;
@@ -16,6 +17,7 @@ pub mod nvme;
 pub mod process;
 pub mod report;
 pub mod rival;
+pub mod run;
 pub mod wire;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -32,6 +34,12 @@ pub enum BenchCommand {
     First(first::FirstArgs),
     /// 4 KiB random IO on one volume through NVMe/TCP and through NBD, in one run.
     Nvme(nvme::NvmeArgs),
+    /// One workload against files and NBD exports, in alternating rounds, by our own client.
+    Run(run::RunArgs),
+    /// Ratios of what `bench run` kept; exit code 3 when something got slower.
+    Compare(run::compare::CompareArgs),
+    /// Run a baseline's workload again, and compare; exit code 3 when something got slower.
+    Ci(run::compare::CiArgs),
     /// CPU of each process while nothing happens, and memory while it is busy.
     Idle(idle::IdleArgs),
 }
@@ -77,6 +85,9 @@ pub fn run(command: BenchCommand) -> anyhow::Result<ExitCode> {
     match command {
         BenchCommand::First(args) => first::run(&args),
         BenchCommand::Nvme(args) => nvme::run(&args),
+        BenchCommand::Run(args) => run::run(&args),
+        BenchCommand::Compare(args) => run::compare::run(&args),
+        BenchCommand::Ci(args) => run::compare::ci(&args),
         BenchCommand::Idle(args) => idle::run(&args),
     }
 }

@@ -74,6 +74,21 @@ pub fn rss_bytes(pid: i32) -> anyhow::Result<u64> {
     Ok(kib.with_context(|| format!("/proc/{pid}/status has no VmRSS"))? << 10)
 }
 
+/// The program's name; empty when the process is gone.
+pub fn name(pid: i32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
+}
+
+/// Context switches of all threads of a process so far, wanted or not.
+pub fn switches(pid: i32) -> u64 {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let of = |status: String| -> u64 {
+        let lines = status.lines().filter_map(|line| line.split_once("ctxt_switches:"));
+        lines.filter_map(|(_, count)| count.trim().parse::<u64>().ok()).sum()
+    };
+    threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("status")).ok()).map(of).sum()
+}
+
 /// Bytes that these processes have caused to be written to disks so far; 0 where `/proc` does not say.
 pub fn write_bytes_sum(pids: &[i32]) -> u64 {
     let one = |pid: &i32| {
@@ -122,7 +137,7 @@ mod tests {
     #[test]
     fn our_own_process_lives_and_a_reaped_one_does_not() -> anyhow::Result<()> {
         let own = std::process::id().cast_signed();
-        assert!(is_alive(own) && rss_bytes(own)? > 0 && cpu_seconds(own)? >= 0.0);
+        assert!(is_alive(own) && rss_bytes(own)? > 0 && switches(own) > 0 && cpu_seconds(own)? >= 0.0);
         let mut child = std::process::Command::new("true").spawn()?;
         let pid = child.id().cast_signed();
         child.wait()?;

@@ -31,6 +31,17 @@ pub fn raw_file(dir: &Path, name: &str, size: u64) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
+/// A program that the kernel kills when we die, even by SIGKILL, where util-linux is there to ask for that.
+fn with_us(program: &str) -> Command {
+    let has = Command::new("setpriv").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if !has.is_ok_and(|status| status.success()) {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", program]);
+    command
+}
+
 /// A running qemu-nbd; it ends when this is dropped.
 #[derive(Debug)]
 pub struct QemuNbd {
@@ -51,7 +62,7 @@ impl QemuNbd {
     /// It does not start, for instance because this qemu-nbd was built without io_uring.
     pub fn serve(file: &Path, dir: &Path) -> anyhow::Result<Self> {
         let socket = dir.join("qemu-nbd.sock");
-        let child = Command::new("qemu-nbd")
+        let child = with_us("qemu-nbd")
             .args([
                 "--format=raw",
                 "--cache=none",

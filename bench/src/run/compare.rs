@@ -1,0 +1,308 @@
+//! `ashlar bench compare` and `ashlar bench ci`: ratios of runs that were made in turns.
+//!
+//! A machine drifts by tens of percent within minutes, so that only rounds that ran one after the
+//! other are compared, and what counts is the median of their ratios. Results of different
+//! environments are refused unless that is asked for, and then said.
+
+use super::result::{Results, Run};
+use super::{CommonArgs, measure, show};
+use crate::report::median;
+use crate::{EXIT_CHECK_FAILED, Output};
+use anyhow::{bail, ensure};
+use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// What `bench compare` takes.
+#[derive(Args, Debug)]
+#[command(after_help = "One file: its first subject against each other, round by round.\n\
+                        Two files: the subjects of the same name, round by round.")]
+pub struct CompareArgs {
+    /// The base; with one file, its first subject is the base.
+    #[arg(value_name = "A.json")]
+    base: PathBuf,
+    /// What is compared with it.
+    #[arg(value_name = "B.json")]
+    other: Option<PathBuf>,
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// How to print.
+    #[arg(long, short, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// What `bench ci` takes.
+#[derive(Args, Debug)]
+pub struct CiArgs {
+    /// What is measured, by the names that the baseline has.
+    #[arg(value_name = "TARGET", required = true)]
+    targets: Vec<String>,
+    /// The result of an earlier `bench run`; its workload is run again.
+    #[arg(long, value_name = "FILE")]
+    baseline: PathBuf,
+    #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+/// When a difference is a regression.
+#[derive(Args, Debug)]
+pub struct LimitArgs {
+    /// Percent that IOPS may fall, or median latency rise; spread of the rounds beyond that is allowed for.
+    #[arg(long, default_value_t = 5.0, value_name = "PERCENT")]
+    tolerance: f64,
+    /// Compare also when machine, kernel, boot or build differ.
+    #[arg(long)]
+    across: bool,
+}
+
+/// One comparison.
+#[derive(Debug, Serialize)]
+struct Row {
+    base: String,
+    other: String,
+    measure: &'static str,
+    /// Medians.
+    was: f64,
+    is: f64,
+    /// The median of the rounds' ratios, and the least and greatest of them.
+    ratio: f64,
+    ratio_min: f64,
+    ratio_max: f64,
+    regressed: bool,
+}
+
+/// Runs `bench compare`.
+///
+/// # Errors
+/// A file that cannot be read, or results that cannot be compared.
+pub fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
+    let base = Results::read(&args.base)?;
+    let rows = match &args.other {
+        None => within(&base, args.limits.tolerance)?,
+        Some(path) => between(&base, &Results::read(path)?, &args.limits)?,
+    };
+    finish(&rows, args.output)
+}
+
+/// Runs `bench ci`.
+///
+/// # Errors
+/// See [`run`] and [`crate::run::run`].
+pub fn ci(args: &CiArgs) -> anyhow::Result<ExitCode> {
+    let base = Results::read(&args.baseline)?;
+    let new = measure(&args.targets, &base.load, &args.common)?;
+    if args.common.output == Output::Text {
+        show(&new, &args.common)?;
+    }
+    finish(&between(&base, &new, &args.limits)?, args.common.output)
+}
+
+/// Every other subject of a file beside its first.
+fn within(results: &Results, tolerance: f64) -> anyhow::Result<Vec<Row>> {
+    let subjects = results.subjects();
+    ensure!(subjects.len() > 1, "there is only one subject: name a second file to compare with");
+    let (first, others) = (subjects[0], &subjects[1..]);
+    let pair = |other: &&str| rows((first, results), (other, results), tolerance);
+    Ok(others.iter().flat_map(pair).collect())
+}
+
+/// The subjects of the same name of two files.
+fn between(base: &Results, other: &Results, limits: &LimitArgs) -> anyhow::Result<Vec<Row>> {
+    ensure!(base.load == other.load, "the workloads differ: {:?} and {:?}", base.load, other.load);
+    let different = differences(base, other);
+    if !different.is_empty() && !limits.across {
+        bail!(
+            "these were measured in different environments: {}; measure again on one machine, or say --across",
+            different.join("; ")
+        );
+    }
+    for difference in &different {
+        eprintln!("WARNING, compared across environments: {difference}");
+    }
+    let names = base.subjects().into_iter().filter(|name| other.subjects().contains(name));
+    let rows: Vec<_> = names.flat_map(|name| rows((name, base), (name, other), limits.tolerance)).collect();
+    ensure!(!rows.is_empty(), "no subject is in both: {:?} and {:?}", base.subjects(), other.subjects());
+    Ok(rows)
+}
+
+/// How two environments differ, in words.
+fn differences(a: &Results, b: &Results) -> Vec<String> {
+    let (x, y) = (&a.environment, &b.environment);
+    let facts = [
+        ("kernel", x.kernel.clone(), y.kernel.clone()),
+        ("processor", x.cpu.clone(), y.cpu.clone()),
+        ("processors", x.cpus.to_string(), y.cpus.to_string()),
+        ("memory", x.memory_mib.to_string(), y.memory_mib.to_string()),
+        ("file system", x.file_system.clone(), y.file_system.clone()),
+        ("debug build", x.debug_build.to_string(), y.debug_build.to_string()),
+        ("boot of the machine", a.session.clone(), b.session.clone()),
+        ("disk", a.disk.join(", "), b.disk.join(", ")),
+        ("tuning", a.tuning.join(", "), b.tuning.join(", ")),
+    ];
+    let different = facts.into_iter().filter(|(_, a, b)| a != b);
+    different.map(|(what, a, b)| format!("{what} `{a}` and `{b}`")).collect()
+}
+
+fn rows(base: (&str, &Results), other: (&str, &Results), tolerance: f64) -> Vec<Row> {
+    let pairs: Vec<(&Run, &Run)> = base.1.runs_of(base.0).zip(other.1.runs_of(other.0)).collect();
+    let row = |measure, more_is_better: bool, value: &dyn Fn(&Run) -> Option<f64>| {
+        let values: Vec<(f64, f64)> =
+            pairs.iter().filter_map(|(a, b)| Some((value(a)?, value(b)?))).collect();
+        if values.is_empty() {
+            return None;
+        }
+        let ratios: Vec<f64> = values.iter().map(|(was, is)| is / was).collect();
+        let (low, high) =
+            (ratios.iter().copied().fold(f64::MAX, f64::min), ratios.iter().copied().fold(0.0, f64::max));
+        let ratio = median(ratios.iter().copied());
+        // A regression shows in the best of the rounds, too: one bad round is noise.
+        let regressed = if more_is_better {
+            ratio < 1.0 - tolerance / 100.0 && (ratios.len() < 3 || high < 1.0)
+        } else {
+            ratio > 1.0 + tolerance / 100.0 && (ratios.len() < 3 || low > 1.0)
+        };
+        Some(Row {
+            base: base.0.to_owned(),
+            other: other.0.to_owned(),
+            measure,
+            was: median(values.iter().map(|(was, _)| *was)),
+            is: median(values.iter().map(|(_, is)| *is)),
+            ratio,
+            ratio_min: low,
+            ratio_max: high,
+            regressed,
+        })
+    };
+    let latency = |of: fn(&super::result::Latency) -> f64| move |run: &Run| run.main_latency().map(of);
+    [
+        row("IOPS", true, &|run| Some(run.iops)),
+        row("p50 us", false, &latency(|l| l.p50_us)),
+        row("p99 us", false, &latency(|l| l.p99_us)).map(|row| Row { regressed: false, ..row }),
+        row("server CPU us/IO", false, &Run::server_cpu_us_per_io),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn finish(rows: &[Row], output: Output) -> anyhow::Result<ExitCode> {
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(rows)?),
+        Output::Text => println!("{}", table(rows)),
+    }
+    let regressed = rows.iter().any(|row| row.regressed);
+    Ok(if regressed { ExitCode::from(EXIT_CHECK_FAILED) } else { ExitCode::SUCCESS })
+}
+
+fn table(rows: &[Row]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.set_header(["base", "other", "measure", "base", "other", "ratio", "rounds", ""]);
+    for row in rows {
+        table.add_row([
+            row.base.clone(),
+            row.other.clone(),
+            row.measure.to_owned(),
+            format!("{:.1}", row.was),
+            format!("{:.1}", row.is),
+            format!("{:.3}", row.ratio),
+            format!("{:.3} to {:.3}", row.ratio_min, row.ratio_max),
+            if row.regressed { "REGRESSION".to_owned() } else { String::new() },
+        ]);
+    }
+    for column in table.column_iter_mut().skip(3).take(4) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::environment::Environment;
+    use crate::run::load::{Load, Order};
+    use crate::run::result::SCHEMA;
+
+    fn results(name: &str, iops: &[f64]) -> Results {
+        let load = Load {
+            order: Order::Random,
+            read_percent: 100,
+            sizes: "4K".parse().expect("well formed"),
+            depth: 1,
+            jobs: 1,
+            rate: None,
+            dsync: false,
+            verify: false,
+            bytes: 1 << 20,
+            seed: 1,
+        };
+        let run = |(round, iops): (usize, &f64)| Run {
+            subject: name.into(),
+            round: round as u32,
+            iops: *iops,
+            bytes_s: 0.0,
+            reads: None,
+            writes: None,
+            unserved: 0,
+            enters: 0,
+            timeline: Vec::new(),
+            processes: Vec::new(),
+        };
+        let environment = Environment::read(std::path::Path::new("/"), String::new(), String::new());
+        Results {
+            schema: SCHEMA.into(),
+            environment,
+            revision: String::new(),
+            session: "s".into(),
+            tuning: Vec::new(),
+            disk: Vec::new(),
+            load,
+            seconds: 1.0,
+            warm_up: 1.0,
+            runs: iops.iter().enumerate().map(run).collect(),
+        }
+    }
+
+    fn limits(across: bool) -> LimitArgs {
+        LimitArgs { tolerance: 5.0, across }
+    }
+
+    fn regressed(was: &[f64], is: &[f64]) -> bool {
+        let rows = between(&results("a", was), &results("a", is), &limits(false)).expect("comparable");
+        rows.iter().any(|row| row.regressed)
+    }
+
+    #[test]
+    fn a_slower_build_is_a_regression_and_one_bad_round_is_not() {
+        assert!(regressed(&[100.0, 100.0, 100.0], &[90.0, 91.0, 89.0]));
+        assert!(!regressed(&[100.0, 100.0, 100.0], &[97.0, 98.0, 96.0]), "within the tolerance");
+        assert!(!regressed(&[100.0, 100.0, 100.0], &[101.0, 40.0, 99.0]), "one bad round");
+        assert!(!regressed(&[100.0, 50.0, 100.0], &[99.0, 50.0, 100.0]), "both drift alike");
+        assert!(!regressed(&[100.0], &[200.0]), "faster");
+    }
+
+    #[test]
+    fn different_environments_are_compared_only_when_that_is_said() {
+        let (a, mut b) = (results("a", &[1.0]), results("a", &[1.0]));
+        b.environment.kernel = "2.4".into();
+        let error = between(&a, &b, &limits(false)).expect_err("another kernel");
+        assert!(error.to_string().contains("kernel") && error.to_string().contains("2.4"), "{error}");
+        assert!(between(&a, &b, &limits(true)).is_ok());
+        b.load.depth = 2;
+        assert!(between(&a, &b, &limits(true)).is_err(), "another workload is never compared");
+        assert!(between(&a, &results("b", &[1.0]), &limits(false)).is_err(), "no subject in both");
+    }
+
+    #[test]
+    fn subjects_of_one_file_are_paired_round_by_round() {
+        let mut both = results("a", &[100.0, 50.0]);
+        both.runs.extend(results("b", &[80.0, 40.0]).runs);
+        let rows = within(&both, 5.0).expect("two subjects");
+        assert_eq!((rows.len(), rows[0].ratio, rows[0].regressed), (1, 0.8, true));
+        assert!(within(&results("a", &[1.0]), 5.0).is_err());
+    }
+}

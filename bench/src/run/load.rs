@@ -1,0 +1,225 @@
+//! The workload: which IO comes next, and when it should have begun.
+//!
+//! Invariant: a sequence of IOs is a function of the seed. Deliberately absent: IO.
+
+use anyhow::{Context, anyhow, ensure};
+use clap::ValueEnum;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use rand_distr::{Distribution, Zipf};
+use serde::{Deserialize, Serialize};
+use std::str::FromStr;
+
+/// Bytes of the smallest IO, of which all others are multiples.
+pub const BLOCK_BYTES: u64 = 4096;
+/// Bytes of the largest.
+pub const IO_BYTES_MAX: u64 = 128 << 10;
+
+/// In which order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Anywhere, evenly.
+    #[default]
+    Random,
+    /// From the first byte on, again and again.
+    Sequential,
+    /// A few places often, most seldom (exponent 0.99, as YCSB has it).
+    Zipfian,
+}
+
+/// Sizes of IOs, each with its share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sizes(pub Vec<(u64, f64)>);
+
+impl FromStr for Sizes {
+    type Err = anyhow::Error;
+
+    /// `4K`, or `4K:70,64K:30` where the second number is the share.
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let one = |part: &str| {
+            let (size, share) = part.split_once(':').unwrap_or((part, "1"));
+            let bytes = crate::parse_bytes(size).map_err(anyhow::Error::msg)?;
+            let share: f64 = share.parse().with_context(|| format!("`{share}` is no share of sizes"))?;
+            let fits = bytes.is_multiple_of(BLOCK_BYTES) && bytes <= IO_BYTES_MAX;
+            ensure!(fits, "{size} is not a multiple of 4K up to 128K");
+            ensure!(share > 0.0 && share.is_finite(), "the share of {size} is not above 0");
+            Ok((bytes, share))
+        };
+        text.split(',').map(one).collect::<anyhow::Result<_>>().map(Self)
+    }
+}
+
+/// What is done, whoever it is done to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Load {
+    /// In which order.
+    pub order: Order,
+    /// Reads among 100 IOs.
+    pub read_percent: u8,
+    /// Their sizes.
+    pub sizes: Sizes,
+    /// IOs in flight at most, for each job.
+    pub depth: u32,
+    /// Connections, each with a thread of its own.
+    pub jobs: u32,
+    /// IOs that arrive a second in all, whether or not those before are done; absent for a closed loop.
+    pub rate: Option<f64>,
+    /// Writes of a file are durable when they complete.
+    pub dsync: bool,
+    /// What is read is compared with what was written.
+    pub verify: bool,
+    /// Bytes from the start that are touched.
+    pub bytes: u64,
+    /// Of the random numbers.
+    pub seed: u64,
+}
+
+/// One IO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Io {
+    /// Or a read.
+    pub write: bool,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+impl Io {
+    /// The blocks that it covers.
+    pub fn blocks(&self) -> std::ops::Range<usize> {
+        (self.offset / BLOCK_BYTES) as usize..((self.offset + self.bytes) / BLOCK_BYTES) as usize
+    }
+}
+
+/// The IOs of one job, without end.
+pub struct Ios {
+    load: Load,
+    random: SmallRng,
+    zipf: Zipf<f64>,
+    first: u64,
+    bytes: u64,
+    next: u64,
+}
+
+impl Ios {
+    /// The IOs of job `job`, within `bytes` from `first` on.
+    ///
+    /// # Errors
+    /// The largest IO does not fit.
+    pub fn new(load: &Load, job: u32, first: u64, bytes: u64) -> anyhow::Result<Self> {
+        let largest = load.sizes.0.iter().map(|(size, _)| *size).max().unwrap_or(BLOCK_BYTES);
+        ensure!(bytes >= largest, "{bytes} bytes a job are less than one IO of {largest}");
+        let random = SmallRng::seed_from_u64(load.seed ^ u64::from(job) << 32);
+        let zipf = Zipf::new((bytes / BLOCK_BYTES) as f64, 0.99).map_err(|error| anyhow!("{error}"))?;
+        Ok(Self { load: load.clone(), random, zipf, first, bytes, next: 0 })
+    }
+
+    /// The next.
+    pub fn draw(&mut self) -> Io {
+        let write = self.random.random_range(0..100) >= self.load.read_percent;
+        let bytes = self.size();
+        let places = self.bytes / bytes;
+        let place = match self.load.order {
+            Order::Random => self.random.random_range(0..places),
+            Order::Sequential => {
+                let place = self.next.div_ceil(bytes) % places;
+                self.next = (place + 1) * bytes;
+                place
+            }
+            // The popular places lie all over, not side by side.
+            Order::Zipfian => scattered(self.zipf.sample(&mut self.random) as u64, places),
+        };
+        Io { write, offset: self.first + place * bytes, bytes }
+    }
+
+    fn size(&mut self) -> u64 {
+        let sizes = &self.load.sizes.0;
+        let mut left = self.random.random_range(0.0..sizes.iter().map(|(_, share)| share).sum());
+        for (bytes, share) in sizes {
+            left -= share;
+            if left < 0.0 {
+                return *bytes;
+            }
+        }
+        sizes[sizes.len() - 1].0
+    }
+}
+
+/// A place for a rank: the multiplier is odd and far from any ratio of small numbers.
+fn scattered(rank: u64, places: u64) -> u64 {
+    rank.wrapping_mul(0x9E37_79B9_7F4A_7C15) % places
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(order: Order, sizes: &str) -> Load {
+        let sizes = sizes.parse().expect("well formed");
+        let (rate, bytes) = (None, 1 << 20);
+        Load {
+            order,
+            read_percent: 70,
+            sizes,
+            depth: 1,
+            jobs: 1,
+            rate,
+            dsync: false,
+            verify: false,
+            bytes,
+            seed: 7,
+        }
+    }
+
+    fn ios(load: &Load, count: usize) -> Vec<Io> {
+        let mut ios = Ios::new(load, 0, 4096, load.bytes).expect("fits");
+        (0..count).map(|_| ios.draw()).collect()
+    }
+
+    #[test]
+    fn every_io_is_whole_blocks_within_its_part() {
+        for order in [Order::Random, Order::Sequential, Order::Zipfian] {
+            for io in ios(&load(order, "4K:2,12K:1,128K:1"), 5000) {
+                assert!(io.offset >= 4096 && io.offset + io.bytes <= 4096 + (1 << 20), "{order:?} {io:?}");
+                assert!(io.offset.is_multiple_of(4096) && io.bytes.is_multiple_of(4096));
+            }
+        }
+    }
+
+    #[test]
+    fn mixes_have_their_shares() {
+        let all = ios(&load(Order::Random, "4K:3,64K:1"), 20_000);
+        let part = |of: fn(&Io) -> bool| all.iter().filter(|io| of(io)).count() as f64 / 20_000.0;
+        assert!((part(|io| !io.write) - 0.7).abs() < 0.02);
+        assert!((part(|io| io.bytes == 4096) - 0.75).abs() < 0.02);
+    }
+
+    #[test]
+    fn in_order_means_without_gaps_and_again_from_the_start() {
+        let offsets: Vec<_> = ios(&load(Order::Sequential, "64K"), 18).iter().map(|io| io.offset).collect();
+        assert_eq!(offsets[..3], [4096, 4096 + 65536, 4096 + 131_072]);
+        assert_eq!(offsets[16..], [4096, 4096 + 65536]);
+    }
+
+    #[test]
+    fn zipfian_has_hot_places_and_random_has_none() {
+        let hottest = |order| {
+            let mut counts = std::collections::HashMap::<u64, usize>::new();
+            ios(&load(order, "4K"), 10_000).iter().for_each(|io| *counts.entry(io.offset).or_default() += 1);
+            counts.into_values().max().unwrap_or(0)
+        };
+        assert!(hottest(Order::Zipfian) > 1000 && hottest(Order::Random) < 100);
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_ios() {
+        let one = load(Order::Random, "4K:1,8K:1");
+        assert_eq!(ios(&one, 50), ios(&one, 50));
+        assert_ne!(ios(&one, 50), ios(&Load { seed: 8, ..one.clone() }, 50));
+        for wrong in ["", "1K", "256K", "4K:0", "4K:x"] {
+            assert!(wrong.parse::<Sizes>().is_err(), "{wrong}");
+        }
+    }
+}

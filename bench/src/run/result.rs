@@ -1,0 +1,238 @@
+//! `result.json`: what a run measured, where, and under what. Its schema has a version.
+//!
+//! Deliberately absent: paths, host names and addresses, since results are published.
+
+use crate::environment::Environment;
+use crate::run::load::Load;
+use anyhow::{Context, ensure};
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+use std::fmt::Write;
+use std::path::Path;
+
+/// The schema's name and version. A change of meaning counts it up.
+pub const SCHEMA: &str = "ashlar-bench-result/1";
+
+/// One file: all rounds of all subjects of one command.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Results {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// Where it ran.
+    pub environment: Environment,
+    /// Revision of the source beside the program, where it is known.
+    pub revision: String,
+    /// A name for the boot of the machine, so that runs of one session can be told.
+    pub session: String,
+    /// What `ashlar tune check` finds wanting on this machine.
+    pub tuning: Vec<String>,
+    /// The disk, as the kernel describes its queue.
+    pub disk: Vec<String>,
+    /// What was done.
+    pub load: Load,
+    /// Seconds of each measurement, after the warm-up.
+    pub seconds: f64,
+    /// Seconds of the warm-up.
+    pub warm_up: f64,
+    /// Every measurement, in the order in which they were made.
+    pub runs: Vec<Run>,
+}
+
+/// One measurement.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Run {
+    /// Its name on the command line, or the kind of target.
+    pub subject: String,
+    /// Which round.
+    pub round: u32,
+    /// IOs a second.
+    pub iops: f64,
+    /// Bytes a second.
+    pub bytes_s: f64,
+    /// Reads; absent where there was none.
+    pub reads: Option<Latency>,
+    /// Writes; absent where there was none.
+    pub writes: Option<Latency>,
+    /// Of an open loop: IOs that should have begun and never did.
+    pub unserved: u64,
+    /// The client's system calls that entered io_uring, the warm-up's included.
+    pub enters: u64,
+    /// Parts of a second, in order.
+    pub timeline: Vec<Moment>,
+    /// The client first, then the servers.
+    pub processes: Vec<ProcessUse>,
+}
+
+/// Latencies in microseconds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Latency {
+    /// IOs.
+    pub ios: u64,
+    /// The mean.
+    pub mean_us: f64,
+    /// The median.
+    pub p50_us: f64,
+    /// 90 of 100 are below.
+    pub p90_us: f64,
+    /// 99 of 100 are below.
+    pub p99_us: f64,
+    /// 999 of 1,000 are below.
+    pub p999_us: f64,
+    /// The longest.
+    pub max_us: f64,
+    /// Points of the distribution: part of all IOs, microseconds.
+    pub curve: Vec<(f64, f64)>,
+}
+
+/// One moment of a run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Moment {
+    /// Seconds since the measurement began, at the moment's end.
+    pub s: f64,
+    /// IOs a second in it.
+    pub iops: f64,
+    /// 99 of 100 IOs in it took less.
+    pub p99_us: f64,
+}
+
+/// What a process used during a measurement.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProcessUse {
+    /// `client`, or the program's name.
+    pub name: String,
+    /// User and system time in seconds.
+    pub cpu_s: f64,
+    /// The same for each IO in microseconds.
+    pub cpu_us_per_io: f64,
+    /// Resident memory at the end.
+    pub rss_bytes: u64,
+    /// Context switches of all its threads, wanted or not.
+    pub switches: u64,
+}
+
+const CURVE: &[f64] =
+    &[0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99, 0.995, 0.9975, 0.999, 0.9995, 0.9999, 0.99999, 1.0];
+
+impl Latency {
+    /// Of a histogram of nanoseconds.
+    pub fn of(times: &Histogram<u64>) -> Option<Self> {
+        let us = |part: f64| times.value_at_quantile(part) as f64 / 1000.0;
+        (!times.is_empty()).then(|| Self {
+            ios: times.len(),
+            mean_us: times.mean() / 1000.0,
+            p50_us: us(0.5),
+            p90_us: us(0.9),
+            p99_us: us(0.99),
+            p999_us: us(0.999),
+            max_us: times.max() as f64 / 1000.0,
+            curve: CURVE.iter().map(|part| (*part, us(*part))).collect(),
+        })
+    }
+}
+
+impl Run {
+    /// Microseconds of server CPU for each IO; absent where no server was named.
+    pub fn server_cpu_us_per_io(&self) -> Option<f64> {
+        let servers = self.processes.get(1..).filter(|servers| !servers.is_empty())?;
+        Some(servers.iter().map(|one| one.cpu_us_per_io).sum())
+    }
+
+    /// The latencies of whichever there are more of.
+    pub fn main_latency(&self) -> Option<&Latency> {
+        [&self.reads, &self.writes].into_iter().flatten().max_by_key(|latency| latency.ios)
+    }
+}
+
+impl Results {
+    /// The subjects, in the order of their first run.
+    pub fn subjects(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
+        for run in &self.runs {
+            if !names.contains(&run.subject.as_str()) {
+                names.push(&run.subject);
+            }
+        }
+        names
+    }
+
+    /// The runs of a subject, by round.
+    pub fn runs_of<'a>(&'a self, subject: &'a str) -> impl Iterator<Item = &'a Run> {
+        self.runs.iter().filter(move |run| run.subject == subject)
+    }
+
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// It is not there, or not of this schema.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
+        let json: serde_json::Value =
+            serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", path.display()))?;
+        let found = json["schema"].as_str().unwrap_or("none");
+        ensure!(
+            found == SCHEMA,
+            "{} has schema `{found}`, not {SCHEMA}; measure again with this version",
+            path.display()
+        );
+        serde_json::from_value(json).with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// Writes a file.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
+        std::fs::write(path, serde_json::to_vec_pretty(self)?)
+            .with_context(|| format!("{} cannot be written", path.display()))
+    }
+}
+
+/// A percentile distribution as HdrHistogram's own tools plot it, in microseconds.
+pub fn hgrm(times: &Histogram<u64>) -> String {
+    let mut text = String::from("       Value     Percentile TotalCount 1/(1-Percentile)\n\n");
+    let mut count = 0;
+    for step in times.iter_quantiles(5) {
+        count += step.count_since_last_iteration();
+        let part = step.quantile_iterated_to();
+        let value = step.value_iterated_to() as f64 / 1000.0;
+        let _ = match part < 1.0 {
+            true => writeln!(text, "{value:12.3} {part:2.12} {count:10} {:14.2}", 1.0 / (1.0 - part)),
+            false => writeln!(text, "{value:12.3} {part:2.12} {count:10}"),
+        };
+    }
+    let _ = writeln!(
+        text,
+        "#[Mean    = {:12.3}, StdDeviation   = {:12.3}]\n#[Max     = {:12.3}, Total count    = {:12}]",
+        times.mean() / 1000.0,
+        times.stdev() / 1000.0,
+        times.max() as f64 / 1000.0,
+        times.len()
+    );
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_distribution_file_ends_with_all_values_and_the_largest() {
+        let mut times = crate::run::job::histogram();
+        (1..=1000_u64).for_each(|us| times.record(us * 1000).expect("in range"));
+        let text = hgrm(&times);
+        let last = text.lines().rfind(|line| !line.starts_with('#')).unwrap_or_default();
+        assert!(last.contains("1.000000000000") && last.contains("1000"), "{last}");
+        let latency = Latency::of(&times).expect("there are some");
+        assert!((latency.p50_us - 500.0).abs() < 1.0 && (latency.p999_us - 999.0).abs() < 1.5, "{latency:?}");
+        assert!(Latency::of(&crate::run::job::histogram()).is_none());
+    }
+
+    #[test]
+    fn another_schema_is_refused_by_name() -> anyhow::Result<()> {
+        let file = tempfile::NamedTempFile::new()?;
+        std::fs::write(file.path(), r#"{"schema": "ashlar-bench-result/2"}"#)?;
+        let error = Results::read(file.path()).err().context("must be refused")?;
+        assert!(error.to_string().contains("ashlar-bench-result/2"), "{error}");
+        Ok(())
+    }
+}
