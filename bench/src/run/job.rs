@@ -36,9 +36,12 @@ pub struct Tick {
     pub enters: u64,
 }
 
+/// The longest latency that is told apart, in nanoseconds: ten minutes.
+const LATENCY_NS_MAX: u64 = 600_000_000_000;
+
 /// A histogram of nanoseconds with three digits.
 pub fn histogram() -> Histogram<u64> {
-    Histogram::new(3).expect("three digits are allowed")
+    Histogram::new_with_bounds(1, LATENCY_NS_MAX, 3).expect("three digits are allowed")
 }
 
 /// Opens a connection.
@@ -140,6 +143,11 @@ impl Job {
             let deadline = if ended.is_empty() { self.arrival(now) } else { Some(now) };
             self.driver.turn(&mut self.ring, deadline, &mut done)?;
             let now = self.ring.now();
+            if now >= self.from && !self.tick.counts {
+                // The measurement begins: what was before it must not take its first IOs along.
+                told = now;
+                self.tell(now, tell)?;
+            }
             done.iter().for_each(|done| self.record(done.slot, now));
             ended.extend(done.drain(..));
             while let Some(done) = ended.pop_front() {

@@ -284,7 +284,10 @@ fn one(
     let secs = Duration::from_secs_f64;
     let times = Times { warm_up: secs(args.warm_up), measured: secs(args.seconds) };
     let mut pids = vec![std::process::id().cast_signed()];
-    pids.extend(servers);
+    // Nobody serves a file.
+    if !matches!(subject.target, Target::File(_)) {
+        pids.extend(servers);
+    }
     let (tell, ticks) = mpsc::channel();
     let mut watch = Watch::new(&subject.name, round, times);
     let use_of = std::thread::scope(|scope| {
@@ -624,8 +627,9 @@ mod tests {
                 run.subject,
                 run.iops
             );
-            assert!(reads.p50_us <= reads.p99_us && reads.p99_us <= reads.max_us);
-            assert_eq!(run.processes.len(), 1 + args.pid.len());
+            assert!(reads.p50_us > 0.0 && reads.p50_us <= reads.p99_us && reads.p99_us <= reads.max_us);
+            let servers = if run.subject == "raw" { 0 } else { args.pid.len() };
+            assert_eq!(run.processes.len(), 1 + servers);
         }
         show(&results, &args)?;
         assert!(std::fs::read_to_string(dir.path().join("report.html"))?.contains("</html>"));
@@ -638,7 +642,14 @@ mod tests {
     fn an_open_loop_shows_its_queue_and_keeps_its_rate() -> anyhow::Result<()> {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR"))?;
         let targets = [format!("file:{}", dir.path().join("raw").display())];
-        let load = Load { verify: false, jobs: 1, sizes: "4K".parse()?, rate: Some(200.0), ..mixed() };
+        let load = Load {
+            verify: false,
+            jobs: 1,
+            sizes: "4K".parse()?,
+            rate: Some(200.0),
+            read_percent: 100,
+            ..mixed()
+        };
         let args = CommonArgs { rounds: 1, ..common(dir.path()) };
         let slow = measure(&targets, &load, &args)?.runs.remove(0);
         // 140 arrive in 0.7 s, some 20 of them in the warm-up, whatever the machine does meanwhile.
@@ -659,7 +670,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let args = CommonArgs { prepare: false, ..common(dir.path()) };
         for target in ["file:/nonexistent/x", "nbd+unix:///v?socket=/nonexistent/s"] {
-            let error = measure(&[format!("a={target}")], &mixed(), &args).err().expect("not there");
+            let error = measure(&[format!("a={target}")], &mixed(), &args).expect_err("not there");
             let line = format!("{error:#}");
             assert!(
                 line.starts_with("a: ") && line.contains("/nonexistent/") && !line.contains('\n'),
