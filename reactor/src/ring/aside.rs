@@ -5,7 +5,7 @@
 //! another processor idles, and neither side ever overlaps the other (measured on two processors:
 //! reads at depth 32 at two thirds of the rate). Once they are apart the kernel keeps them apart.
 //!
-//! Looked at every 5 ms, for threads that are not pinned only: displaced often amid bursts of work, while
+//! Looked at every 5 ms, for threads that are not pinned only: displaced often for 20 ms, for half of which
 //! another processor idled -> move there. Moves that do not help become rare.
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
@@ -17,28 +17,26 @@ use protocol::types::{Span, Time};
 const LOOK_EVERY: Span = Span::ms(5);
 /// Displacements within one look that make it worth a thought: 600 a second.
 const DISPLACED_MIN: i64 = 3;
-/// Completions a turn from which work counts as bursts; one by one, taking turns costs nothing.
-const BURST_MIN: u64 = 3;
+/// How long it must go on.
+const WATCH: Span = Span::ms(20);
+/// A tick of /proc/stat.
+const TICK: Span = Span::ms(10);
+/// How long a thread stays where it moved to.
+const STAY: Span = Span::ms(100);
 /// Longest pause after a move.
 const PAUSE_MAX: Span = Span::ms(1_000);
-
-/// What a thread has done so far.
-#[derive(Clone, Copy, Default)]
-struct Counts {
-    turns: u64,
-    completions: u64,
-    /// Times the thread was made to leave its processor while it had work.
-    displaced: i64,
-}
 
 /// What the displacements of one thread looked like so far.
 pub(super) struct Aside {
     allowed: Vec<usize>,
     look_at: Time,
-    counts: Counts,
-    /// Idle ticks a processor at the first of the looks that were suspicious, down to the last one.
-    idle: Option<Vec<u64>>,
+    /// Times the thread was made to leave its processor while it had work, so far.
+    displaced: i64,
+    /// When it began to be displaced often, and the ticks that each processor had idled by then.
+    since: Option<(Time, Vec<u64>)>,
     pause: Span,
+    /// Until when the thread may run on one processor only.
+    stays_until: Option<Time>,
 }
 
 impl Aside {
@@ -50,21 +48,28 @@ impl Aside {
         (allowed.len() > 1).then(|| Self {
             allowed,
             look_at: Time(0),
-            counts: Counts::default(),
-            idle: None,
+            displaced: 0,
+            since: None,
             pause: LOOK_EVERY,
+            stays_until: None,
         })
     }
 
-    /// Looks when it is time, given the counts of turns and completions so far.
-    pub fn look(&mut self, now: Time, turns: u64, completions: u64) {
+    /// Looks when it is time.
+    pub fn look(&mut self, now: Time) {
         if now < self.look_at {
             return;
         }
+        if self.stays_until.is_some_and(|until| now >= until) {
+            self.stays_until = None;
+            let freed = self.allow(&self.allowed);
+            tracing::debug!(?freed, "runs anywhere again");
+        }
         let displaced = getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |u| u.involuntary_context_switches());
         let here = sched_getcpu().unwrap_or(0);
-        if let Some(cpu) = self.judge(now, Counts { turns, completions, displaced }, here, idle_ticks) {
+        if let Some(cpu) = self.judge(now, displaced, here, idle_ticks) {
             self.move_to(cpu);
+            self.stays_until = Some(now + STAY);
         }
     }
 
@@ -72,73 +77,80 @@ impl Aside {
     fn judge(
         &mut self,
         now: Time,
-        counts: Counts,
+        displaced: i64,
         here: usize,
         idle_ticks: impl FnOnce() -> Vec<u64>,
     ) -> Option<usize> {
         let steady = (now - self.look_at).0 < LOOK_EVERY.0;
         self.look_at = now + LOOK_EVERY;
-        let before = std::mem::replace(&mut self.counts, counts);
-        let turned = (counts.turns - before.turns).max(1);
-        let bursts = (counts.completions - before.completions) / turned >= BURST_MIN;
-        if !steady || !bursts || counts.displaced - before.displaced < DISPLACED_MIN {
-            self.idle = None;
+        let before = std::mem::replace(&mut self.displaced, displaced);
+        if !steady || displaced - before < DISPLACED_MIN {
+            self.since = None;
             self.pause = Span(self.pause.0 / 2).max(LOOK_EVERY);
             return None;
         }
-        let idle = idle_ticks();
-        let Some(before) = &self.idle else {
-            self.idle = Some(idle);
+        let Some((since, idle)) = &self.since else {
+            self.since = Some((now, idle_ticks()));
             return None;
         };
-        let to = self.idlest(before, &idle, here)?;
-        self.look_at = now + self.pause;
-        self.pause = Span(self.pause.0 * 2).min(PAUSE_MAX);
-        self.idle = None;
-        Some(to)
+        let watched = now - *since;
+        if watched < WATCH {
+            return None;
+        }
+        let to = self.idlest(idle, &idle_ticks(), here, watched);
+        self.since = None;
+        if to.is_some() {
+            self.look_at = now + self.pause;
+            self.pause = Span(self.pause.0 * 2).min(PAUSE_MAX);
+        }
+        to
     }
 
-    /// Another processor that we may use and that idled meanwhile, the one that idled most.
-    fn idlest(&self, before: &[u64], now: &[u64], here: usize) -> Option<usize> {
+    /// Another processor that we may use and that idled for half of the time, the one that idled most.
+    fn idlest(&self, before: &[u64], now: &[u64], here: usize, watched: Span) -> Option<usize> {
         let idled = |cpu: usize| Some(now.get(cpu)?.saturating_sub(*before.get(cpu)?));
         let best = self.allowed.iter().copied().filter(|cpu| *cpu != here).max_by_key(|cpu| idled(*cpu))?;
-        // A tick is 10 ms, so this takes some looks.
-        (idled(best)? >= 1).then_some(best)
+        (idled(best)? * TICK.0 >= watched.0 / 2).then_some(best)
     }
 
+    /// Moves there, and stays for a while: the client settles where it is left alone.
     fn move_to(&self, cpu: usize) {
-        let of = |cpus: &[usize]| {
-            let mut set = CpuSet::new();
-            cpus.iter().try_for_each(|cpu| set.set(*cpu)).map(|()| set)
-        };
-        let me = Pid::from_raw(0);
-        // Refused, we stay where we are, which is slow but right.
-        let moved = of(&[cpu]).and_then(|set| sched_setaffinity(me, &set));
-        let freed = of(&self.allowed).and_then(|set| sched_setaffinity(me, &set));
-        tracing::debug!(cpu, ?moved, ?freed, "stepped aside: a client kept displacing this core's thread");
+        let moved = self.allow(&[cpu]);
+        tracing::debug!(cpu, ?moved, "stepped aside: a client kept displacing this core's thread");
+    }
+
+    /// May run on these processors. Refused, the thread stays where it is, which is slow but right.
+    fn allow(&self, cpus: &[usize]) -> nix::Result<()> {
+        let mut set = CpuSet::new();
+        cpus.iter().try_for_each(|cpu| set.set(*cpu))?;
+        sched_setaffinity(Pid::from_raw(0), &set)
     }
 }
 
-/// Ticks that each processor has idled so far; empty where /proc does not say.
+/// Ticks that each processor has idled so far; empty where /proc does not say. A processor on which a thread sleeps
+/// for its ring is told as waiting for IO, which is idling too.
 fn idle_ticks() -> Vec<u64> {
     let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-    let lines = stat.lines().skip(1).take_while(|line| line.starts_with("cpu"));
-    lines.map(|line| line.split_whitespace().nth(4).and_then(|idle| idle.parse().ok()).unwrap_or(0)).collect()
+    let idle = |line: &str| {
+        line.split_whitespace().skip(4).take(2).filter_map(|ticks| ticks.parse::<u64>().ok()).sum()
+    };
+    stat.lines().skip(1).take_while(|line| line.starts_with("cpu")).map(idle).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Looks `looks` times, 5 ms apart, with so many turns, completions and displacements between two; processor 1
-    /// idles for so many of the ticks. Returns the moves.
-    fn moves(looks: u64, turns: u64, completions: u64, displaced: i64, idle: u64) -> Vec<usize> {
+    /// Looks `looks` times, 5 ms apart, displaced so often between two; processor 1 idles for so many percent of the
+    /// time. Returns the moves.
+    fn moves(looks: u64, displaced: i64, idle_percent: u64) -> Vec<usize> {
         let mut aside = Aside {
             allowed: vec![0, 1],
             look_at: Time(0),
-            counts: Counts::default(),
-            idle: None,
+            displaced: 0,
+            since: None,
             pause: LOOK_EVERY,
+            stays_until: None,
         };
         let mut moved = Vec::new();
         for look in 1..=looks {
@@ -146,31 +158,26 @@ mod tests {
             if now < aside.look_at {
                 continue;
             }
-            let counts = Counts {
-                turns: look * turns,
-                completions: look * completions,
-                displaced: look as i64 * displaced,
-            };
-            moved.extend(aside.judge(now, counts, 0, || vec![0, look * idle]));
+            let ticks = now.0 * idle_percent / 100 / TICK.0;
+            moved.extend(aside.judge(now, look as i64 * displaced, 0, || vec![0, ticks]));
         }
         moved
     }
 
     #[test]
-    fn a_core_displaced_amid_bursts_moves_to_an_idle_processor() {
-        assert_eq!(moves(3, 100, 800, 25, 2), [1]);
+    fn a_core_displaced_often_moves_to_an_idle_processor() {
+        assert_eq!(moves(8, 7, 90), [1]);
     }
 
     #[test]
-    fn nothing_moves_without_all_three_signs() {
-        assert_eq!(moves(50, 100, 100, 25, 2), [0usize; 0], "one completion a turn");
-        assert_eq!(moves(50, 100, 800, 2, 2), [0usize; 0], "seldom displaced");
-        assert_eq!(moves(50, 100, 800, 25, 0), [0usize; 0], "the other processor is busy too");
+    fn nothing_moves_that_has_its_processor_or_has_nowhere_to_go() {
+        assert_eq!(moves(500, 2, 100), [0usize; 0], "seldom displaced");
+        assert_eq!(moves(500, 7, 20), [0usize; 0], "the other processor is busy too");
     }
 
     #[test]
     fn moves_that_do_not_help_become_rare() {
-        let count = moves(200 * 60, 100, 800, 25, 2).len();
+        let count = moves(200 * 60, 7, 90).len();
         assert!((50..=80).contains(&count), "{count} moves in a minute");
     }
 
@@ -180,6 +187,7 @@ mod tests {
         let before = free();
         let Some(aside) = Aside::new() else { return };
         aside.allowed.iter().for_each(|cpu| aside.move_to(*cpu));
+        aside.allow(&aside.allowed).expect("where it ran before");
         assert_eq!(free(), before);
         assert_eq!(idle_ticks().len(), std::thread::available_parallelism().map_or(1, |n| n.get()));
     }

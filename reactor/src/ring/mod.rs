@@ -320,7 +320,7 @@ impl Reactor for Ring {
         self.stats.in_flight -= self.done.len() as u32;
         completions.append(&mut self.done);
         if let Some(aside) = &mut self.aside {
-            aside.look(monotonic_now(), self.stats.turns, self.stats.completions);
+            aside.look(monotonic_now());
         }
     }
 
