@@ -5,7 +5,7 @@
 //! another processor idles, and neither side ever overlaps the other (measured on two processors:
 //! reads at depth 32 at two thirds of the rate). Once they are apart the kernel keeps them apart.
 //!
-//! Looked at every 5 ms, for threads that are not pinned only: displaced often for 20 ms, for half of which
+//! Looked at every 5 ms, for threads that are not pinned only: displaced often for 40 ms, for half of which
 //! another processor idled -> move there. Moves that do not help become rare.
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
@@ -18,7 +18,7 @@ const LOOK_EVERY: Span = Span::ms(5);
 /// Displacements within one look that make it worth a thought: 600 a second.
 const DISPLACED_MIN: i64 = 3;
 /// How long it must go on.
-const WATCH: Span = Span::ms(20);
+const WATCH: Span = Span::ms(40);
 /// A tick of /proc/stat.
 const TICK: Span = Span::ms(10);
 /// How long a thread stays where it moved to.
@@ -45,7 +45,7 @@ impl Aside {
         let set = sched_getaffinity(Pid::from_raw(0)).ok()?;
         let allowed: Vec<usize> =
             (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect();
-        (allowed.len() > 1).then(|| Self {
+        (allowed.len() > 1).then_some(Self {
             allowed,
             look_at: Time(0),
             displaced: 0,
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_core_displaced_often_moves_to_an_idle_processor() {
-        assert_eq!(moves(8, 7, 90), [1]);
+        assert_eq!(moves(12, 7, 90), [1]);
     }
 
     #[test]
