@@ -18,8 +18,11 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// The version of the tables that this code reads and writes.
-pub const SCHEMA: u32 = 1;
+/// The version of the tables that this code writes.
+pub const SCHEMA: u32 = 2;
+/// The oldest version that it reads; the database is then marked as of [`SCHEMA`]. Fields that came later
+/// have defaults in `record`, tables that came later may be missing.
+const SCHEMA_OLDEST: u32 = 1;
 /// The database's file, in the MDS's directory.
 pub const FILE: &str = "mds.redb";
 
@@ -135,13 +138,17 @@ fn read_identity(db: &Database, path: &Path) -> Result<Option<Uuid>, Problem> {
     let Some((schema, cluster)) = read_meta(db).map_err(|why| failure(path, "cannot be read", &why))? else {
         return Ok(None);
     };
-    if schema != Some(SCHEMA) {
-        return Err(Problem::new(
+    let schema = schema.filter(|schema| (SCHEMA_OLDEST..=SCHEMA).contains(schema)).ok_or_else(|| {
+        Problem::new(
             ProblemKind::Storage,
-            format!("{} has schema {schema:?}, this MDS knows {SCHEMA}", path.display()),
+            format!("{} has schema {schema:?}, this MDS knows {SCHEMA_OLDEST} to {SCHEMA}", path.display()),
             "it was written by another version",
             "run the version that wrote it; nothing was changed",
-        ));
+        )
+    })?;
+    if schema != SCHEMA {
+        tracing::info!(from = schema, to = SCHEMA, "the database is of an older schema; it is taken over");
+        transact(db, put_schema).map_err(|why| failure(path, "cannot be written", &why))?;
     }
     cluster.map(Some).ok_or_else(|| failure(path, "cannot be read", &"it holds no cluster id"))
 }
@@ -168,8 +175,8 @@ fn initialise(db: &Database, path: &Path, dir: &Path) -> Result<Uuid, Problem> {
     let random = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut cluster));
     random.map_err(|e| failure(Path::new("/dev/urandom"), "cannot be read", &e))?;
     let write = |write: &WriteTransaction| {
+        put_schema(write)?;
         let mut meta = write.open_table(META).map_err(text)?;
-        meta.insert(KEY_SCHEMA, SCHEMA.to_le_bytes().as_slice()).map_err(text)?;
         meta.insert(KEY_CLUSTER, cluster.as_slice()).map_err(text)?;
         meta.insert(KEY_COUNTERS, encode(&Counters::default()).as_slice()).map_err(text)?;
         for table in [TARGETS, POOLS, COPYSETS, VOLUMES, ALLOCATED] {
@@ -183,6 +190,12 @@ fn initialise(db: &Database, path: &Path, dir: &Path) -> Result<Uuid, Problem> {
     let synced = File::open(dir).and_then(|dir| dir.sync_all());
     synced.map_err(|e| failure(dir, "cannot be synced", &e))?;
     Ok(Uuid(cluster))
+}
+
+fn put_schema(write: &WriteTransaction) -> Result<(), String> {
+    let mut meta = write.open_table(META).map_err(text)?;
+    meta.insert(KEY_SCHEMA, SCHEMA.to_le_bytes().as_slice()).map_err(text)?;
+    Ok(())
 }
 
 /// One transaction; redb's default durability syncs the file before the commit returns.
