@@ -49,6 +49,9 @@ pub struct DevArgs {
     /// Shards (cores) of each target, when it is made [default: 1]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
     shards: Option<u16>,
+    /// Build the replicas of a target elsewhere when it has been silent for so many seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    offline_after: u32,
 }
 
 /// The name of the volume that is made for trying things.
@@ -65,6 +68,7 @@ struct Plan {
     block_bytes: Option<u32>,
     advertise: IpAddr,
     restart: bool,
+    offline_after: u32,
 }
 
 impl Plan {
@@ -87,6 +91,7 @@ pub async fn run(args: DevArgs) -> Outcome {
         block_bytes: args.block_size,
         advertise: args.advertise,
         restart: !args.no_restart,
+        offline_after: args.offline_after,
     };
     targets::write_configs(&plan)?;
     targets::format_new(&plan)?;

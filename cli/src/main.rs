@@ -38,7 +38,7 @@ struct Cli {
 enum Command {
     /// Run a whole cluster on this machine: an MDS, three targets, a volume to use.
     Dev(dev::DevArgs),
-    /// The storage daemon.
+    /// The storage daemon, and the cluster's targets.
     #[command(subcommand)]
     Target(target::TargetCommand),
     /// The metadata server.
@@ -115,6 +115,10 @@ mod tests {
             "dev --dir d --targets 3 --size 4G --block-size 512 --advertise 10.0.2.2 --no-restart --shards 1",
             "mds run --listen 127.0.0.1:7000 --dir d",
             "target check --config target.toml",
+            "target ls -o json",
+            "target show 2 --mds 127.0.0.1:7000",
+            "target drain 2",
+            "target undrain 2 --dir d",
             "volume create v --size 10G --block-size 512 -o json",
             "volume ls --mds 127.0.0.1:7000",
             "volume show v --dir d",

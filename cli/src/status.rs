@@ -31,10 +31,13 @@ struct Shown {
     warnings: Vec<String>,
 }
 
+/// A target as printed.
 #[derive(Serialize)]
-struct TargetShown {
-    id: u32,
+pub struct TargetShown {
+    /// Its number.
+    pub id: u32,
     online: bool,
+    draining: bool,
     heartbeat_age_ms: Option<u64>,
     peers: Vec<String>,
     admin: String,
@@ -43,7 +46,8 @@ struct TargetShown {
     used_bytes: u64,
     formatted_bytes: u64,
     replicas: u32,
-    leaders: u32,
+    /// Copysets that it leads.
+    pub leaders: u32,
 }
 
 #[derive(Serialize)]
@@ -53,8 +57,15 @@ struct CopysetShown {
     term: Option<u64>,
     degraded: bool,
     unavailable: bool,
+    members: Vec<MemberShown>,
     /// By target.
     replicas: BTreeMap<u32, ReplicaShown>,
+}
+
+#[derive(Serialize)]
+struct MemberShown {
+    target: u32,
+    shard: u32,
 }
 
 #[derive(Serialize)]
@@ -78,45 +89,78 @@ fn shown(status: &pb::StatusResponse) -> Shown {
         cluster: status.cluster.iter().map(|byte| format!("{byte:02x}")).collect(),
         generation: status.generation,
         version: status.version.clone(),
-        targets: status.targets.iter().map(target).collect(),
+        targets: status.targets.iter().map(TargetShown::from).collect(),
         copysets: status.copysets.iter().map(copyset).collect(),
         volumes: status.volumes.iter().map(volume::Shown::from).collect(),
         warnings: status.warnings.clone(),
     }
 }
 
-fn target(target: &pb::TargetStatus) -> TargetShown {
-    let endpoints = target.endpoints.clone().unwrap_or_default();
-    let usage = target.usage.unwrap_or_default();
-    TargetShown {
-        id: target.id,
-        online: target.online,
-        heartbeat_age_ms: target.heartbeat_age_ms,
-        peers: target.peers.clone(),
-        admin: endpoints.admin,
-        metrics: endpoints.metrics,
-        capacity_bytes: usage.capacity_bytes,
-        used_bytes: usage.used_bytes,
-        formatted_bytes: usage.formatted_bytes,
-        replicas: target.replicas,
-        leaders: target.leaders,
+impl From<&pb::TargetStatus> for TargetShown {
+    fn from(target: &pb::TargetStatus) -> Self {
+        let endpoints = target.endpoints.clone().unwrap_or_default();
+        let usage = target.usage.unwrap_or_default();
+        Self {
+            id: target.id,
+            online: target.online,
+            draining: target.draining,
+            heartbeat_age_ms: target.heartbeat_age_ms,
+            peers: target.peers.clone(),
+            admin: endpoints.admin,
+            metrics: endpoints.metrics,
+            capacity_bytes: usage.capacity_bytes,
+            used_bytes: usage.used_bytes,
+            formatted_bytes: usage.formatted_bytes,
+            replicas: target.replicas,
+            leaders: target.leaders,
+        }
+    }
+}
+
+impl TargetShown {
+    fn state(&self) -> &'static str {
+        match (self.online, self.draining) {
+            (true, false) => "online",
+            (true, true) => "draining",
+            (false, false) => "AWAY",
+            (false, true) => "AWAY, draining",
+        }
+    }
+
+    /// Everything, a line each.
+    pub fn details(&self) -> String {
+        let age = self.heartbeat_age_ms.map_or("never".into(), |age| format!("{age} ms ago"));
+        let rows = [
+            ("state", self.state().to_owned()),
+            ("heartbeat", age),
+            ("used", format!("{} of {}", Size(self.used_bytes), Size(self.capacity_bytes))),
+            ("formatted", percent(self.formatted_bytes, self.capacity_bytes)),
+            ("replicas", format!("{}, {} of them lead", self.replicas, self.leaders)),
+            ("peers", self.peers.join(" ")),
+            ("admin", self.admin.clone()),
+            ("metrics", self.metrics.clone()),
+        ];
+        let lines = rows.iter().map(|(name, value)| format!("\n  {name:<10} {value}"));
+        format!("target {}{}", self.id, lines.collect::<String>())
     }
 }
 
 fn copyset(copyset: &pb::CopysetStatus) -> CopysetShown {
     let replicas = copyset.replicas.iter().map(|member| (member.target, replica(member)));
+    let members = copyset.members.iter().map(|m| MemberShown { target: m.target, shard: m.shard });
     CopysetShown {
         id: copyset.id,
         leader: copyset.leader.as_ref().map(|hint| hint.leader),
         term: copyset.leader.as_ref().map(|hint| hint.term),
         degraded: copyset.degraded,
         unavailable: copyset.unavailable,
+        members: members.collect(),
         replicas: replicas.collect(),
     }
 }
 
 fn replica(member: &pb::MemberStatus) -> ReplicaShown {
-    let replica = member.replica.unwrap_or_default();
+    let replica = member.replica.clone().unwrap_or_default();
     ReplicaShown {
         online: member.online,
         role: match replica.role() {
@@ -139,11 +183,18 @@ fn replica(member: &pb::MemberStatus) -> ReplicaShown {
 }
 
 fn text(status: &Shown) -> String {
+    let targets = targets_table(&status.targets);
+    let volumes = volume::listing(&status.volumes);
+    format!("{targets}\n{}\n\n{volumes}{}", health(&status.copysets), warnings(&status.warnings))
+}
+
+/// Targets, one a line.
+pub fn targets_table(targets: &[TargetShown]) -> String {
     let header = ["TARGET", "STATE", "USED", "CAPACITY", "FORMATTED", "REPLICAS", "LEADERS", "ADMIN"];
-    let rows = status.targets.iter().map(|target| {
+    let rows = targets.iter().map(|target| {
         vec![
             target.id.to_string(),
-            if target.online { "online" } else { "AWAY" }.to_owned(),
+            target.state().to_owned(),
             Size(target.used_bytes).to_string(),
             Size(target.capacity_bytes).to_string(),
             percent(target.formatted_bytes, target.capacity_bytes),
@@ -152,9 +203,7 @@ fn text(status: &Shown) -> String {
             target.admin.clone(),
         ]
     });
-    let targets = table(&header, rows);
-    let volumes = volume::listing(&status.volumes);
-    format!("{targets}\n{}\n\n{volumes}{}", health(&status.copysets), warnings(&status.warnings))
+    table(&header, rows)
 }
 
 fn percent(part: u64, whole: u64) -> String {

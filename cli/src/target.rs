@@ -1,8 +1,12 @@
-//! `ashlar target`: the storage daemon, and making and checking its disk.
+//! `ashlar target`: the storage daemon, making and checking its disk, and targets as the MDS knows them.
 
+use crate::cluster::ClusterArgs;
 use crate::daemon::{DaemonArgs, on_stop_signal};
+use crate::output::OutputArgs;
 use crate::problem::{Exit, Outcome, Problem};
+use crate::status::{TargetShown, targets_table};
 use clap::{Args, Subcommand};
+use protocol::types::TargetId;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use target_daemon::config::TargetConfig;
@@ -17,6 +21,34 @@ pub enum TargetCommand {
     Run(RunArgs),
     /// Check a configuration, and the disk it names, without running.
     Check(ConfigArgs),
+    /// List the cluster's targets.
+    Ls(ListArgs),
+    /// Show one target.
+    Show(OneArgs),
+    /// Empty a target: it hands over what it leads, and hosts are sent to others.
+    Drain(OneArgs),
+    /// Use a target again that was being emptied.
+    Undrain(OneArgs),
+}
+
+/// What `target ls` takes.
+#[derive(Args)]
+pub struct ListArgs {
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// What commands on one target of the cluster take.
+#[derive(Args)]
+pub struct OneArgs {
+    /// The target's id.
+    id: u32,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 /// What names a target.
@@ -45,7 +77,39 @@ pub fn run(command: TargetCommand) -> Outcome {
             args.daemon.set_up();
             serve(TargetConfig::load(&args.target.config)?)
         }
+        TargetCommand::Ls(args) => crate::block_on(list(args)),
+        TargetCommand::Show(args) => crate::block_on(show(args)),
+        TargetCommand::Drain(args) => crate::block_on(drain(args, true)),
+        TargetCommand::Undrain(args) => crate::block_on(drain(args, false)),
     }
+}
+
+async fn list(args: ListArgs) -> Outcome {
+    let status = args.cluster.connect()?.status().await?;
+    let shown: Vec<_> = status.targets.iter().map(TargetShown::from).collect();
+    args.output.print(&shown, |shown| targets_table(shown))?;
+    Ok(Exit::Ok)
+}
+
+async fn show(args: OneArgs) -> Outcome {
+    let status = args.cluster.connect()?.status().await?;
+    let found = status.targets.iter().find(|target| target.id == args.id);
+    let target = TargetShown::from(found.ok_or_else(|| {
+        Problem::new(format!("no target with id {}", args.id))
+            .cause("it never registered, or it was removed")
+            .fix("see `ashlar target ls`")
+    })?);
+    args.output.print(&target, |target| target.details())?;
+    Ok(Exit::Ok)
+}
+
+async fn drain(args: OneArgs, draining: bool) -> Outcome {
+    let target = args.cluster.connect()?.drain_target(TargetId(args.id), draining).await?;
+    args.output.print(&TargetShown::from(&target), |target| match draining {
+        true => format!("target {} is being emptied; it leads {} copysets still", target.id, target.leaders),
+        false => format!("target {} is used again", target.id),
+    })?;
+    Ok(Exit::Ok)
 }
 
 fn format(config: &TargetConfig) -> Outcome {

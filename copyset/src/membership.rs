@@ -59,6 +59,20 @@ impl Replica {
         self.changes.retain(|at| *at > floor);
     }
 
+    /// The membership as of an entry of the log, or of the floor.
+    pub fn members_as_of(&self, index: LogIndex) -> Members {
+        let change = self.changes.iter().rfind(|at| **at <= index).and_then(|at| self.log.get(*at));
+        match change.map(|e| e.body) {
+            Some(Body::Members(members)) => members,
+            _ => self.base_members,
+        }
+    }
+
+    /// Whether the membership in force is committed, so that no later leader takes it back.
+    pub fn members_settled(&self) -> bool {
+        self.changes.last().is_none_or(|at| *at <= self.commit)
+    }
+
     /// The membership as of the floor, to be kept with it.
     pub fn floor_members(&self) -> &Members {
         &self.base_members

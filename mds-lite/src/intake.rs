@@ -2,9 +2,12 @@
 //! state; a refusal is one line that says what, why and what to do.
 
 use crate::record::{Endpoints, Uuid};
-use crate::state::{Command, Heartbeat, Registration, Replica, Usage, VolumeRef};
-use protocol::control::{Problem, ProblemKind, allowed_hosts, limits, pb, protocol_from_pb};
-use protocol::types::{CopysetId, LogIndex, TargetId, Term, VolumeId};
+use crate::state::{Command, Heartbeat, Membership, Registration, Replica, Usage, VolumeRef};
+use protocol::control::{
+    Problem, ProblemKind, allowed_hosts, check_name, limits, pb, protocol_from_pb, shard_from_pb,
+};
+use protocol::types::{CopysetId, LogIndex, MEMBERS_MAX, TargetId, Term, VolumeId};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 /// Which volume is meant.
@@ -58,6 +61,7 @@ pub fn registration(request: pb::RegisterTargetRequest) -> Result<Registration, 
         [] => None,
         bytes => Some(uuid("cluster id", bytes)?),
     };
+    topology(&request)?;
     let peers = request.peers.iter().map(|peer| address("peer", peer)).collect::<Result<_, _>>()?;
     Ok(Registration {
         id: TargetId(request.id),
@@ -66,6 +70,21 @@ pub fn registration(request: pb::RegisterTargetRequest) -> Result<Registration, 
         peers,
         endpoints: endpoints(request.endpoints.unwrap_or_default())?,
         capacity_bytes: request.capacity_bytes,
+        zone: request.zone,
+        host: request.host,
+        labels: request.labels.into_iter().collect(),
+    })
+}
+
+/// Names of zones and hosts, and labels, are as names of volumes; empty ones say nothing.
+fn topology(request: &pb::RegisterTargetRequest) -> Result<(), Problem> {
+    let named = |noun, name: &str| if name.is_empty() { Ok(()) } else { check_name(noun, name) };
+    named("zone", &request.zone)?;
+    named("host", &request.host)?;
+    within("labels", request.labels.len(), limits::LABELS_MAX)?;
+    request.labels.iter().try_for_each(|(key, value)| {
+        check_name("label", key)?;
+        named("label's value", value)
     })
 }
 
@@ -107,6 +126,7 @@ pub fn heartbeat(request: pb::HeartbeatRequest) -> Result<Heartbeat, Problem> {
         },
         replicas: request.replicas.iter().map(replica).collect::<Result<_, _>>()?,
         freed: request.freed_volumes.into_iter().map(VolumeId).collect(),
+        failed_shards: request.failed_shards.iter().filter_map(|at| u16::try_from(*at).ok()).collect(),
     })
 }
 
@@ -127,7 +147,25 @@ fn replica(status: &pb::ReplicaStatus) -> Result<Replica, Problem> {
         commit: LogIndex(status.commit_index),
         applied: LogIndex(status.applied_index),
         health: status.health,
+        membership: status.membership.as_ref().map(membership).transpose()?,
     })
+}
+
+fn membership(told: &pb::Membership) -> Result<Membership, Problem> {
+    within("voters", told.voters.len(), MEMBERS_MAX)?;
+    within("learners", told.learners.len(), MEMBERS_MAX)?;
+    within("lags", told.lags.len(), 2 * MEMBERS_MAX)?;
+    let shards = |all: &[pb::Shard]| all.iter().map(shard_from_pb).collect::<Result<Vec<_>, _>>();
+    let (voters, learners) = (shards(&told.voters)?, shards(&told.learners)?);
+    let targets: BTreeSet<_> = voters.iter().chain(&learners).map(|m| m.target).collect();
+    if targets.len() < voters.len() + learners.len() {
+        return Err(invalid(
+            "a copyset with two replicas on one target was refused",
+            "the target is of another version",
+            "run the same version everywhere",
+        ));
+    }
+    Ok(Membership { voters, learners, settled: told.settled, lags: told.lags.clone() })
 }
 
 fn uuid(noun: &str, bytes: &[u8]) -> Result<Uuid, Problem> {

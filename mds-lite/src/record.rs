@@ -3,6 +3,7 @@
 
 use protocol::types::{CHUNK_BYTES, CopysetId, SEGMENT_BYTES, ShardAddr, VolumeId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 
@@ -72,6 +73,18 @@ pub struct TargetRecord {
     pub endpoints: Endpoints,
     /// What its chunk slots may take up.
     pub capacity_bytes: u64,
+    /// An operator wants it emptied. Since schema 2, as all below.
+    #[serde(default)]
+    pub draining: bool,
+    /// Where it stands, as its configuration says; empty: nobody said.
+    #[serde(default)]
+    pub zone: String,
+    /// The machine that it is on; empty: one of its own.
+    #[serde(default)]
+    pub host: String,
+    /// What else its operator says of it.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// Where a target is reached beside its peer addresses.
@@ -101,6 +114,9 @@ pub struct PoolRecord {
     /// Its copysets, in order of id.
     #[serde(with = "copysets")]
     pub copysets: Vec<CopysetId>,
+    /// The only targets that its replicas may be on; empty: any. Since schema 2.
+    #[serde(default)]
+    pub targets: Vec<u32>,
 }
 
 /// A copyset.
@@ -109,9 +125,15 @@ pub struct PoolRecord {
 pub struct CopysetRecord {
     /// Its pool.
     pub pool: PoolId,
-    /// The replicas it was created with; the first is the one meant to lead.
+    /// Its replicas, as last reported by a leader; the first is the one meant to lead.
     #[serde(with = "members")]
     pub members: Vec<ShardAddr>,
+    /// Counts the changes of members; 0: as it was created. Since schema 2.
+    #[serde(default)]
+    pub epoch: u64,
+    /// Term and commit index of the report that the members are from: no older one is believed. Since schema 2.
+    #[serde(default)]
+    pub told: (u64, u64),
 }
 
 /// A volume.

@@ -4,11 +4,11 @@ mod incoming;
 
 use crate::owner::{self, Handle};
 use crate::service::Service;
-use crate::state::{Policy, State};
+use crate::state::{Command, Policy, State};
 use crate::store::Store;
 use protocol::control::pb::mds_server::MdsServer;
 use protocol::control::{Problem, ProblemKind, limits};
-use protocol::types::MEMBERS_MAX;
+use protocol::types::{MEMBERS_MAX, Span};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -40,6 +40,12 @@ pub struct Args {
     /// Create the default pool when this many targets have registered [default: --replicas]
     #[arg(long, value_name = "N")]
     pub expect_targets: Option<u32>,
+    /// Build the replicas of a target elsewhere when it has been silent for so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub offline_after: u32,
+    /// Replicas that are built on one target at once
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub rebuilds_a_target: u32,
 }
 
 impl From<Args> for Config {
@@ -49,6 +55,8 @@ impl From<Args> for Config {
             replicas: args.replicas,
             copysets: args.copysets,
             targets_expected,
+            offline_after: Span::ms(u64::from(args.offline_after) * 1000),
+            tasks_a_target: args.rebuilds_a_target,
             ..Policy::default()
         };
         Self { dir: args.dir, listen: args.listen, policy }
@@ -68,7 +76,8 @@ pub struct Config {
 
 impl Config {
     fn check(&self) -> Result<(), Problem> {
-        let Policy { replicas, copysets, targets_expected, heartbeat, offline_after } = self.policy;
+        let Policy { replicas, copysets, targets_expected, heartbeat, unstable_after, offline_after, .. } =
+            self.policy;
         let rows = [
             (replicas >= 1 && replicas as usize <= MEMBERS_MAX, "replicas", format!("1 to {MEMBERS_MAX}")),
             (copysets as usize <= limits::COPYSETS_MAX, "copysets", format!("0 to {}", limits::COPYSETS_MAX)),
@@ -77,7 +86,8 @@ impl Config {
                 "expected targets",
                 format!("{replicas} (the replicas) to {}", limits::TARGETS_MAX),
             ),
-            (heartbeat.0 > 0 && offline_after > heartbeat, "offline time", "more than a heartbeat".into()),
+            (heartbeat.0 > 0 && unstable_after > heartbeat, "unstable time", "more than a heartbeat".into()),
+            (offline_after > unstable_after, "offline time", "more than that of unstable ones".into()),
         ];
         match rows.into_iter().find(|(fine, ..)| !fine) {
             None => Ok(()),
@@ -98,6 +108,8 @@ pub struct Server {
     address: SocketAddr,
     owner: Handle,
     thread: JoinHandle<()>,
+    /// Between two looks of the schedulers.
+    interval: Duration,
 }
 
 /// Runs an MDS until `stop` resolves, then ends open calls and returns. Needs a tokio runtime;
@@ -125,8 +137,9 @@ impl Server {
             generation = state.map().generation,
             "MDS listens",
         );
+        let interval = Duration::from_nanos(config.policy.heartbeat.0);
         let (owner, thread) = owner::start(state, store)?;
-        Ok(Self { listener, address, owner, thread })
+        Ok(Self { listener, address, owner, thread, interval })
     }
 
     /// The address that it listens on.
@@ -136,8 +149,8 @@ impl Server {
 
     /// Answers until `stop` resolves.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send) -> Result<(), Problem> {
-        let Self { listener, address, owner, thread } = self;
-        serve_until(listener, owner, stop).await.map_err(|error| {
+        let Self { listener, address, owner, thread, interval } = self;
+        serve_until(listener, owner, interval, stop).await.map_err(|error| {
             Problem::new(
                 ProblemKind::Protocol,
                 format!("MDS at {address} failed: {error}"),
@@ -153,9 +166,11 @@ impl Server {
 async fn serve_until(
     listener: TcpListener,
     owner: Handle,
+    interval: Duration,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), tonic::transport::Error> {
     let (stopping, mut stopped) = watch::channel(false);
+    let ticks = tokio::spawn(tick(owner.clone(), interval));
     let service = MdsServer::new(Service::new(owner, stopped.clone()))
         .max_decoding_message_size(limits::MESSAGE_BYTES_MAX);
     let serve = tonic::transport::Server::builder()
@@ -167,12 +182,26 @@ async fn serve_until(
             let _ = stopped.wait_for(|stopping| *stopping).await;
         });
     let mut serve = std::pin::pin!(serve);
-    tokio::select! {
+    let served = tokio::select! {
         served = &mut serve => served,
         () = stop => {
             tracing::info!("MDS stops");
             stopping.send_replace(true);
             tokio::time::timeout(STOP_MAX, serve).await.unwrap_or(Ok(()))
+        }
+    };
+    ticks.abort();
+    served
+}
+
+/// Lets the schedulers look around, once a heartbeat.
+async fn tick(owner: Handle, interval: Duration) {
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if owner.command(Command::Tick, |_, _, _| Ok(())).await.is_err() {
+            return;
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::state::{Command, Reply};
 use crate::{intake, view};
 use protocol::control::pb::mds_server::Mds;
 use protocol::control::{Problem, pb, protocol_from_pb};
-use protocol::types::{ChunkId, VolumeId};
+use protocol::types::{ChunkId, TargetId, VolumeId};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -67,11 +67,15 @@ impl Mds for Service {
     async fn heartbeat(&self, request: Request<pb::HeartbeatRequest>) -> Answer<pb::HeartbeatResponse> {
         let beat = intake::heartbeat(request.into_inner())?;
         let known = beat.known_generation;
-        let told = |_: Reply, state: &crate::state::State, now| {
-            Ok((state.policy().heartbeat.0 / 1_000_000, view::away(state, now)))
+        let told = |reply, state: &crate::state::State, now| match reply {
+            Reply::Orders(orders) => {
+                Ok((state.policy().heartbeat.0 / 1_000_000, view::away(state, now), orders))
+            }
+            other => unreachable!("a heartbeat is answered by orders, not {other:?}"),
         };
-        let (interval_ms, away) = self.owner.command(Command::Heartbeat(beat), told).await?;
-        answer(pb::HeartbeatResponse { map: self.newer(known), interval_ms: interval_ms as u32, away })
+        let (interval_ms, away, orders) = self.owner.command(Command::Heartbeat(beat), told).await?;
+        let interval_ms = interval_ms as u32;
+        answer(pb::HeartbeatResponse { map: self.newer(known), interval_ms, away, orders })
     }
 
     async fn get_map(&self, request: Request<pb::GetMapRequest>) -> Answer<pb::GetMapResponse> {
@@ -195,6 +199,19 @@ impl Mds for Service {
         };
         let exports = self.owner.query(move |state, now| view::exports(state, now, of)).await?;
         answer(pb::ListExportsResponse { exports })
+    }
+
+    async fn drain_target(
+        &self,
+        request: Request<pb::DrainTargetRequest>,
+    ) -> Answer<pb::DrainTargetResponse> {
+        let pb::DrainTargetRequest { target, draining } = request.into_inner();
+        let target = TargetId(target);
+        let command = Command::Drain { target, draining };
+        let view = move |_, state: &_, now| Ok(view::target_of(state, now, target));
+        let shown = self.owner.command(command, view).await?;
+        tracing::info!(target_id = target.0, draining, "drain");
+        answer(pb::DrainTargetResponse { target: shown })
     }
 
     async fn status(&self, _: Request<pb::StatusRequest>) -> Answer<pb::StatusResponse> {

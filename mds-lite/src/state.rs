@@ -7,6 +7,7 @@
 //! each change that the map shows; every reference among records resolves.
 
 mod error;
+pub mod schedule;
 mod targets;
 mod volumes;
 
@@ -14,7 +15,7 @@ use crate::record::{
     Allocated, AllowedHosts, CopysetRecord, Counters, Endpoints, ExportKey, PoolId, PoolRecord, TargetRecord,
     Uuid, VolumeRecord,
 };
-use protocol::control::{Problem, limits, map_from_pb, map_to_pb};
+use protocol::control::{Problem, limits, map_from_pb, map_to_pb, pb};
 use protocol::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
 use protocol::types::{CopysetId, LogIndex, ShardAddr, Span, TargetId, Term, Time, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,8 +36,12 @@ pub struct Policy {
     pub targets_expected: u32,
     /// How often targets are to send heartbeats.
     pub heartbeat: Span,
-    /// A target is offline when its last heartbeat is older.
+    /// Hosts are sent elsewhere when a target's last heartbeat is older.
+    pub unstable_after: Span,
+    /// Its replicas are built elsewhere when a target's last heartbeat is older.
     pub offline_after: Span,
+    /// Most replicas that are built on a target at once.
+    pub tasks_a_target: u32,
 }
 
 impl Default for Policy {
@@ -46,7 +51,9 @@ impl Default for Policy {
             copysets: 12,
             targets_expected: 3,
             heartbeat: Span::ms(500),
-            offline_after: Span::ms(2500),
+            unstable_after: Span::ms(2500),
+            offline_after: Span::ms(60_000),
+            tasks_a_target: 2,
         }
     }
 }
@@ -139,6 +146,15 @@ pub enum Command {
     },
     /// End the offer.
     RemoveExport(VolumeRef, ExportProtocol),
+    /// Empty a target, or use it again.
+    Drain {
+        /// Which.
+        target: TargetId,
+        /// Whether it is to be emptied.
+        draining: bool,
+    },
+    /// Time passes: the schedulers look around.
+    Tick,
 }
 
 /// A target that starts.
@@ -156,6 +172,12 @@ pub struct Registration {
     pub endpoints: Endpoints,
     /// What its chunk slots may take up.
     pub capacity_bytes: u64,
+    /// Where it stands; empty: nobody said.
+    pub zone: String,
+    /// The machine that it is on; empty: one of its own.
+    pub host: String,
+    /// What else its operator says of it.
+    pub labels: BTreeMap<String, String>,
 }
 
 /// A target that lives.
@@ -173,6 +195,8 @@ pub struct Heartbeat {
     pub replicas: Vec<Replica>,
     /// Deleted volumes of which it holds nothing any more.
     pub freed: Vec<VolumeId>,
+    /// Shards whose disk failed.
+    pub failed_shards: BTreeSet<u16>,
 }
 
 /// Space on a target, in bytes.
@@ -187,7 +211,7 @@ pub struct Usage {
 }
 
 /// One replica as its target reports it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Replica {
     /// Of which copyset.
     pub copyset: CopysetId,
@@ -205,6 +229,21 @@ pub struct Replica {
     pub applied: LogIndex,
     /// `ReplicaHealth` as on the wire.
     pub health: i32,
+    /// Told by a leader.
+    pub membership: Option<Membership>,
+}
+
+/// Who belongs to a copyset, as its leader reports it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Membership {
+    /// Who votes.
+    pub voters: Vec<ShardAddr>,
+    /// Who is being filled.
+    pub learners: Vec<ShardAddr>,
+    /// It is committed.
+    pub settled: bool,
+    /// How far the others are behind, as on the wire.
+    pub lags: Vec<pb::PeerLag>,
 }
 
 /// What the last heartbeat of a target told.
@@ -216,15 +255,21 @@ pub struct Seen {
     pub known_generation: u64,
     /// Its space.
     pub usage: Usage,
-    /// Its replicas of copysets that place one there.
+    /// Its replicas, those that the map does not place there too: a remnant, or one that is being filled.
     pub replicas: BTreeMap<CopysetId, Replica>,
+    /// Shards whose disk failed.
+    pub failed_shards: BTreeSet<u16>,
+    /// Whether it has reported what it holds since it registered.
+    pub reported: bool,
 }
 
 /// What is answered once the changes are durable.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub enum Reply {
-    /// To a registration, a heartbeat, the end of an offer.
+    /// To a registration, the end of an offer, a target drained.
     Done,
+    /// To a heartbeat: what the target is to do.
+    Orders(Vec<pb::Order>),
     /// The volume's allocated bytes.
     Allocated(u64),
     /// The pool created.
@@ -277,6 +322,7 @@ pub struct State {
     seen: BTreeMap<TargetId, Seen>,
     /// In memory only: who has freed which deleted volume.
     freed: BTreeMap<VolumeId, BTreeSet<TargetId>>,
+    schedule: schedule::Schedule,
 }
 
 impl State {
@@ -299,6 +345,7 @@ impl State {
             map: Arc::default(),
             seen: BTreeMap::new(),
             freed: BTreeMap::new(),
+            schedule: schedule::Schedule::default(),
         };
         for change in records {
             state.apply_one(change);
@@ -324,6 +371,11 @@ impl State {
             Command::DeleteVolume(volume) => self.delete_volume(&volume),
             Command::AddExport { volume, protocol, allowed } => self.add_export(&volume, protocol, allowed),
             Command::RemoveExport(volume, protocol) => self.remove_export(&volume, protocol),
+            Command::Drain { target, draining } => self.drain(target, draining),
+            Command::Tick => {
+                self.tick(now);
+                Ok(Decision::unchanged(Reply::Done))
+            }
         }
     }
 
@@ -426,7 +478,7 @@ impl State {
 
     /// Whether a target's last heartbeat is recent.
     pub fn is_online(&self, target: TargetId, now: Time) -> bool {
-        self.seen.get(&target).is_some_and(|seen| now - seen.at <= self.policy.offline_after)
+        self.seen.get(&target).is_some_and(|seen| now - seen.at <= self.policy.unstable_after)
     }
 
     /// Who leads a copyset by the highest term that any of its online targets reported.
@@ -436,7 +488,8 @@ impl State {
         let hints = reports.filter_map(|m| {
             let replica = self.seen[&m.target].replicas.get(&copyset)?;
             let target = replica.leader?;
-            let member = record.members.iter().any(|m| m.target == target);
+            let goal = self.task(copyset).map_or(&[][..], |task| &task.goal);
+            let member = record.members.iter().chain(goal).any(|m| m.target == target);
             member.then_some(Leader { target, term: replica.term })
         });
         hints.max_by_key(|hint| (hint.term, hint.target))
@@ -463,8 +516,10 @@ impl State {
         let target = |record: &TargetRecord| TargetEntry {
             peers: record.peers.clone(),
             nvme: record.endpoints.nvme_tcp,
+            draining: record.draining,
         };
-        let copyset = |record: &CopysetRecord| CopysetEntry { members: record.members.clone() };
+        let copyset =
+            |record: &CopysetRecord| CopysetEntry { members: record.members.clone(), epoch: record.epoch };
         let volume = |record: &VolumeRecord| VolumeEntry {
             name: record.name.clone(),
             bytes: record.bytes,

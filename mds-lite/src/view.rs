@@ -1,10 +1,10 @@
 //! The state as answers show it. Pure.
 
 use crate::record::{Endpoints, PoolId, TargetRecord, VolumeRecord};
-use crate::state::{Leader, Replica, State, Usage};
+use crate::state::{Leader, Membership, Replica, State, Usage};
 use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb, shard_to_pb};
 use protocol::map::ExportProtocol;
-use protocol::types::{ChunkId, CopysetId, TargetId, Time, VolumeId};
+use protocol::types::{ChunkId, CopysetId, ShardAddr, TargetId, Time, VolumeId};
 
 pub(crate) fn volume(state: &State, id: VolumeId) -> Result<pb::Volume, Problem> {
     let (_, record) = state.find_volume(&crate::state::VolumeRef::Id(id))?;
@@ -51,6 +51,7 @@ pub(crate) fn pool(state: &State, id: PoolId) -> pb::Pool {
         copysets: record.copysets.iter().map(|id| id.0).collect(),
         capacity_bytes: state.pool_capacity(record),
         allocated_bytes: state.pool_allocated(id),
+        failure_domain: state.pool_domain(id).map_or(String::new(), |domain| domain.to_string()),
     }
 }
 
@@ -87,7 +88,7 @@ pub(crate) fn exports(state: &State, now: Time, of: Option<VolumeId>) -> Result<
 /// Targets that are not online. Right after the MDS's start that would be all, so none is told of
 /// until all could have beaten.
 pub(crate) fn away(state: &State, now: Time) -> Vec<u32> {
-    if now < Time::default() + state.policy().offline_after + state.policy().offline_after {
+    if now < Time::default() + state.policy().unstable_after + state.policy().unstable_after {
         return Vec::new();
     }
     state.targets.keys().filter(|id| !state.is_online(**id, now)).map(|id| id.0).collect()
@@ -150,6 +151,10 @@ pub(crate) fn status(state: &State, now: Time) -> pb::StatusResponse {
     }
 }
 
+pub(crate) fn target_of(state: &State, now: Time, id: TargetId) -> Option<pb::TargetStatus> {
+    state.targets.get(&id).map(|record| target(state, now, id, record))
+}
+
 fn target(state: &State, now: Time, id: TargetId, record: &TargetRecord) -> pb::TargetStatus {
     let seen = state.seen(id);
     let placed = state.copysets.values().filter(|c| c.members.iter().any(|m| m.target == id)).count();
@@ -165,6 +170,7 @@ fn target(state: &State, now: Time, id: TargetId, record: &TargetRecord) -> pb::
         replicas: placed as u32,
         leaders: state.copysets.keys().filter(leads).count() as u32,
         known_generation: seen.map_or(0, |seen| seen.known_generation),
+        draining: record.draining,
     }
 }
 
@@ -233,6 +239,17 @@ fn replica(replica: &Replica) -> pb::ReplicaStatus {
         commit_index: replica.commit.0,
         applied_index: replica.applied.0,
         health: replica.health,
+        membership: replica.membership.as_ref().map(membership),
+    }
+}
+
+fn membership(told: &Membership) -> pb::Membership {
+    let shards = |all: &[ShardAddr]| all.iter().copied().map(shard_to_pb).collect();
+    pb::Membership {
+        voters: shards(&told.voters),
+        learners: shards(&told.learners),
+        settled: told.settled,
+        lags: told.lags.clone(),
     }
 }
 

@@ -58,6 +58,7 @@ fn target(id: u32) -> pb::RegisterTargetRequest {
             ..Default::default()
         }),
         capacity_bytes: 4 * GIB,
+        ..Default::default()
     }
 }
 
@@ -77,6 +78,7 @@ fn beat(id: u32, leads: &[u32]) -> pb::HeartbeatRequest {
         usage: Some(pb::Usage { capacity_bytes: 4 * GIB, used_bytes: GIB, formatted_bytes: 2 * GIB }),
         replicas: (1..=12).map(replica).collect(),
         freed_volumes: Vec::new(),
+        ..Default::default()
     }
 }
 

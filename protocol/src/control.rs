@@ -45,6 +45,8 @@ pub mod limits {
     pub const ALLOWED_HOSTS_MAX: usize = 64;
     /// Hosts on the lists of all exports: at most 223 bytes each, so 3.5 MiB of a map.
     pub const ALLOWED_HOSTS_ALL_MAX: usize = 16_384;
+    /// Labels of one target.
+    pub const LABELS_MAX: usize = 32;
     /// The longest path of a Unix socket, as in `sockaddr_un`.
     pub const UNIX_PATH_BYTES_MAX: usize = 107;
     /// The largest message either side decodes.

@@ -32,13 +32,17 @@ pub struct TargetEntry {
     pub peers: Vec<SocketAddr>,
     /// Where hosts reach it over NVMe/TCP.
     pub nvme: Option<SocketAddr>,
+    /// It is being emptied: it leads nothing where another can, and hosts are sent elsewhere.
+    pub draining: bool,
 }
 
 /// One copyset.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CopysetEntry {
-    /// The replicas it was created with. Later changes are entries of its own log.
+    /// Its replicas, as far as the MDS knows. Changes are entries of the copyset's own log.
     pub members: Vec<ShardAddr>,
+    /// Counts the changes of members; 0: as it was created.
+    pub epoch: u64,
 }
 
 /// One volume.
@@ -93,6 +97,10 @@ impl ClusterMap {
         let volume = self.volumes.get(&chunk.volume).filter(|v| !v.deleted)?;
         let copyset = volume.copyset_of(chunk.index);
         self.copysets.get(&copyset).map(|entry| (copyset, entry))
+    }
+    /// Whether a target is being emptied.
+    pub fn is_draining(&self, target: TargetId) -> bool {
+        self.targets.get(&target).is_some_and(|entry| entry.draining)
     }
     /// The listening address of a shard.
     pub fn address(&self, shard: ShardAddr) -> Option<SocketAddr> {

@@ -7,6 +7,7 @@
 use protocol::control::{Problem, ProblemKind};
 use protocol::types::{CHUNK_BYTES, ENTRY_BYTES_MAX, TargetId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -61,6 +62,28 @@ pub struct TargetConfig {
     /// What it offers to hosts.
     #[serde(default)]
     pub export: Export,
+    /// Where it stands, for the MDS to keep replicas apart.
+    #[serde(default, skip_serializing_if = "Topology::is_unsaid")]
+    pub topology: Topology,
+}
+
+/// Where a target stands. No two replicas share a zone, or where zones are too few a host, or at
+/// least a target.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Topology {
+    /// Its zone, such as a rack; empty: the one of all that say nothing.
+    pub zone: String,
+    /// Its machine; empty: one of its own.
+    pub host: String,
+    /// What else there is to say of it.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Topology {
+    fn is_unsaid(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Where a target listens.

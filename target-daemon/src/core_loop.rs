@@ -210,6 +210,7 @@ impl<R: Reactor> Core<R> {
                     let done = self.shard.transfer_leadership(copyset, to, now);
                     let _ = reply.send(done.map_err(|why| not_transferred(copyset.0, why)));
                 }
+                ToShard::Orders(orders) => self.shard.follow_orders(&orders, now),
                 ToShard::SegmentRefused { volume, segment } => {
                     self.export.volume().segment_refused(volume, segment);
                 }

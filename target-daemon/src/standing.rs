@@ -2,9 +2,9 @@
 
 use crate::control::ShardPort;
 use crate::export::ExportCounts;
-use crate::shard::{ChunkCheck, CopysetStanding, Counts};
-use copyset::{Health, Role};
-use protocol::control::pb;
+use crate::shard::{ChunkCheck, CopysetStanding, Counts, Membership};
+use copyset::{Health, Lag, Role};
+use protocol::control::{pb, shard_to_pb};
 use protocol::types::{BLOCK_BYTES, CHUNK_BYTES};
 
 /// What is published once a second.
@@ -113,6 +113,22 @@ fn replica(standing: &CopysetStanding, shard: u16) -> pb::ReplicaStatus {
         commit_index: standing.commit.0,
         applied_index: standing.applied.0,
         health: health(standing.health).into(),
+        membership: standing.membership.as_ref().map(membership),
+    }
+}
+
+fn membership(told: &Membership) -> pb::Membership {
+    let lag = |lag: &Lag| pb::PeerLag {
+        target: lag.peer.target.0,
+        entries: lag.entries,
+        installing: lag.installing,
+        alive: lag.alive,
+    };
+    pb::Membership {
+        voters: told.members.voters().map(shard_to_pb).collect(),
+        learners: told.members.learners().map(shard_to_pb).collect(),
+        settled: told.settled,
+        lags: told.lags.iter().map(lag).collect(),
     }
 }
 

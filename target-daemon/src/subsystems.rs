@@ -41,9 +41,14 @@ struct Shared {
     /// By shard: the generation of its map; `None` before it serves.
     adopted: Vec<Option<u64>>,
     view: View,
-    /// Every port, those of targets that are away included.
+    /// Every port, those of targets that are away or draining included.
     ports: Vec<(TargetId, std::net::SocketAddr)>,
+    /// Targets that do not answer.
     away: BTreeSet<TargetId>,
+    /// Targets that are being emptied.
+    draining: BTreeSet<TargetId>,
+    /// This target stops.
+    leaves: bool,
 }
 
 struct Tray {
@@ -98,10 +103,22 @@ impl Subsystems {
 
 impl Shared {
     fn show(&mut self) {
-        let here = |(target, _): &&(TargetId, _)| !self.away.contains(target);
+        let stays = |target: &TargetId| !self.away.contains(target) && !self.draining.contains(target);
+        // A host is better off at a target that is being emptied than at none.
+        let any = self.ports.iter().any(|(target, _)| stays(target));
+        let here = |(target, _): &&(TargetId, _)| match any {
+            true => stays(target),
+            false => !self.away.contains(target),
+        };
         let port = |(target, at): &(TargetId, _)| (target.0 as u16, *at);
         let ports = self.ports.iter().filter(here).map(port).collect();
-        self.controllers.set_view(View { ports, ..self.view.clone() });
+        let ana = match () {
+            () if self.leaves => Ana::Inaccessible,
+            // A host that has no other path may go on; one that has takes that.
+            () if self.draining.contains(&TargetId(self.view.target)) => Ana::NonOptimized,
+            () => Ana::Optimized,
+        };
+        self.controllers.set_view(View { ports, ana, ..self.view.clone() });
     }
 }
 
@@ -116,7 +133,9 @@ impl Seat {
             shared.adopted[self.shard] = Some(map.generation);
             let all = shared.adopted.iter().flatten().all(|generation| *generation >= map.generation);
             if all && shared.view.generation <= map.generation {
-                shared.view = view(map, me, shared.view.ana);
+                shared.view = view(map, me);
+                let draining = map.targets.iter().filter(|(_, entry)| entry.draining);
+                shared.draining = draining.map(|(id, _)| *id).collect();
                 let port = |(id, entry): (&TargetId, &TargetEntry)| Some((*id, entry.nvme?));
                 shared.ports = map.targets.iter().filter_map(port).collect();
                 shared.show();
@@ -126,7 +145,7 @@ impl Seat {
     /// Hosts are to use other paths than this target's.
     pub fn leave(&self) {
         self.subsystems.with(|shared| {
-            shared.view.ana = Ana::Inaccessible;
+            shared.leaves = true;
             shared.show();
         });
     }
@@ -160,7 +179,8 @@ impl Seat {
     }
 }
 
-fn view(map: &ClusterMap, me: TargetId, ana: Ana) -> View {
+/// What the map says; ports and the state of paths are added when it is shown.
+fn view(map: &ClusterMap, me: TargetId) -> View {
     let offered = map.exports.iter().filter(|e| e.protocol == ExportProtocol::Nvme);
     let volumes = offered.filter_map(|e| {
         let volume = map.volumes.get(&e.volume).filter(|v| !v.deleted)?;
@@ -174,7 +194,7 @@ fn view(map: &ClusterMap, me: TargetId, ana: Ana) -> View {
         target: me.0,
         ports: Vec::new(),
         volumes: volumes.collect(),
-        ana,
+        ana: Ana::default(),
     }
 }
 
@@ -198,7 +218,7 @@ mod tests {
         let mut map = ClusterMap { generation, ..ClusterMap::default() };
         for id in 1..=2u16 {
             let nvme = Some(std::net::SocketAddr::from(([127, 0, 0, 1], 4420 + id)));
-            map.targets.insert(TargetId(id.into()), TargetEntry { peers: Vec::new(), nvme });
+            map.targets.insert(TargetId(id.into()), TargetEntry { peers: Vec::new(), nvme, draining: false });
         }
         let volume = VolumeEntry {
             name: "vol0".into(),
@@ -279,5 +299,45 @@ mod tests {
         assert_eq!((records()[8], records()[0] > before), (1, true));
         subsystems.set_away(BTreeSet::new());
         assert_eq!(records()[8], 2);
+    }
+
+    #[test]
+    fn a_target_that_is_drained_tells_its_hosts_and_is_left_out_of_discovery_everywhere() {
+        let (_, [one, two]) = seats();
+        let (discovery, admin_queue) = (one.queue_id(0, 1), one.queue_id(1, 2));
+        connect(&one, discovery, 0, u16::MAX, protocol::nvme_tcp::wire::DISCOVERY_NQN);
+        connect(&one, admin_queue, 0, u16::MAX, &nqn(&[0; 16], "vol0"));
+        for (queue, events) in [(discovery, 1 << 31), (admin_queue, u32::MAX)] {
+            ask(&one, queue, Sqe::property_set(1, property::CC, CC_ENABLE));
+            ask(&one, queue, Sqe::new(admin::SET_FEATURES, 2, 0).with(10, 0x0b).with(11, events));
+            assert_eq!(ask(&one, queue, Sqe::new(admin::ASYNC_EVENT, 9, 0)), Answer::Later);
+        }
+        let page = |queue, page: u8, bytes: u32| {
+            let get = Sqe::new(admin::GET_LOG_PAGE, 1, 0).with_data(bytes, false);
+            match ask(&one, queue, get.with(10, (bytes / 4 - 1) << 16 | u32::from(page))) {
+                Answer::Done { data, .. } => data,
+                Answer::Later => panic!("a log page waits"),
+            }
+        };
+        let drained = |generation, drained: &[u32]| {
+            let mut map = map(generation, 1 << 20);
+            drained.iter().for_each(|id| map.targets.get_mut(&TargetId(*id)).unwrap().draining = true);
+            [&one, &two].iter().for_each(|seat| seat.adopted(&map, TargetId(1)));
+        };
+        let state_and_records =
+            || (page(admin_queue, log::ANA, 52)[32], page(discovery, log::DISCOVERY, 16)[8]);
+        drained(2, &[1]);
+        let told: BTreeSet<QueueId> = one.take().iter().map(Out::queue).collect();
+        assert_eq!(told, [discovery, admin_queue].into(), "both hosts are told at once");
+        assert_eq!(state_and_records(), (2, 1), "non-optimized, and only the other target");
+        drained(3, &[2]);
+        assert_eq!(state_and_records(), (1, 1), "the other one's paths are not told here");
+        drained(4, &[1, 2]);
+        assert_eq!(state_and_records(), (2, 2), "better these than none");
+        drained(5, &[]);
+        assert_eq!(state_and_records(), (1, 2));
+        one.leave();
+        drained(6, &[1]);
+        assert_eq!(state_and_records().0, 3, "who stops is inaccessible, whatever the map says");
     }
 }

@@ -71,6 +71,7 @@ fn config(
         log: Log { segment_bytes: 32 << 20, ..Log::default() },
         raft: Raft::default(),
         export: Export { nvme_advertise, ..Export::default() },
+        topology: Default::default(),
     })
 }
 
@@ -109,6 +110,7 @@ mod tests {
             block_bytes: None,
             advertise: advertise.parse().expect("an address"),
             restart: true,
+            offline_after: 60,
         }
     }
 

@@ -37,6 +37,8 @@ pub struct Beat {
     pub interval: Duration,
     /// Targets that the MDS has not heard of for a while.
     pub away: BTreeSet<TargetId>,
+    /// What is wanted of replicas on the target.
+    pub orders: Vec<pb::Order>,
 }
 
 /// A volume by its name, as requests have it.
@@ -84,7 +86,7 @@ impl MdsClient {
         let response = self.link.once(self.link.patience.call, stub.heartbeat(request)).await?;
         let interval = Duration::from_millis(response.interval_ms.into()).clamp(BEAT_MIN, BEAT_MAX);
         let away = response.away.into_iter().map(TargetId).collect();
-        Ok(Beat { map: self.map(response.map)?, interval, away })
+        Ok(Beat { map: self.map(response.map)?, interval, away, orders: response.orders })
     }
 
     /// The current map if newer than `known` (0: any), and the last reported leaders.
@@ -220,6 +222,13 @@ impl MdsClient {
             async move { stub(c).list_exports(r).await }
         };
         Ok(self.link.repeat(call).await?.exports)
+    }
+
+    /// Moves what a target leads, and hosts, to others, or lets it take part again. Idempotent.
+    pub async fn drain_target(&self, target: TargetId, draining: bool) -> Result<pb::TargetStatus, Problem> {
+        let request = pb::DrainTargetRequest { target: target.0, draining };
+        let response = self.link.repeat(|c| async move { stub(c).drain_target(request).await }).await?;
+        response.target.ok_or_else(|| self.link.nonsense("no target"))
     }
 
     /// The whole cluster at a glance.

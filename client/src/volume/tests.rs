@@ -27,7 +27,7 @@ fn map(copysets: u32) -> ClusterMap {
     ClusterMap {
         generation: 1,
         copysets: (1..=copysets)
-            .map(|id| (CopysetId(id), CopysetEntry { members: members.clone() }))
+            .map(|id| (CopysetId(id), CopysetEntry { members: members.clone(), epoch: 0 }))
             .collect(),
         volumes: BTreeMap::from([(VOLUME, volume)]),
         ..ClusterMap::default()

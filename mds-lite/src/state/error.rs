@@ -84,6 +84,15 @@ pub(super) fn disk_taken(target: TargetId, holder: TargetId, disk: Uuid) -> Prob
     )
 }
 
+pub(super) fn no_target(target: TargetId) -> Problem {
+    Problem::new(
+        ProblemKind::NotFound,
+        format!("no target with id {target}"),
+        "it never registered, or it was removed",
+        "see `ashlar target ls`",
+    )
+}
+
 pub(super) fn unknown_target(target: TargetId) -> Problem {
     Problem::new(
         ProblemKind::UnknownTarget,

@@ -1,7 +1,9 @@
 //! Targets, heartbeats, and the pools that are made of them.
 
-use super::{Change, Decision, Heartbeat, POOL_DEFAULT, Registration, Reply, Seen, State, Usage, error};
-use crate::placement::{Candidate, place};
+use super::{
+    Change, Decision, Heartbeat, POOL_DEFAULT, Registration, Reply, Seen, State, Usage, error, schedule,
+};
+use crate::placement::{Node, Wanted, place};
 use crate::record::{CopysetRecord, Counters, PoolRecord, TargetRecord, Uuid};
 use protocol::control::{Problem, check_name, limits};
 use protocol::types::{CopysetId, MEMBERS_MAX, TargetId, Time, VolumeId};
@@ -12,14 +14,18 @@ impl State {
         self.check_identity(&request)?;
         self.check_shape(&request)?;
         let id = request.id;
+        let known = self.targets.get(&id);
         let record = TargetRecord {
             disk_uuid: request.disk_uuid,
             peers: request.peers,
             endpoints: request.endpoints,
             capacity_bytes: request.capacity_bytes,
+            draining: known.is_some_and(|known| known.draining),
+            zone: request.zone,
+            host: request.host,
+            labels: request.labels,
         };
         let mut changes = Vec::new();
-        let known = self.targets.get(&id);
         if known != Some(&record) {
             let mut counters = self.counters;
             let shown = |record: &TargetRecord| (record.peers.clone(), record.endpoints.nvme_tcp);
@@ -36,6 +42,8 @@ impl State {
             known_generation: 0,
             usage: Usage { capacity: record.capacity_bytes, ..Usage::default() },
             replicas: BTreeMap::new(),
+            failed_shards: BTreeSet::new(),
+            reported: false,
         };
         self.seen.insert(id, seen);
         Ok(Decision { changes, reply: Reply::Done })
@@ -112,6 +120,17 @@ impl State {
         }
     }
 
+    /// Marks a target as to be emptied, or as used again. Idempotent.
+    pub(super) fn drain(&self, id: TargetId, draining: bool) -> Result<Decision, Problem> {
+        let Some(record) = self.targets.get(&id) else { return Err(error::no_target(id)) };
+        if record.draining == draining {
+            return Ok(Decision::unchanged(Reply::Done));
+        }
+        let record = TargetRecord { draining, ..record.clone() };
+        let changes = vec![Change::Target(id, record), Change::Counters(self.next_generation())];
+        Ok(Decision { changes, reply: Reply::Done })
+    }
+
     /// When `newcomer` completes the expected targets, adds the default pool.
     fn add_default_pool(
         &self,
@@ -127,9 +146,10 @@ impl State {
         if exists || policy.copysets == 0 || registered < enough {
             return;
         }
-        let mut candidates = self.candidates(|target| target != newcomer);
-        candidates.push(self.candidate(newcomer, record.peers.len()));
-        let pool = self.pool_changes(POOL_DEFAULT, policy.replicas, policy.copysets, candidates, counters);
+        let mut nodes = self.nodes_of(|target| target != newcomer);
+        nodes.push(schedule::node(newcomer, record));
+        let wanted = Wanted::new(policy.replicas, policy.copysets);
+        let pool = self.pool_changes(POOL_DEFAULT, wanted, &[], nodes, counters);
         changes.extend(pool.expect("there are at least as many targets as replicas"));
     }
 
@@ -165,11 +185,13 @@ impl State {
                 "see `ashlar status` for the targets",
             ));
         }
-        let candidates = self.candidates(|target| targets.is_empty() || targets.contains(&target));
-        let count = candidates.len();
+        let chosen = |target: TargetId| targets.is_empty() || targets.contains(&target);
+        let nodes = self.nodes_of(|target| chosen(target) && !self.targets[&target].draining);
+        let count = nodes.len();
         let mut counters = self.next_generation();
         let id = counters.next_pool;
-        let changes = self.pool_changes(name, replicas, copysets, candidates, &mut counters);
+        let wanted = Wanted::new(replicas, copysets);
+        let changes = self.pool_changes(name, wanted, targets, nodes, &mut counters);
         let mut changes = changes.ok_or_else(|| {
             error::invalid(
                 format!("pool {name:?} refused: {replicas} replicas need as many targets, there are {count}"),
@@ -184,37 +206,33 @@ impl State {
     fn pool_changes(
         &self,
         name: &str,
-        replicas: u32,
-        copysets: u32,
-        candidates: Vec<Candidate>,
+        wanted: Wanted,
+        targets: &[TargetId],
+        nodes: Vec<Node>,
         counters: &mut Counters,
     ) -> Option<Vec<Change>> {
-        let placed = place(candidates, replicas as usize, copysets as usize)?;
+        let (domain, placed) = place(nodes, wanted)?;
+        tracing::info!(pool = name, %domain, "no two replicas of a copyset share a failure domain");
         let pool = counters.next_pool;
         counters.next_pool += 1;
         let first = counters.next_copyset;
-        counters.next_copyset += copysets;
+        counters.next_copyset += wanted.copysets as u32;
         let ids = (first..counters.next_copyset).map(CopysetId);
-        let record = PoolRecord { name: name.to_owned(), replicas, copysets: ids.clone().collect() };
-        let copysets =
-            ids.zip(placed).map(|(id, members)| Change::Copyset(id, CopysetRecord { pool, members }));
-        Some(std::iter::once(Change::Pool(pool, record)).chain(copysets).collect())
+        let (name, targets) = (name.to_owned(), targets.iter().map(|target| target.0).collect());
+        let replicas = wanted.replicas as u32;
+        let record = PoolRecord { name, replicas, copysets: ids.clone().collect(), targets };
+        let created =
+            |(id, members)| Change::Copyset(id, CopysetRecord { pool, members, epoch: 0, told: (0, 0) });
+        Some(std::iter::once(Change::Pool(pool, record)).chain(ids.zip(placed).map(created)).collect())
     }
 
-    fn candidates(&self, wanted: impl Fn(TargetId) -> bool) -> Vec<Candidate> {
+    /// Targets with what they hold.
+    fn nodes_of(&self, wanted: impl Fn(TargetId) -> bool) -> Vec<Node> {
         let wanted = self.targets.iter().filter(|(id, _)| wanted(**id));
-        wanted.map(|(id, record)| self.candidate(*id, record.peers.len())).collect()
-    }
-
-    fn candidate(&self, target: TargetId, shards: usize) -> Candidate {
-        let mut candidate = Candidate::empty(target, shards);
-        for members in self.copysets.values().map(|copyset| &copyset.members) {
-            if let Some(member) = members.iter().find(|m| m.target == target) {
-                candidate.shards[usize::from(member.shard)] += 1;
-                candidate.leads += u32::from(members[0].target == target);
-            }
-        }
-        candidate
+        let mut nodes: BTreeMap<TargetId, Node> =
+            wanted.map(|(id, record)| (*id, schedule::node(*id, record))).collect();
+        self.count_replicas(&mut nodes);
+        nodes.into_values().collect()
     }
 
     pub(super) fn heartbeat(&mut self, now: Time, beat: Heartbeat) -> Result<Decision, Problem> {
@@ -223,20 +241,23 @@ impl State {
         if record.disk_uuid != beat.disk_uuid {
             return Err(error::id_taken(target, record.disk_uuid, beat.disk_uuid));
         }
-        // A replica that the map does not place there is not counted: it may be a remnant.
-        let placed = |id: &CopysetId| {
-            self.copysets.get(id).is_some_and(|c| c.members.iter().any(|m| m.target == target))
-        };
-        let replicas = beat.replicas.into_iter().filter(|r| placed(&r.copyset)).map(|r| (r.copyset, r));
+        let mut changes = self.learn(&beat.replicas);
+        let replicas = beat.replicas.into_iter().map(|r| (r.copyset, r));
         let seen = Seen {
             at: now,
             known_generation: beat.known_generation,
             usage: beat.usage,
             replicas: replicas.collect(),
+            failed_shards: beat.failed_shards,
+            reported: true,
         };
         self.seen.insert(target, seen);
-        let changes = self.free(target, &beat.freed);
-        Ok(Decision { changes, reply: Reply::Done })
+        changes.extend(self.free(target, &beat.freed));
+        if !changes.is_empty() {
+            changes.push(Change::Counters(self.next_generation()));
+        }
+        let orders = self.orders(target, now);
+        Ok(Decision { changes, reply: Reply::Orders(orders) })
     }
 
     /// Notes what a target has freed; purges the volumes that nobody holds any more.
@@ -252,10 +273,6 @@ impl State {
                 purged.insert(*volume);
             }
         }
-        if purged.is_empty() {
-            return Vec::new();
-        }
-        let purges = purged.into_iter().map(Change::VolumePurged);
-        purges.chain([Change::Counters(self.next_generation())]).collect()
+        purged.into_iter().map(Change::VolumePurged).collect()
     }
 }

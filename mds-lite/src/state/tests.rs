@@ -96,6 +96,9 @@ fn target(id: u32, capacity_bytes: u64) -> Registration {
         peers: vec![SocketAddr::from(([127, 0, 0, 1], 7000 + id as u16))],
         endpoints: Endpoints::default(),
         capacity_bytes,
+        zone: String::new(),
+        host: String::new(),
+        labels: BTreeMap::new(),
     }
 }
 
@@ -107,6 +110,7 @@ fn beat(id: u32, freed: &[VolumeId]) -> Heartbeat {
         usage: Usage::default(),
         replicas: Vec::new(),
         freed: freed.to_vec(),
+        failed_shards: BTreeSet::new(),
     }
 }
 
@@ -120,6 +124,7 @@ fn led(id: u32, copyset: u32, leader: u32, term: u64) -> Heartbeat {
         commit: LogIndex(1),
         applied: LogIndex(1),
         health: 1,
+        membership: None,
     };
     Heartbeat { replicas: vec![replica], ..beat(id, &[]) }
 }
@@ -508,7 +513,7 @@ fn records_that_contradict_each_other_are_refused() {
         copysets: vec![CopysetId(1)],
         deleted: false,
     };
-    let pool = PoolRecord { name: "p".into(), replicas: 1, copysets: vec![CopysetId(1)] };
+    let pool = PoolRecord { name: "p".into(), replicas: 1, copysets: vec![CopysetId(1)], targets: vec![] };
     let rows = [
         vec![Change::Volume(VolumeId(1), record)],
         vec![Change::Pool(1, pool)],
@@ -579,4 +584,23 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_target_drained_says_so_in_the_map_until_it_is_used_again() {
+    let mut mds = Mds::ready(GIB);
+    let drain = |draining| Command::Drain { target: TargetId(2), draining };
+    let before = mds.generation();
+    mds.run(drain(true)).unwrap();
+    mds.run(drain(true)).unwrap();
+    assert_eq!(mds.generation(), before + 1, "once");
+    assert!(mds.state.map.is_draining(TargetId(2)) && !mds.state.map.is_draining(TargetId(1)));
+    // Neither a restart of the target nor one of the MDS makes it forget.
+    mds.run(Command::Register(target(2, GIB))).unwrap();
+    let mut mds = mds.restart();
+    assert!(mds.state.map.is_draining(TargetId(2)));
+    mds.run(drain(false)).unwrap();
+    assert!(!mds.state.map.is_draining(TargetId(2)));
+    let stranger = Command::Drain { target: TargetId(9), draining: true };
+    assert_eq!(mds.refused(stranger), ProblemKind::NotFound);
 }

@@ -24,11 +24,13 @@ fn target_to_pb(id: TargetId, entry: &TargetEntry) -> pb::MapTarget {
         id: id.0,
         peers: entry.peers.iter().map(SocketAddr::to_string).collect(),
         nvme_tcp: entry.nvme.map(|address| address.to_string()).unwrap_or_default(),
+        draining: entry.draining,
     }
 }
 
 fn copyset_to_pb(id: CopysetId, entry: &CopysetEntry) -> pb::MapCopyset {
-    pb::MapCopyset { id: id.0, members: entry.members.iter().copied().map(shard_to_pb).collect() }
+    let members = entry.members.iter().copied().map(shard_to_pb).collect();
+    pb::MapCopyset { id: id.0, members, epoch: entry.epoch }
 }
 
 fn volume_to_pb(id: VolumeId, entry: &VolumeEntry) -> pb::MapVolume {
@@ -132,6 +134,7 @@ fn target_from_pb(message: &pb::MapTarget) -> Result<TargetEntry, Problem> {
     Ok(TargetEntry {
         peers: message.peers.iter().map(address).collect::<Result<_, _>>()?,
         nvme: nvme.map(address).transpose()?,
+        draining: message.draining,
     })
 }
 
@@ -151,7 +154,7 @@ fn copyset_from_pb(message: &pb::MapCopyset, map: &ClusterMap) -> Result<Copyset
         }
         members.push(shard);
     }
-    Ok(CopysetEntry { members })
+    Ok(CopysetEntry { members, epoch: message.epoch })
 }
 
 fn volume_from_pb(message: &pb::MapVolume, map: &ClusterMap) -> Result<VolumeEntry, Problem> {
@@ -264,12 +267,16 @@ mod tests {
             let peers = (0..2).map(|at| SocketAddr::from(([127, 0, 0, 1], 1000 + id * 10 + at))).collect();
             map.targets.insert(
                 TargetId(id.into()),
-                TargetEntry { peers, nvme: Some(SocketAddr::from(([127, 0, 0, 1], 4420))) },
+                TargetEntry {
+                    peers,
+                    nvme: Some(SocketAddr::from(([127, 0, 0, 1], 4420))),
+                    draining: id == 2,
+                },
             );
         }
         let members = vec![shard(1, 0), shard(2, 1), shard(3, 0)];
-        map.copysets.insert(CopysetId(1), CopysetEntry { members });
-        map.copysets.insert(CopysetId(2), CopysetEntry { members: vec![shard(2, 0)] });
+        map.copysets.insert(CopysetId(1), CopysetEntry { members, epoch: 3 });
+        map.copysets.insert(CopysetId(2), CopysetEntry { members: vec![shard(2, 0)], epoch: 0 });
         for (id, deleted) in [(1, false), (2, true)] {
             let copysets = vec![CopysetId(2), CopysetId(1)];
             let name = "vol0".to_string();

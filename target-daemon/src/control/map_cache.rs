@@ -105,8 +105,8 @@ mod tests {
 
     fn map() -> ClusterMap {
         let mut map = ClusterMap { cluster: [9; 16], generation: 12, ..ClusterMap::default() };
-        map.targets
-            .insert(TargetId(1), TargetEntry { peers: vec!["127.0.0.1:7501".parse().unwrap()], nvme: None });
+        let peers = vec!["127.0.0.1:7501".parse().unwrap()];
+        map.targets.insert(TargetId(1), TargetEntry { peers, nvme: None, draining: true });
         map
     }
 

@@ -2,9 +2,13 @@
 //!
 //! Trouble is told once when it begins, once when its kind changes, once when it ends.
 
-use super::{Control, lock, usage_of};
+use super::{Control, ToShard, lock, usage_of};
+use crate::shard::{Order, OrderKind};
 use client::control::MapWatch;
-use protocol::control::{Problem, ProblemKind, pb};
+use protocol::control::{Problem, ProblemKind, pb, shard_from_pb};
+use protocol::types::{CopysetId, LogIndex, MEMBERS_MAX, Span, TargetId, Time};
+use reactor::clock::monotonic_now;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -44,12 +48,14 @@ async fn session(control: &Control, trouble: &mut Trouble) -> Result<std::conver
     loop {
         tokio::select! {
             () = sleep_until(next) => {
+                let sent = monotonic_now();
                 let beat = client.heartbeat(heartbeat(control)).await?;
                 heard(control);
                 control.subsystems.set_away(beat.away);
                 if let Some(map) = beat.map {
                     control.take_map(map)?;
                 }
+                pass_on(control, &beat.orders, sent);
                 last = Instant::now();
                 next = last + beat.interval;
             }
@@ -76,6 +82,9 @@ fn registration(control: &Control) -> pb::RegisterTargetRequest {
         peers: peers.map(|address| control.config.advertised(*address).to_string()).collect(),
         endpoints: Some(control.endpoints()),
         capacity_bytes: control.config.capacity_bytes,
+        zone: control.config.topology.zone.clone(),
+        host: control.config.topology.host.clone(),
+        labels: control.config.topology.labels.clone().into_iter().collect(),
     }
 }
 
@@ -91,8 +100,34 @@ fn heartbeat(control: &Control) -> pb::HeartbeatRequest {
         known_generation: state.map.as_ref().map_or(0, |map| map.generation),
         usage: Some(usage),
         freed_volumes: freed.map(|(volume, _)| volume.0).collect(),
+        failed_shards: state.failed.keys().map(|shard| u32::from(*shard)).collect(),
         replicas: shards.into_iter().flat_map(|shard| shard.replicas).collect(),
     }
+}
+
+/// Orders go to all shards, each of which knows what it holds. One that is lost comes again.
+fn pass_on(control: &Control, orders: &[pb::Order], sent: Time) {
+    let orders: Arc<[Order]> = orders.iter().filter_map(|wanted| order(wanted, sent)).collect();
+    if !orders.is_empty() {
+        control.tell_all(|| ToShard::Orders(orders.clone()));
+    }
+}
+
+/// `None` for one that makes no sense, or that this version does not know.
+fn order(wanted: &pb::Order, sent: Time) -> Option<Order> {
+    use pb::order::What;
+    let what = match wanted.what.as_ref()? {
+        What::HostOnShard(shard) => OrderKind::Host { shard: u16::try_from(*shard).ok()? },
+        What::Voters(voters) if voters.members.len() > MEMBERS_MAX => return None,
+        What::Voters(voters) => {
+            let members: Result<Vec<_>, _> = voters.members.iter().map(shard_from_pb).collect();
+            OrderKind::Voters(members.ok().filter(|members| !members.is_empty())?)
+        }
+        What::Lead(target) => OrderKind::Lead(TargetId(*target)),
+        What::DropAfter(index) => OrderKind::Drop { after: LogIndex(*index) },
+    };
+    let until = sent + Span::ms(wanted.valid_ms.into());
+    Some(Order { copyset: CopysetId(wanted.copyset), what, until })
 }
 
 /// What is wrong between the MDS and us, so that it is told once.

@@ -4,6 +4,7 @@
 //! was not taken yet, so it needs no room; everything else is refused when the queue is full.
 
 use crate::metrics::ShardCounters;
+use crate::shard::Order;
 use crate::subsystems::{Seat, Subsystems, Wake};
 use protocol::control::{Problem, pb};
 use protocol::map::ClusterMap;
@@ -63,6 +64,8 @@ pub enum ToShard {
         /// Where to.
         reply: oneshot::Sender<Vec<pb::Connection>>,
     },
+    /// What the MDS wants done with replicas, of any shard of this target.
+    Orders(Arc<[Order]>),
     /// Verify blocks at rest in the background.
     Scrub {
         /// Of one volume, or of all.

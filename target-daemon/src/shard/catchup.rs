@@ -343,6 +343,10 @@ impl Shard {
                 finished.push(*id);
             }
         }
+        if !finished.is_empty() {
+            // It may have brought chunks of volumes that were freed here before.
+            self.freed.clear();
+        }
         for id in finished {
             self.counts.catch_ups += 1;
             self.touch(id);

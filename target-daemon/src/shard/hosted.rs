@@ -3,6 +3,7 @@
 use super::affinity::Affinity;
 use super::catchup::CatchUp;
 use super::ordering::Ordering;
+use super::orders::Goal;
 use crate::mem::Mem;
 use copyset::Replica;
 use protocol::types::{LogIndex, ShardAddr, Term, Time};
@@ -65,6 +66,8 @@ pub struct Hosted {
     pub catch_up: Option<CatchUp>,
     /// Checksums of its own are lost: it is to be filled from another replica once it does not lead.
     pub wants_rebuild: bool,
+    /// The voters that the MDS wants.
+    pub goal: Option<Goal>,
     /// When the replica wants to be ticked, as noted in the shard's timers.
     pub deadline: Option<Time>,
     /// It is in the list of those to be settled.
@@ -83,6 +86,7 @@ impl Hosted {
             outboxes: BTreeMap::new(),
             catch_up: None,
             wants_rebuild: false,
+            goal: None,
             deadline: None,
             touched: false,
         }
@@ -90,6 +94,6 @@ impl Hosted {
 
     /// Whether there is work that housekeeping moves on.
     pub fn is_busy(&self) -> bool {
-        self.catch_up.is_some() || self.wants_rebuild || self.affinity.is_counting()
+        self.catch_up.is_some() || self.wants_rebuild || self.goal.is_some() || self.affinity.is_counting()
     }
 }

@@ -53,6 +53,12 @@ pub struct StatusWork {
     range: BlockRange,
 }
 
+impl StatusWork {
+    pub(super) fn copyset(&self) -> CopysetId {
+        self.copyset
+    }
+}
+
 impl Shard {
     /// IO for a copyset that the sender believes to be led from here.
     pub(super) fn handle_io(&mut self, origin: Origin, from: ShardAddr, request: IoRequest, payload: Mems) {

@@ -18,13 +18,14 @@ mod check;
 mod hosted;
 mod io;
 mod ordering;
+mod orders;
 mod raft;
 mod repair;
 mod serve;
 
 use crate::mem::{Mem, Mems};
 use chunkstore::{Event, Lsn, RecoveredCopyset, Store};
-use copyset::{Config, Health, Recovered, Replica, Role};
+use copyset::{Config, Health, Lag, Recovered, Replica, Role};
 use hosted::Hosted;
 use protocol::map::ClusterMap;
 use protocol::peer::{Fetch, PeerMessage};
@@ -36,6 +37,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 pub use check::ChunkCheck;
+pub use orders::{Order, OrderKind};
 
 /// How often slow work is looked after: affinity, stuck catch-ups, deleted volumes.
 const HOUSEKEEPING: Span = Span::ms(100);
@@ -172,6 +174,19 @@ pub struct CopysetStanding {
     pub applied: LogIndex,
     /// Health of the replica here.
     pub health: Health,
+    /// Told by the leader.
+    pub membership: Option<Membership>,
+}
+
+/// A copyset's membership as its leader knows it.
+#[derive(Clone, Debug)]
+pub struct Membership {
+    /// In force.
+    pub members: Members,
+    /// The entry that made it so is committed.
+    pub settled: bool,
+    /// Of everybody else.
+    pub lags: Vec<Lag>,
 }
 
 /// One shard; see the module.
@@ -249,13 +264,15 @@ impl Shard {
         }
         self.map = map.clone();
         for (id, entry) in &map.copysets {
-            if entry.members.contains(&self.settings.me) && !self.hosted.contains_key(id) && !self.failed {
+            let mine = entry.members.contains(&self.settings.me);
+            // Later members come by order of the MDS, without a vote until they have caught up.
+            if mine && entry.epoch == 0 && !self.hosted.contains_key(id) && !self.failed {
                 self.create(*id, &entry.members);
             }
         }
     }
 
-    /// The replica of a new copyset, empty.
+    /// A new replica, empty; without members it has no vote and waits for a leader.
     fn create(&mut self, id: CopysetId, members: &[ShardAddr]) {
         let Some(members) = Members::new(members, &[]) else {
             tracing::error!(copyset = id.0, "the map names a target twice in a copyset; it is not created");
@@ -342,12 +359,19 @@ impl Shard {
             || !self.repairs.is_empty()
             || self.hosted.values().any(Hosted::is_busy)
             || self.map.volumes.iter().any(|(id, v)| v.deleted && !self.freed.contains(id))
+            || (self.is_draining() && self.hosted.values().any(|h| h.replica.role() == Role::Leader))
+    }
+
+    /// Whether this target is being emptied.
+    fn is_draining(&self) -> bool {
+        self.map.is_draining(self.settings.me.target)
     }
 
     fn housekeeping(&mut self) {
         let ids: Vec<CopysetId> = self.hosted.keys().copied().collect();
         for id in ids {
             self.draw_leadership(id);
+            self.pursue(id);
             self.nudge_catch_up(id);
             self.nudge_rebuild(id);
         }
@@ -355,18 +379,21 @@ impl Shard {
         self.drop_deleted_volumes();
     }
 
-    /// Leadership goes to where a copyset's IO comes from.
+    /// Leadership goes to where a copyset's IO comes from, and away from a target that is being emptied.
     fn draw_leadership(&mut self, id: CopysetId) {
-        let (me, now) = (self.settings.me.target, self.now);
+        let (me, now, leaves) = (self.settings.me.target, self.now, self.is_draining());
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
-        let Some(target) = hosted.affinity.judge(me, now) else { return };
-        let alive = |t: TargetId| {
-            hosted.replica.lags().any(|l| l.peer.target == t && l.voter && l.alive && !l.installing)
-        };
-        if hosted.replica.role() == Role::Leader
-            && alive(target)
-            && hosted.replica.transfer_leadership(target, now).is_ok()
-        {
+        let drawn = hosted.affinity.judge(me, now).filter(|target| !self.map.is_draining(*target));
+        if hosted.replica.role() != Role::Leader || (drawn.is_none() && !leaves) {
+            return;
+        }
+        let heirs = hosted.replica.lags().filter(|l| l.voter && l.alive && !l.installing);
+        let heirs = heirs.filter(|l| !self.map.is_draining(l.peer.target));
+        // Where nothing draws it, to whom the least is missing; among equals it differs by copyset.
+        let order = |l: &Lag| (Some(l.peer.target) != drawn, l.entries, l.peer.target.0 ^ (id.0 & 1));
+        let heir = heirs.min_by_key(order).map(|l| l.peer.target);
+        let Some(heir) = heir.filter(|heir| leaves || Some(*heir) == drawn) else { return };
+        if hosted.replica.transfer_leadership(heir, now).is_ok() {
             self.counts.transfers += 1;
             self.touch(id);
         }
@@ -471,6 +498,11 @@ impl Shard {
             commit: h.replica.commit_index(),
             applied: h.replica.applied_index(),
             health: h.replica.health(),
+            membership: (h.replica.role() == Role::Leader).then(|| Membership {
+                members: *h.replica.members(),
+                settled: h.replica.members_settled(),
+                lags: h.replica.lags().collect(),
+            }),
         };
         self.hosted.iter().map(standing).collect()
     }

@@ -21,6 +21,12 @@ pub struct LoadWork {
     next: usize,
 }
 
+impl LoadWork {
+    pub(super) fn copyset(&self) -> CopysetId {
+        self.copyset
+    }
+}
+
 impl Shard {
     /// A message for a replica, with the payloads of its entries, one window each.
     pub(super) fn handle_raft(

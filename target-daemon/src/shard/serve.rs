@@ -28,7 +28,7 @@ impl Shard {
                 let Some(term) = self.term_at(id, index) else {
                     return self.tell(origin, id, Fetched::Refused);
                 };
-                let members = *replica.members();
+                let members = replica.members_as_of(index);
                 let chunks = self.store.chunks_of(id);
                 self.tell(origin, id, Fetched::Begin { index, term, members, chunks });
             }

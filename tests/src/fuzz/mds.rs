@@ -161,6 +161,7 @@ fn registration(id: u32, dice: &mut Dice) -> pb::RegisterTargetRequest {
         peers: (0..dice.below(3) as u32).map(|n| format!("127.0.0.1:{}", port + 100 * n)).collect(),
         endpoints: None,
         capacity_bytes: if dice.percent(80) { 64 << 30 } else { dice.odd() },
+        ..Default::default()
     }
 }
 

@@ -308,7 +308,7 @@ fn cluster_map(mix: &Mix) -> ClusterMap {
     for target in 0..mix.targets {
         let nodes = target * mix.shards..(target + 1) * mix.shards;
         let peers = nodes.map(|node| addresses(node).0).collect();
-        map.targets.insert(TargetId(target as u32 + 1), TargetEntry { peers, nvme: None });
+        map.targets.insert(TargetId(target as u32 + 1), TargetEntry { peers, nvme: None, draining: false });
     }
     // Placement by a walk over the targets: every shard gets its share.
     let mut draw = Draw::new(mix.targets as u64);
@@ -318,7 +318,7 @@ fn cluster_map(mix: &Mix) -> ClusterMap {
             shard: (draw.below(mix.shards as u64)) as u16,
         };
         let members = (0..3).map(member).collect();
-        map.copysets.insert(CopysetId(copyset as u32 + 1), CopysetEntry { members });
+        map.copysets.insert(CopysetId(copyset as u32 + 1), CopysetEntry { members, epoch: 0 });
     }
     for (n, (bytes, block_bytes)) in mix.volumes.iter().enumerate() {
         let id = VolumeId(n as u32 + 1);

@@ -1,0 +1,141 @@
+//! What an operator does with targets while hosts are at work, on real processes.
+//!
+//! Hazards: an IO error where the operator was promised none, leadership that comes back to a target that is being
+//! emptied, a drain that is forgotten by a restart.
+
+use anyhow::{Context, ensure};
+use ashlar_tests::cluster::{DevCluster, wait_until, with_cluster};
+use ashlar_tests::tools::{LONG_LIMIT, by_length, fio_verify, have};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// What a command of the cluster prints with `-o json`.
+fn json(cluster: &DevCluster, args: &[&str]) -> anyhow::Result<Value> {
+    let ran = cluster.ashlar(&[args, &["-o", "json"]].concat()).ok()?;
+    serde_json::from_str(&ran.stdout).with_context(|| format!("{args:?} printed {}", ran.stdout))
+}
+
+/// A number that `ashlar target show` prints.
+fn of_target(cluster: &DevCluster, id: u32, key: &str) -> anyhow::Result<u64> {
+    let target = json(cluster, &["target", "show", &id.to_string()])?;
+    target[key].as_u64().with_context(|| format!("no {key} in {target}"))
+}
+
+#[test]
+fn a_drained_target_leads_nothing_and_hosts_on_it_see_no_error() {
+    if !have(&["fio"]) {
+        return;
+    }
+    with_cluster(DevCluster::start("256M"), |cluster| {
+        // Through the export of the very target that is drained, so that its IO draws leadership there.
+        let load = ["--rw=randwrite", "--bs=4k", "--iodepth=8", "--size=96M", "--time_based", "--runtime=20"];
+        let mut fio =
+            fio_verify(&cluster.uri(1)?, &[&load[..], &["--verify_backlog=2048"]].concat()).spawn()?;
+        wait_until(15 * SECOND, || {
+            ensure!(
+                of_target(cluster, 2, "leaders")? >= 6,
+                "its IO has not drawn leadership to target 2 yet"
+            );
+            Ok(())
+        })?;
+        json(cluster, &["target", "drain", "2"])?;
+        let led = |most: u64| {
+            let leaders = of_target(cluster, 2, "leaders")?;
+            ensure!(leaders <= most, "target 2 leads {leaders} copysets");
+            Ok(())
+        };
+        wait_until(10 * SECOND, || led(0))?;
+        // Two windows of affinity and a restart of the MDS later it is still so.
+        kill(Pid::from_raw(cluster.file()?.mds.pid), Signal::SIGKILL)?;
+        std::thread::sleep(4 * SECOND);
+        wait_until(10 * SECOND, || led(0))?;
+        ensure!(json(cluster, &["target", "show", "2"])?["draining"] == true, "the drain was forgotten");
+        ensure!(fio.is_running()?, "the load ended: {:?}", fio.left()?);
+        fio.ok()?;
+        json(cluster, &["target", "undrain", "2"])?;
+        ensure!(json(cluster, &["target", "show", "2"])?["draining"] == false);
+        cluster.check_replicas()
+    });
+}
+
+/// The targets that hold replicas, and how many copysets have how many members.
+fn replicas(cluster: &DevCluster) -> anyhow::Result<Vec<BTreeSet<u64>>> {
+    let status = json(cluster, &["status"])?;
+    let copysets = status["copysets"].as_array().context("no copysets")?;
+    let members = |copyset: &Value| {
+        let members = copyset["members"].as_array().into_iter().flatten();
+        members.filter_map(|member| member["target"].as_u64()).collect()
+    };
+    Ok(copysets.iter().map(members).collect())
+}
+
+/// Whether each copyset has three whole replicas, none of them on these targets.
+fn ensure_whole_without(cluster: &DevCluster, gone: &[u64]) -> anyhow::Result<()> {
+    let status = json(cluster, &["status"])?;
+    for (copyset, members) in status["copysets"].as_array().into_iter().flatten().zip(replicas(cluster)?) {
+        ensure!(members.len() == 3, "{members:?} hold copyset {}", copyset["id"]);
+        ensure!(
+            gone.iter().all(|target| !members.contains(target)),
+            "{members:?} hold copyset {}",
+            copyset["id"]
+        );
+        ensure!(copyset["degraded"] == false, "degraded: {copyset}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_target_lost_for_good_and_one_drained_leave_everything_whole_without_an_io_error() {
+    if !have(&["fio"]) {
+        return;
+    }
+    let cluster = DevCluster::start_with("512M", |options| {
+        options.restart = false;
+        options.extra.extend(["--targets".into(), "5".into(), "--offline-after".into(), "5".into()]);
+    });
+    with_cluster(cluster, |cluster| {
+        let runtime = format!("--runtime={}", by_length(100, 200));
+        let load = [
+            "--rw=randwrite",
+            "--bs=4k",
+            "--iodepth=8",
+            "--size=128M",
+            "--rate_iops=500",
+            "--time_based",
+            &runtime,
+        ];
+        let fio = fio_verify(&cluster.uri(0)?, &[&load[..], &["--verify_backlog=2048"]].concat());
+        let mut fio = fio.limit(LONG_LIMIT).spawn()?;
+        std::thread::sleep(5 * SECOND);
+        let began = Instant::now();
+        cluster.signal_target(4, Signal::SIGKILL)?;
+        wait_until(120 * SECOND, || ensure_whole_without(cluster, &[5]))?;
+        eprintln!("whole again {:?} after a target was killed for good", began.elapsed());
+        ensure!(fio.is_running()?, "the load ended during the recovery: {:?}", fio.left()?);
+        let began = Instant::now();
+        json(cluster, &["target", "drain", "2"])?;
+        wait_until(120 * SECOND, || ensure_whole_without(cluster, &[2, 5]))?;
+        eprintln!("target 2 is empty {:?} after it was drained", began.elapsed());
+        // What it held is freed, once nobody can mean it any more.
+        wait_until(90 * SECOND, || {
+            let used = of_target(cluster, 2, "used_bytes")?;
+            ensure!(used == 0, "target 2 holds {used} bytes still");
+            Ok(())
+        })?;
+        fio.ok()?;
+        cluster.check_replicas()?;
+        // Freed chunks serve the next owner: the target takes part again and is filled.
+        json(cluster, &["target", "undrain", "2"])?;
+        wait_until(120 * SECOND, || {
+            let held = replicas(cluster)?.iter().filter(|members| members.contains(&2)).count();
+            ensure!(held >= 7, "target 2 holds {held} replicas");
+            ensure_whole_without(cluster, &[5])
+        })?;
+        cluster.check_replicas()
+    });
+}
