@@ -3,7 +3,7 @@
 //! Deliberately absent: host names, user names and paths, since results are published.
 
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -61,6 +61,63 @@ impl Environment {
             "{time}: ashlar {ashlar}{build}, Linux {kernel}, {cpus} x {cpu}, {memory_mib} MiB, {file_system}{fio}{qemu}"
         )
     }
+}
+
+/// The revision of the source that this program lies in; empty where there is none.
+pub fn revision() -> String {
+    let folder = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.to_owned()));
+    let output = folder.and_then(|dir| {
+        Command::new("git").arg("-C").arg(dir).args(["describe", "--always", "--dirty"]).output().ok()
+    });
+    output
+        .filter(|output| output.status.success())
+        .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        .unwrap_or_default()
+}
+
+/// The first half of the kernel's boot id.
+pub fn session() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    boot.chars().take(18).collect()
+}
+
+/// What `ashlar tune check` finds wanting, by this same program.
+pub fn tuning() -> Vec<String> {
+    let output = std::env::current_exe()
+        .ok()
+        .and_then(|bin| Command::new(bin).args(["tune", "check", "-o", "json"]).output().ok());
+    let json: serde_json::Value =
+        output.and_then(|output| serde_json::from_slice(&output.stdout).ok()).unwrap_or_default();
+    let findings = json["findings"].as_array().cloned().unwrap_or_default();
+    let bad = findings.iter().filter(|finding| finding["state"] == "bad");
+    let word = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    bad.map(|finding| {
+        format!(
+            "{}: {}, wanted {}",
+            word(&finding["tuner"]),
+            word(&finding["found"]),
+            word(&finding["wanted"])
+        )
+    })
+    .collect()
+}
+
+/// Each disk's queue, a line a disk.
+pub fn disks() -> Vec<String> {
+    let read = |disk: &Path, file: &str| {
+        std::fs::read_to_string(disk.join("queue").join(file)).unwrap_or_default().trim().to_owned()
+    };
+    let disks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten().map(|entry| entry.path());
+    let real = disks.filter(|disk| disk.join("device").exists());
+    let line = |disk: PathBuf| {
+        let name = disk.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let facts =
+            ["scheduler", "write_cache", "nr_requests"].map(|file| format!("{file} {}", read(&disk, file)));
+        format!("{name}: {}", facts.join(", "))
+    };
+    let mut lines: Vec<_> = real.map(line).collect();
+    lines.sort();
+    lines
 }
 
 /// The value of the first line that starts with `key`, or the first line when `key` is empty.

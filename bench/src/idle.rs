@@ -3,12 +3,15 @@
 //! Invariants: the cluster has served IO and settled before it counts as idle, so that hibernation and sleeping are
 //! measured, not a process that never did anything.
 
+use crate::cluster::{Cluster, VOLUME, ensure_size, wait_settled};
 use crate::dev::DevFile;
 use crate::environment::Environment;
-use crate::fio::{self, Job, Pattern, Subject};
-use crate::first::{Cluster, VOLUME, ensure_size, wait_settled};
-use crate::report::{Goal, goal_lines, keep};
-use crate::{ClusterArgs, EXIT_CHECK_FAILED, Output, process};
+use crate::fio::Fio;
+use crate::report::{Goal, exit_code, goal_lines, keep};
+use crate::run::job::Times;
+use crate::run::load::{Load, Sizes};
+use crate::run::measure::Subject;
+use crate::{ClusterArgs, Output, process};
 use clap::Args;
 use comfy_table::{Table, presets};
 use serde::Serialize;
@@ -58,37 +61,46 @@ pub struct IdleReport {
 /// # Errors
 /// See [`crate::run`].
 pub fn run(args: &IdleArgs) -> anyhow::Result<ExitCode> {
-    let fio_version = fio::probe()?;
     let cluster = Cluster::open(&args.cluster)?;
-    let environment = Environment::read(cluster.scratch.path(), fio_version, String::new());
     let file = cluster.file()?;
     let volume = file.volume(VOLUME)?;
     ensure_size(volume, args.cluster.size)?;
-    let loads = loads(args, &volume.nbd_unix);
+    let exports = exports(&volume.nbd_unix)?;
+    let fio = Fio::probe(&cluster.scratch.path().join("fio"), exports.iter().map(|subject| &subject.target))?;
+    let environment = Environment::read(cluster.scratch.path(), fio.version.clone(), String::new());
     // A short load first, so that connections and leaders exist and there is something to come to rest from.
-    Job { seconds: Some(1), ..loads[0].clone() }.run()?;
+    fio.measure(&exports[0], &loads(args)[0], times(1), 0)?;
     wait_settled(&file);
     let mut processes = at_rest(&file, Duration::from_secs(u64::from(args.seconds)))?;
-    under_load(&file, &mut processes, &loads)?;
+    under_load(&file, &mut processes, || {
+        for export in &exports {
+            for load in loads(args) {
+                fio.measure(export, &load, times(args.seconds), 0)?;
+            }
+        }
+        Ok(())
+    })?;
     cluster.close()?;
     let goals = goals(&processes);
     publish(args, &IdleReport { environment, seconds: args.seconds, processes, goals })
 }
 
-/// Small and large IO through each target's export in turn.
-fn loads(args: &IdleArgs, uris: &[String]) -> Vec<Job> {
-    let job = |uri: &String, pattern, block_bytes, queue_depth| Job {
-        subject: Subject::Nbd(uri.clone()),
-        pattern,
-        block_bytes,
-        queue_depth,
-        size: args.cluster.size,
-        seconds: Some(args.seconds),
+fn times(seconds: u32) -> Times {
+    Times { warm_up: Duration::ZERO, measured: Duration::from_secs(seconds.into()) }
+}
+
+/// Each target's export.
+fn exports(uris: &[String]) -> anyhow::Result<Vec<Subject>> {
+    let subject = |(nth, uri): (usize, &String)| {
+        Ok(Subject { name: format!("target-{}", nth + 1), target: uri.parse()?, pids: Vec::new() })
     };
-    let all = uris
-        .iter()
-        .flat_map(|uri| [job(uri, Pattern::RandWrite, 4096, 128), job(uri, Pattern::RandRw, 1 << 20, 32)]);
-    all.collect()
+    uris.iter().enumerate().map(subject).collect()
+}
+
+/// Small and large IO.
+fn loads(args: &IdleArgs) -> [Load; 2] {
+    let small = Load::random_4k(0, 128, args.cluster.size);
+    [small.clone(), Load { read_percent: 50, sizes: Sizes(vec![(1 << 20, 1.0)]), depth: 32, ..small }]
 }
 
 fn at_rest(file: &DevFile, rest: Duration) -> anyhow::Result<Vec<ProcessCost>> {
@@ -106,7 +118,11 @@ fn at_rest(file: &DevFile, rest: Duration) -> anyhow::Result<Vec<ProcessCost>> {
     pids.iter().enumerate().map(cost).collect()
 }
 
-fn under_load(file: &DevFile, processes: &mut [ProcessCost], loads: &[Job]) -> anyhow::Result<()> {
+fn under_load(
+    file: &DevFile,
+    processes: &mut [ProcessCost],
+    load: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let (pids, done) = (file.pids(), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let sampler = scope.spawn(|| {
@@ -119,7 +135,7 @@ fn under_load(file: &DevFile, processes: &mut [ProcessCost], loads: &[Job]) -> a
             }
             most
         });
-        let ran = loads.iter().try_for_each(|job| job.run().map(|_| ()));
+        let ran = load();
         done.store(true, Ordering::Relaxed);
         let most = sampler.join().map_err(|_| anyhow::anyhow!("the sampler of memory panicked"))?;
         for (process, most) in processes.iter_mut().zip(most) {
@@ -134,16 +150,8 @@ fn goals(processes: &[ProcessCost]) -> Vec<Goal> {
     let cpu = most(|process| process.idle_cpu_percent);
     let rss = most(|process| mib(process.load_rss_bytes_max));
     vec![
-        Goal {
-            text: "idle CPU of each target under 2 % of a core",
-            found: cpu,
-            met: cpu.is_some_and(|cpu| cpu < 2.0),
-        },
-        Goal {
-            text: "RSS of each target under load below 300 MiB",
-            found: rss,
-            met: rss.is_some_and(|rss| rss < 300.0),
-        },
+        Goal::new("idle CPU of each target under 2 % of a core", cpu, |cpu| cpu < 2.0),
+        Goal::new("RSS of each target under load below 300 MiB", rss, |rss| rss < 300.0),
     ]
 }
 
@@ -160,8 +168,7 @@ fn publish(args: &IdleArgs, report: &IdleReport) -> anyhow::Result<ExitCode> {
         }
     }
     eprintln!("kept in {}", kept.display());
-    let failed = args.cluster.check && !report.goals.iter().all(|goal| goal.met);
-    Ok(if failed { ExitCode::from(EXIT_CHECK_FAILED) } else { ExitCode::SUCCESS })
+    Ok(exit_code(args.cluster.check, &report.goals))
 }
 
 fn table(report: &IdleReport) -> Table {

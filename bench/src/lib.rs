@@ -2,23 +2,23 @@
 //!
 //! Invariants: every subject of a comparison is measured in one run, on one disk, in alternating rounds, and the
 //! medians are printed; a subject is fully written before it is read; no figure is ever typed by hand, since the
-//! table, the JSON and the Markdown page all come from the same [`report::FirstReport`].
+//! table, the JSON and the Markdown page all come from the same [`run::summary`].
 //!
-//! fio is the client wherever it speaks the protocol, because it knows nothing of Ashlar; [`wire`] is a small one of
-//! our own for NVMe/TCP, which fio does not speak, and for NBD beside it; [`run`] has clients on the reactor, an open
-//! loop, and counts what fio cannot.
+//! There are two clients: fio, which knows nothing of Ashlar, and our own in [`run`], on the reactor, which speaks
+//! NVMe/TCP and the native protocol, has an open loop, and counts what fio cannot.
 
+pub mod cluster;
 pub mod dev;
 pub mod environment;
 pub mod fio;
 pub mod first;
 pub mod idle;
 pub mod nvme;
+pub mod peers;
 pub mod process;
 pub mod report;
 pub mod rival;
 pub mod run;
-pub mod wire;
 
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -34,8 +34,16 @@ pub enum BenchCommand {
     First(first::FirstArgs),
     /// 4 KiB random IO on one volume through NVMe/TCP and through NBD, in one run.
     Nvme(nvme::NvmeArgs),
-    /// One workload against files and NBD exports, in alternating rounds, by our own client.
+    /// One workload against files, exports and volumes, in alternating rounds, by our own client.
     Run(run::RunArgs),
+    /// The same by stock fio, with job files to run again.
+    Fio(run::FioArgs),
+    /// Every combination of sizes, depths, mixes and jobs.
+    Sweep(run::sweep::SweepArgs),
+    /// Rounds until a target is in its steady state, as SNIA has it.
+    Steady(run::steady::SteadyArgs),
+    /// The same workload on what a user would pick instead, with what each of them promises.
+    Peers(peers::PeersArgs),
     /// Ratios of what `bench run` kept; exit code 3 when something got slower.
     Compare(run::compare::CompareArgs),
     /// Run a baseline's workload again, and compare; exit code 3 when something got slower.
@@ -86,6 +94,10 @@ pub fn run(command: BenchCommand) -> anyhow::Result<ExitCode> {
         BenchCommand::First(args) => first::run(&args),
         BenchCommand::Nvme(args) => nvme::run(&args),
         BenchCommand::Run(args) => run::run(&args),
+        BenchCommand::Fio(args) => run::fio(&args),
+        BenchCommand::Sweep(args) => run::sweep::run(&args),
+        BenchCommand::Steady(args) => run::steady::run(&args),
+        BenchCommand::Peers(args) => peers::run(&args),
         BenchCommand::Compare(args) => run::compare::run(&args),
         BenchCommand::Ci(args) => run::compare::ci(&args),
         BenchCommand::Idle(args) => idle::run(&args),

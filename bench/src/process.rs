@@ -5,12 +5,24 @@
 use anyhow::Context;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, SysconfVar, sysconf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Whether the process exists and is not a zombie.
 pub fn is_alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// A program that the kernel kills when we die, even by SIGKILL, where util-linux is there to ask for that.
+pub fn with_us(program: &str) -> Command {
+    let has = Command::new("setpriv").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if !has.is_ok_and(|status| status.success()) {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", program]);
+    command
 }
 
 /// Sends SIGKILL to each of these processes that still lives, and waits up to 10 s until all are gone.
@@ -42,9 +54,24 @@ pub fn children(pid: i32) -> Vec<i32> {
 pub fn cpu_seconds(pid: i32) -> anyhow::Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .with_context(|| format!("process {pid} is gone"))?;
-    let ticks = parse_cpu_ticks(&stat).with_context(|| format!("/proc/{pid}/stat has an unknown form"))?;
-    let per_second = sysconf(SysconfVar::CLK_TCK)?.unwrap_or(100);
-    Ok(ticks as f64 / per_second as f64)
+    let (ticks, _) =
+        parse_cpu_ticks(&stat).with_context(|| format!("/proc/{pid}/stat has an unknown form"))?;
+    Ok(ticks as f64 / ticks_per_second())
+}
+
+/// The same with its children, those that have ended and those that live: servers that fork for each connection.
+pub fn cpu_seconds_with_children(pid: i32) -> f64 {
+    let one = |pid: i32, with_ended: bool| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (own, ended) = parse_cpu_ticks(&stat)?;
+        Some((own + if with_ended { ended } else { 0 }) as f64 / ticks_per_second())
+    };
+    let living: f64 = children(pid).into_iter().filter_map(|child| one(child, false)).sum();
+    one(pid, true).unwrap_or(0.0) + living
+}
+
+fn ticks_per_second() -> f64 {
+    sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100) as f64
 }
 
 /// The sum of [`cpu_seconds`] over several processes; one that is gone counts as nothing.
@@ -52,13 +79,14 @@ pub fn cpu_seconds_sum(pids: &[i32]) -> f64 {
     pids.iter().filter_map(|pid| cpu_seconds(*pid).ok()).sum()
 }
 
-/// utime + stime; they are the 14th and 15th fields, and the second may hold spaces and parentheses.
-fn parse_cpu_ticks(stat: &str) -> Option<u64> {
+/// utime + stime, and the same of children that have ended; they are the 14th to 17th fields, and the second field may
+/// hold spaces and parentheses.
+fn parse_cpu_ticks(stat: &str) -> Option<(u64, u64)> {
     let (_, rest) = stat.rsplit_once(") ")?;
-    let mut fields = rest.split_whitespace().skip(11);
-    let user: u64 = fields.next()?.parse().ok()?;
-    let system: u64 = fields.next()?.parse().ok()?;
-    Some(user + system)
+    let fields: Vec<u64> =
+        rest.split_whitespace().skip(11).take(4).map_while(|field| field.parse().ok()).collect();
+    let [user, system, children_user, children_system] = fields[..] else { return None };
+    Some((user + system, children_user + children_system))
 }
 
 /// Resident memory of a process in bytes.
@@ -130,7 +158,7 @@ mod tests {
     #[test]
     fn a_command_name_with_spaces_and_parentheses_does_not_shift_the_fields() {
         let stat = "7 (a) b) S 1 7 7 0 -1 4194560 1 2 3 4 150 50 9 9 20 0 1 0 100 1 1";
-        assert_eq!(parse_cpu_ticks(stat), Some(200));
+        assert_eq!(parse_cpu_ticks(stat), Some((200, 18)));
         assert_eq!(parse_cpu_ticks("7 (a) S 1"), None);
     }
 
@@ -141,7 +169,7 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn()?;
         let pid = child.id().cast_signed();
         child.wait()?;
-        assert!(!is_alive(pid) && cpu_seconds(pid).is_err());
+        assert!(!is_alive(pid) && cpu_seconds(pid).is_err() && cpu_seconds_with_children(pid) == 0.0);
         Ok(())
     }
 }

@@ -1,96 +1,146 @@
-//! What a volume is compared with: a raw file on the same disk, and qemu-nbd serving another one.
+//! What a volume is compared with: what a user would pick instead, from the distribution's packages, serving a raw file
+//! on the same disk.
 //!
-//! Invariants: both files are really written before they are measured, so that a read is a read and a write does not
-//! allocate; the server ends with its guard.
+//! Invariants: the file is really written before it is measured, so that a read is a read and a write does not
+//! allocate; a server ends with its guard, by its pid, and with us even when we are killed.
 
-use crate::fio::{Job, Pattern, Subject};
+use crate::process::{self, with_us};
+use crate::run::measure::{Subject, prepare};
+use crate::run::target::Target;
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Writes every byte of a subject once, 1 MiB at a time, with data that does not compress.
-///
-/// # Errors
-/// fio failed, for instance because the disk is full.
-pub fn fill(subject: &Subject, size: u64) -> anyhow::Result<()> {
-    let pattern = Pattern::Write;
-    let job =
-        Job { subject: subject.clone(), pattern, block_bytes: 1 << 20, queue_depth: 8, size, seconds: None };
-    job.run().map(|_| ()).context("the subject could not be filled before the run")
+/// An NBD server that others make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// QEMU's, past the page cache by io_uring.
+    QemuNbd,
+    /// nbdkit with its file plugin.
+    Nbdkit,
+    /// The first of them all.
+    NbdServer,
 }
 
-/// Makes a raw file in `dir`, written and synced.
-///
-/// # Errors
-/// See [`fill`].
-pub fn raw_file(dir: &Path, name: &str, size: u64) -> anyhow::Result<PathBuf> {
-    let path = dir.join(name);
-    fill(&Subject::File(path.clone()), size)?;
-    std::fs::File::open(&path)?.sync_all()?;
-    Ok(path)
-}
+impl Server {
+    /// All that are known.
+    pub const ALL: [Self; 3] = [Self::QemuNbd, Self::Nbdkit, Self::NbdServer];
 
-/// A program that the kernel kills when we die, even by SIGKILL, where util-linux is there to ask for that.
-fn with_us(program: &str) -> Command {
-    let has = Command::new("setpriv").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    if !has.is_ok_and(|status| status.success()) {
-        return Command::new(program);
+    /// The program, and the name in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QemuNbd => "qemu-nbd",
+            Self::Nbdkit => "nbdkit",
+            Self::NbdServer => "nbd-server",
+        }
     }
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", program]);
-    command
+
+    /// Debian's package.
+    fn package(self) -> &'static str {
+        match self {
+            Self::QemuNbd => "qemu-utils",
+            Self::Nbdkit => "nbdkit",
+            Self::NbdServer => "nbd-server",
+        }
+    }
+
+    /// What an acknowledged write is worth.
+    pub fn guarantee(self) -> &'static str {
+        match self {
+            Self::QemuNbd => "1 copy, past the page cache; durable only after a flush",
+            Self::Nbdkit | Self::NbdServer => {
+                "1 copy, in the page cache (reads come from there, too); durable only after a flush"
+            }
+        }
+    }
+
+    /// How it is missed, in a line.
+    pub fn missing(self) -> String {
+        format!("{} cannot be run; install it: apt-get install {}", self.name(), self.package())
+    }
+
+    /// Its version, or `None` when it is not installed.
+    pub fn version(self) -> Option<String> {
+        let flag = if self == Self::NbdServer { "-V" } else { "--version" };
+        let output = Command::new(self.name()).arg(flag).stdin(Stdio::null()).output().ok()?;
+        let text =
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        Some(text.lines().find(|line| line.contains(|c: char| c.is_ascii_digit()))?.trim().to_owned())
+    }
+
+    fn command(self, file: &Path, socket: &Path) -> anyhow::Result<Command> {
+        let mut command = with_us(self.name());
+        match self {
+            Self::QemuNbd => {
+                command.args([
+                    "--format=raw",
+                    "--cache=none",
+                    "--aio=io_uring",
+                    "--persistent",
+                    "--shared=8",
+                ]);
+                command.args(["-x", EXPORT, "-k"]).arg(socket).arg(file);
+            }
+            Self::Nbdkit => {
+                command.args(["--foreground", "--no-sr", "--unix"]).arg(socket).arg("file").arg(file);
+            }
+            Self::NbdServer => {
+                let config = socket.with_extension("conf");
+                let text = format!(
+                    "[generic]\nunixsock = {}\n[{EXPORT}]\nexportname = {}\nflush = true\n",
+                    socket.display(),
+                    file.display()
+                );
+                std::fs::write(&config, text)?;
+                command.arg("-d").arg("-C").arg(config);
+            }
+        }
+        Ok(command)
+    }
 }
 
-/// A running qemu-nbd; it ends when this is dropped.
+/// The name of each export.
+const EXPORT: &str = "raw";
+/// How long a server may take to listen.
+const START_MAX: Duration = Duration::from_secs(10);
+
+/// A running server; it ends when this is dropped.
 #[derive(Debug)]
-pub struct QemuNbd {
+pub struct Rival {
+    server: Server,
     child: Child,
     socket: PathBuf,
 }
 
-impl QemuNbd {
-    /// The version, or `None` when qemu-nbd is not installed.
-    pub fn version() -> Option<String> {
-        let output = Command::new("qemu-nbd").arg("--version").output().ok()?;
-        Some(String::from_utf8_lossy(&output.stdout).lines().next()?.trim().to_owned())
-    }
-
-    /// Exports a raw file on a Unix socket in `dir` with O_DIRECT and io_uring.
+impl Rival {
+    /// Writes a file of `bytes` in `dir` and serves it on a Unix socket there.
     ///
     /// # Errors
-    /// It does not start, for instance because this qemu-nbd was built without io_uring.
-    pub fn serve(file: &Path, dir: &Path) -> anyhow::Result<Self> {
-        let socket = dir.join("qemu-nbd.sock");
-        let child = with_us("qemu-nbd")
-            .args([
-                "--format=raw",
-                "--cache=none",
-                "--aio=io_uring",
-                "--persistent",
-                "--shared=8",
-                "-x",
-                "raw",
-                "-k",
-            ])
-            .arg(&socket)
-            .arg(file)
-            .stdin(Stdio::null())
-            .spawn()
-            .context("qemu-nbd cannot be run; install it: apt-get install qemu-utils")?;
-        let mut server = Self { child, socket };
-        server.wait_socket()?;
-        Ok(server)
+    /// It is not installed, or does not start; the message has its words.
+    pub fn serve(server: Server, dir: &Path, bytes: u64) -> anyhow::Result<Self> {
+        let file = dir.join(format!("{}.raw", server.name()));
+        prepare(&Subject::file(&format!("the file of {}", server.name()), &file), bytes)?;
+        let (socket, log) =
+            (dir.join(format!("{}.sock", server.name())), dir.join(format!("{}.log", server.name())));
+        let output = std::fs::File::create(&log)?;
+        let mut command = server.command(&file, &socket)?;
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        let child = command.spawn().with_context(|| server.missing())?;
+        let mut rival = Self { server, child, socket };
+        let started = rival.wait_socket();
+        started.with_context(|| format!("{} says: {}", server.name(), crate::dev::tail(&log, 3).trim()))?;
+        Ok(rival)
     }
 
     fn wait_socket(&mut self) -> anyhow::Result<()> {
-        let started = Instant::now();
+        let (started, name) = (Instant::now(), self.server.name());
         while !self.socket.exists() {
             if let Some(status) = self.child.try_wait()? {
-                bail!("qemu-nbd ended with {status}; does it know --aio=io_uring? (5.0 and later do)");
+                bail!("{name} ended with {status}; is this version older than its options?");
             }
-            if started.elapsed() > Duration::from_secs(10) {
-                bail!("qemu-nbd opened no socket within 10 s");
+            if started.elapsed() > START_MAX {
+                bail!("{name} opened no socket within {START_MAX:?}");
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -102,15 +152,55 @@ impl QemuNbd {
         self.child.id().cast_signed()
     }
 
-    /// The export as fio takes it.
+    /// Its socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The export, and the processes that serve it: nbd-server forks one a connection, later.
     pub fn subject(&self) -> Subject {
-        Subject::Nbd(format!("nbd+unix:///raw?socket={}", self.socket.display()))
+        let target = Target::NbdUnix { socket: self.socket.clone(), export: self.export().to_owned() };
+        Subject { name: self.server.name().to_owned(), target, pids: vec![self.pid()] }
+    }
+
+    /// nbdkit has one export, without a name.
+    fn export(&self) -> &'static str {
+        if self.server == Server::Nbdkit { "" } else { EXPORT }
     }
 }
 
-impl Drop for QemuNbd {
+impl Drop for Rival {
     fn drop(&mut self) {
+        let forks = process::children(self.pid());
         let _ = self.child.kill();
         let _ = self.child.wait();
+        process::kill_all(&forks);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::job;
+    use crate::run::load::Load;
+
+    #[test]
+    fn each_server_that_is_here_serves_its_file_and_ends_with_its_guard() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR"))?;
+        for server in Server::ALL {
+            let Some(version) = server.version() else {
+                println!("SKIPPED {}: {}", server.name(), server.missing());
+                continue;
+            };
+            assert!(version.contains('.'), "{version}");
+            let rival = Rival::serve(server, dir.path(), 1 << 20)?;
+            let (pid, target) = (rival.pid(), rival.subject().target);
+            let mut ring = job::ring(1)?;
+            let driver = job::connect(&mut ring, &target, &Load::random_4k(0, 1, 1 << 20), 0)?;
+            assert_eq!(driver.bytes(), 1 << 20, "{}", server.name());
+            drop((driver, ring, rival));
+            assert!(!process::is_alive(pid), "{}", server.name());
+        }
+        Ok(())
     }
 }

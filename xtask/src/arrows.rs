@@ -20,7 +20,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("client", &["protocol", "transport", "reactor"]),
     ("target-daemon", &["protocol", "copyset", "chunkstore", "reactor", "transport", "client", "tuning"]),
     ("mds-lite", &["protocol"]),
-    ("bench", &["protocol", "client", "reactor"]),
+    ("bench", &["protocol", "client", "reactor", "transport"]),
     ("tuning", &["protocol", "reactor"]),
     ("cli", &["protocol", "client", "target-daemon", "mds-lite", "bench", "tuning"]),
     ("xtask", &[]),

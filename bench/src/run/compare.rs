@@ -4,8 +4,10 @@
 //! other are compared, and what counts is the median of their ratios. Results of different
 //! environments are refused unless that is asked for, and then said.
 
+use super::load::Load;
+use super::measure::Client;
 use super::result::{Results, Run};
-use super::{CommonArgs, measure, show};
+use super::{CommonArgs, TargetArgs, measure, show};
 use crate::report::median;
 use crate::{EXIT_CHECK_FAILED, Output};
 use anyhow::{bail, ensure};
@@ -36,9 +38,8 @@ pub struct CompareArgs {
 /// What `bench ci` takes.
 #[derive(Args, Debug)]
 pub struct CiArgs {
-    /// What is measured, by the names that the baseline has.
-    #[arg(value_name = "TARGET", required = true)]
-    targets: Vec<String>,
+    #[command(flatten)]
+    targets: TargetArgs,
     /// The result of an earlier `bench run`; its workload is run again.
     #[arg(long, value_name = "FILE")]
     baseline: PathBuf,
@@ -62,6 +63,7 @@ pub struct LimitArgs {
 /// One comparison.
 #[derive(Debug, Serialize)]
 struct Row {
+    load: String,
     base: String,
     other: String,
     measure: &'static str,
@@ -94,11 +96,17 @@ pub fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
 /// See [`run`] and [`crate::run::run`].
 pub fn ci(args: &CiArgs) -> anyhow::Result<ExitCode> {
     let base = Results::read(&args.baseline)?;
-    let new = measure(&args.targets, &base.load, &args.common)?;
-    if args.common.output == Output::Text {
-        show(&new, &args.common)?;
+    ensure!(
+        base.client == "ashlar",
+        "the baseline was measured by {}: compare with `bench compare`",
+        base.client
+    );
+    let loads: Vec<Load> = base.loads().into_iter().cloned().collect();
+    let new = measure(&args.targets.subjects()?, &loads, &args.common, &Client::Own)?;
+    if args.common.keep.output == Output::Text {
+        show(&new, &args.common.keep, "ashlar bench ci")?;
     }
-    finish(&between(&base, &new, &args.limits)?, args.common.output)
+    finish(&between(&base, &new, &args.limits)?, args.common.keep.output)
 }
 
 /// Every other subject of a file beside its first.
@@ -106,13 +114,21 @@ fn within(results: &Results, tolerance: f64) -> anyhow::Result<Vec<Row>> {
     let subjects = results.subjects();
     ensure!(subjects.len() > 1, "there is only one subject: name a second file to compare with");
     let (first, others) = (subjects[0], &subjects[1..]);
-    let pair = |other: &&str| rows((first, results), (other, results), tolerance);
-    Ok(others.iter().flat_map(pair).collect())
+    let mut all = Vec::new();
+    for load in results.loads() {
+        for other in others {
+            all.extend(rows(load, (first, results), (other, results), tolerance));
+        }
+    }
+    Ok(all)
 }
 
 /// The subjects of the same name of two files.
 fn between(base: &Results, other: &Results, limits: &LimitArgs) -> anyhow::Result<Vec<Row>> {
-    ensure!(base.load == other.load, "the workloads differ: {:?} and {:?}", base.load, other.load);
+    let loads: Vec<&Load> = base.loads().into_iter().filter(|load| other.loads().contains(load)).collect();
+    let labels =
+        |results: &Results| results.loads().into_iter().map(Load::label).collect::<Vec<_>>().join(", ");
+    ensure!(!loads.is_empty(), "the workloads differ: {} and {}", labels(base), labels(other));
     let different = differences(base, other);
     if !different.is_empty() && !limits.across {
         bail!(
@@ -123,10 +139,14 @@ fn between(base: &Results, other: &Results, limits: &LimitArgs) -> anyhow::Resul
     for difference in &different {
         eprintln!("WARNING, compared across environments: {difference}");
     }
-    let names = base.subjects().into_iter().filter(|name| other.subjects().contains(name));
-    let rows: Vec<_> = names.flat_map(|name| rows((name, base), (name, other), limits.tolerance)).collect();
-    ensure!(!rows.is_empty(), "no subject is in both: {:?} and {:?}", base.subjects(), other.subjects());
-    Ok(rows)
+    let mut all = Vec::new();
+    for load in loads {
+        for name in base.subjects().into_iter().filter(|name| other.subjects().contains(name)) {
+            all.extend(rows(load, (name, base), (name, other), limits.tolerance));
+        }
+    }
+    ensure!(!all.is_empty(), "no subject is in both: {:?} and {:?}", base.subjects(), other.subjects());
+    Ok(all)
 }
 
 /// How two environments differ, in words.
@@ -142,13 +162,14 @@ fn differences(a: &Results, b: &Results) -> Vec<String> {
         ("boot of the machine", a.session.clone(), b.session.clone()),
         ("disk", a.disk.join(", "), b.disk.join(", ")),
         ("tuning", a.tuning.join(", "), b.tuning.join(", ")),
+        ("client", a.client.clone(), b.client.clone()),
     ];
     let different = facts.into_iter().filter(|(_, a, b)| a != b);
     different.map(|(what, a, b)| format!("{what} `{a}` and `{b}`")).collect()
 }
 
-fn rows(base: (&str, &Results), other: (&str, &Results), tolerance: f64) -> Vec<Row> {
-    let pairs: Vec<(&Run, &Run)> = base.1.runs_of(base.0).zip(other.1.runs_of(other.0)).collect();
+fn rows(load: &Load, base: (&str, &Results), other: (&str, &Results), tolerance: f64) -> Vec<Row> {
+    let pairs: Vec<(&Run, &Run)> = base.1.runs_of(base.0, load).zip(other.1.runs_of(other.0, load)).collect();
     let row = |measure, more_is_better: bool, value: &dyn Fn(&Run) -> Option<f64>| {
         let values: Vec<(f64, f64)> =
             pairs.iter().filter_map(|(a, b)| Some((value(a)?, value(b)?))).collect();
@@ -166,6 +187,7 @@ fn rows(base: (&str, &Results), other: (&str, &Results), tolerance: f64) -> Vec<
             ratio > 1.0 + tolerance / 100.0 && (ratios.len() < 3 || low > 1.0)
         };
         Some(Row {
+            load: load.label(),
             base: base.0.to_owned(),
             other: other.0.to_owned(),
             measure,
@@ -201,9 +223,10 @@ fn finish(rows: &[Row], output: Output) -> anyhow::Result<ExitCode> {
 fn table(rows: &[Row]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header(["base", "other", "measure", "base", "other", "ratio", "rounds", ""]);
+    table.set_header(["load", "base", "other", "measure", "base", "other", "ratio", "rounds", ""]);
     for row in rows {
         table.add_row([
+            row.load.clone(),
             row.base.clone(),
             row.other.clone(),
             row.measure.to_owned(),
@@ -214,7 +237,7 @@ fn table(rows: &[Row]) -> Table {
             if row.regressed { "REGRESSION".to_owned() } else { String::new() },
         ]);
     }
-    for column in table.column_iter_mut().skip(3).take(4) {
+    for column in table.column_iter_mut().skip(4).take(4) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
@@ -224,24 +247,13 @@ fn table(rows: &[Row]) -> Table {
 mod tests {
     use super::*;
     use crate::environment::Environment;
-    use crate::run::load::{Load, Order};
     use crate::run::result::SCHEMA;
 
     fn results(name: &str, iops: &[f64]) -> Results {
-        let load = Load {
-            order: Order::Random,
-            read_percent: 100,
-            sizes: "4K".parse().expect("well formed"),
-            depth: 1,
-            jobs: 1,
-            rate: None,
-            dsync: false,
-            verify: false,
-            bytes: 1 << 20,
-            seed: 1,
-        };
+        let load = Load::random_4k(100, 1, 1 << 20);
         let run = |(round, iops): (usize, &f64)| Run {
             subject: name.into(),
+            load: load.clone(),
             round: round as u32,
             iops: *iops,
             bytes_s: 0.0,
@@ -260,7 +272,7 @@ mod tests {
             session: "s".into(),
             tuning: Vec::new(),
             disk: Vec::new(),
-            load,
+            client: "ashlar".into(),
             seconds: 1.0,
             warm_up: 1.0,
             runs: iops.iter().enumerate().map(run).collect(),
@@ -292,7 +304,7 @@ mod tests {
         let error = between(&a, &b, &limits(false)).expect_err("another kernel");
         assert!(error.to_string().contains("kernel") && error.to_string().contains("2.4"), "{error}");
         assert!(between(&a, &b, &limits(true)).is_ok());
-        b.load.depth = 2;
+        b.runs[0].load.depth = 2;
         assert!(between(&a, &b, &limits(true)).is_err(), "another workload is never compared");
         assert!(between(&a, &results("b", &[1.0]), &limits(false)).is_err(), "no subject in both");
     }

@@ -2,44 +2,82 @@
 //!
 //! Colours are told by CSS variables, so that the page reads in a dark room and on paper.
 
+use super::load::Load;
+use super::plot::{Axis, Bar, COLOURS, Scale, Series, bars, escaped, lines, short};
 use super::result::{Results, Run};
-use crate::report::median;
+use super::summary::{self, Row, shown};
 use std::fmt::Write;
 
 const STYLE: &str = "
-:root { --ink:#1d2330; --soft:#5d6678; --line:#d9dde5; --paper:#fff; --s0:#1f6feb; --s1:#d1495b; --s2:#2a8f5c; --s3:#8a5cd1; --s4:#c27c0e; --s5:#0e8a99; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e4e8f0; --soft:#98a2b5; --line:#343c4a; --paper:#14181f; --s0:#6ea8fe; --s1:#f28b97; --s2:#6fcf9b; --s3:#b99bf0; --s4:#e6b25c; --s5:#5cc8d6; } }
-@media print { :root { --ink:#000; --soft:#444; --line:#bbb; --paper:#fff; } figure { break-inside: avoid; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-p, li, figcaption { color: var(--soft); } figure { margin: 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); } th:first-child, td:first-child { text-align: left; }
-svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--line); } .plot { fill: none; stroke-width: 2; }
-.wide { overflow-x: auto; }";
+:root { color-scheme: light dark; --ink:#1d2330; --soft:#566074; --line:#dfe3ea; --band:#f5f7fa; --paper:#fff;
+  --s0:#1f6feb; --s1:#d1495b; --s2:#2a8f5c; --s3:#8a5cd1; --s4:#b36b00; --s5:#0e8a99; }
+@media (prefers-color-scheme: dark) { :root { --ink:#e4e8f0; --soft:#a3adc0; --line:#333b49; --band:#1b212b; --paper:#14181f;
+  --s0:#6ea8fe; --s1:#f28b97; --s2:#6fcf9b; --s3:#b99bf0; --s4:#e6b25c; --s5:#5cc8d6; } }
+* { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p, li { color: var(--soft); margin: .3rem 0; } ul { padding-left: 1.2rem; }
+figure { margin: 0; break-inside: avoid; } figcaption { font-weight: 600; font-size: .9rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)); gap: 1rem 1.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
+th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th.text, td.text { text-align: left; } tr.first td { border-top: 2px solid var(--line); } tr:hover td { background: var(--band); }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .3rem 0 .6rem; color: var(--soft); font-size: .9rem; }
+.key i { display: inline-block; width: .9rem; height: .9rem; border-radius: 2px; margin-right: .4rem; vertical-align: -2px; }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 12px; } svg text.name { font-size: 12px; }
+.grid { stroke: var(--line); } .axis, .tick { stroke: var(--soft); } .plot { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.dashed { stroke-dasharray: 5 4; } .faint { stroke-width: 1.4; stroke-opacity: .75; }
+@media print { :root { color-scheme: light; --ink:#000; --soft:#333; --line:#bbb; --band:#f2f2f2; --paper:#fff;
+  --s0:#1f6feb; --s1:#d1495b; --s2:#2a8f5c; --s3:#8a5cd1; --s4:#b36b00; --s5:#0e8a99; }
+  body { font-size: 10pt; margin: 0; padding: 0; max-width: none; } h2 { break-after: avoid; } .key { break-after: avoid; }
+  .wide { overflow: visible; } table { font-size: 7.5pt; } tr { break-inside: avoid; }
+  th, td { padding: .12rem .3rem; } th { white-space: normal; }
+  .plots { grid-template-columns: 1fr 1fr; } figcaption { font-size: 8.5pt; } svg text, svg text.name { font-size: 15px; } }";
 
 /// The page.
 pub fn page(results: &Results) -> String {
-    let subjects = results.subjects();
+    let (subjects, rows) = (results.subjects(), summary::rows(results));
     let mut page = format!(
-        "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
+        "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width\">\
          <title>ashlar bench</title><style>{STYLE}</style>\n<h1>ashlar bench</h1>\n<p>{}</p>\n<p>{}</p>\n",
         escaped(&results.environment.line()),
-        escaped(&workload(results))
+        escaped(&summary::setting(results))
     );
+    let key = key(&subjects);
     page += "<h2>Medians of the rounds</h2>\n";
-    page += &summary(results);
-    page += "<h2>IOs a second</h2>\n";
-    page += &bars(&subjects, |name| middle(results, name, |run| Some(run.iops)), "IOPS", 0);
-    page += "<h2>Latency by percentile</h2>\n";
-    page += &percentiles(results, &subjects);
-    page += "<h2>Time line</h2>\n";
-    page += &timeline(results, &subjects);
-    if results.runs.iter().any(|run| run.server_cpu_us_per_io().is_some()) {
-        page += "<h2>Server CPU for each IO</h2>\n";
-        page += &bars(&subjects, |name| middle(results, name, Run::server_cpu_us_per_io), "us", 1);
-        page += &processes(results);
+    page += &medians(&rows, &subjects);
+    let groups = by_depth(&rows);
+    if groups.iter().any(|(_, loads)| loads.len() > 1) {
+        let _ = write!(page, "<h2>IOs a second and latency against depth</h2>\n{key}<div class=\"plots\">");
+        for (pattern, loads) in groups.iter().filter(|(_, loads)| loads.len() > 1) {
+            page += &against_depth(pattern, loads, &rows, &subjects);
+        }
+        page += "</div>\n";
+    } else {
+        page += "<h2>IOs a second</h2>\n<figure>";
+        page += &iops_bars(&rows, &subjects);
+        page += "</figure>\n";
     }
+    let _ = write!(page, "<h2>Latency by percentile</h2>\n{key}<div class=\"plots\">");
+    for load in results.loads() {
+        page += &figure(&load.label(), &percentiles(results, load, &subjects));
+    }
+    page += "</div>\n";
+    if results.runs.iter().any(|run| !run.timeline.is_empty()) {
+        let _ = write!(page, "<h2>Time line, a line for each round</h2>\n{key}<div class=\"plots\">");
+        for load in results.loads() {
+            page += &figure(&load.label(), &timeline(results, load, &subjects));
+        }
+        page += "</div>\n";
+    }
+    page += "<h2>Processor time for each IO</h2>\n<div class=\"key\"><span><i style=\"background:var(--soft)\"></i>client</span>\
+             <span><i style=\"background:var(--s0)\"></i>servers, in the colour of the subject</span></div><figure>";
+    page += &cpu_bars(&rows, &subjects);
+    page += "</figure>\n<h2>Processes</h2>\n";
+    page += &processes(results);
     page += "<h2>Environment</h2>\n<ul>";
     let tuning = results.tuning.iter().map(|line| format!("not tuned: {line}"));
     let revision = (!results.revision.is_empty()).then(|| format!("source {}", results.revision));
@@ -49,207 +87,252 @@ pub fn page(results: &Results) -> String {
     page + "</ul>\n</html>\n"
 }
 
-fn workload(results: &Results) -> String {
-    let load = &results.load;
-    let sizes: Vec<String> =
-        load.sizes.0.iter().map(|(bytes, share)| format!("{}K:{share}", bytes >> 10)).collect();
-    let kind = load.rate.map_or(format!("closed loop, depth {}", load.depth), |rate| {
-        format!("open loop, {rate:.0} IOPS arrive")
-    });
-    format!(
-        "{:?}, {} % reads, {} of {} MiB, {kind}, {} job(s); {} s a measurement after {} s of warm-up.",
-        load.order,
-        load.read_percent,
-        sizes.join(", "),
-        load.bytes >> 20,
-        load.jobs,
-        results.seconds,
-        results.warm_up
-    )
+/// Which colour is whose.
+fn key(subjects: &[&str]) -> String {
+    let one = |(nth, name): (usize, &&str)| {
+        format!("<span><i style=\"background:var(--s{})\"></i>{}</span>", nth % COLOURS, escaped(name))
+    };
+    format!("<div class=\"key\">{}</div>\n", subjects.iter().enumerate().map(one).collect::<String>())
 }
 
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+fn figure(caption: &str, svg: &str) -> String {
+    format!("<figure><figcaption>{}</figcaption>{svg}</figure>\n", escaped(caption))
 }
 
-fn middle(results: &Results, name: &str, value: impl Fn(&Run) -> Option<f64>) -> Option<f64> {
-    let values: Vec<f64> = results.runs_of(name).filter_map(value).collect();
-    (!values.is_empty()).then(|| median(values))
+fn colour(subjects: &[&str], name: &str) -> usize {
+    subjects.iter().position(|other| *other == name).unwrap_or(0)
 }
 
-fn summary(results: &Results) -> String {
-    let mut text = String::from(
-        "<div class=\"wide\"><table><tr><th>subject</th><th>rounds</th><th>IOPS</th><th>MB/s</th><th>p50 us</th><th>p99 us</th><th>p99.9 us</th><th>max us</th><th>unserved</th></tr>",
-    );
-    for name in results.subjects() {
-        let of = |value: &dyn Fn(&Run) -> Option<f64>, digits: usize| {
-            middle(results, name, value).map_or("-".into(), |value| format!("{value:.digits$}"))
-        };
-        let cells = [
-            of(&|run| Some(run.iops), 0),
-            of(&|run| Some(run.bytes_s / 1e6), 1),
-            of(&|run| run.main_latency().map(|l| l.p50_us), 0),
-            of(&|run| run.main_latency().map(|l| l.p99_us), 0),
-            of(&|run| run.main_latency().map(|l| l.p999_us), 0),
-            of(&|run| run.main_latency().map(|l| l.max_us), 0),
-            of(&|run| Some(run.unserved as f64), 0),
-        ];
-        let rounds = results.runs_of(name).count();
-        let _ = write!(
-            text,
-            "<tr><td>{}</td><td>{rounds}</td><td>{}</td></tr>",
-            escaped(name),
-            cells.join("</td><td>")
-        );
+/// A table; the first `text` columns are words. A row that begins with a new first cell is set apart.
+fn html_table(header: &[&str], text: usize, rows: &[Vec<String>]) -> String {
+    let class = |nth: usize| if nth < text { " class=\"text\"" } else { "" };
+    let mut html = String::from("<div class=\"wide\"><table><tr>");
+    for (nth, name) in header.iter().enumerate() {
+        let _ = write!(html, "<th{}>{}</th>", class(nth), escaped(name));
     }
-    text + "</table></div>\n"
+    let mut before: Option<&String> = None;
+    for row in rows {
+        let new = before.is_some_and(|before| *before != row[0]);
+        html += if new { "</tr>\n<tr class=\"first\">" } else { "</tr>\n<tr>" };
+        for (nth, cell) in row.iter().enumerate() {
+            let _ = write!(html, "<td{}>{}</td>", class(nth), escaped(cell));
+        }
+        before = row.first();
+    }
+    html + "</tr></table></div>\n"
+}
+
+fn medians(rows: &[Row], subjects: &[&str]) -> String {
+    let first = subjects.first().copied().unwrap_or_default();
+    let by = format!("x {first}");
+    let header = [
+        "load",
+        "subject",
+        "rounds",
+        "IOPS",
+        "MB/s",
+        "p50 us",
+        "p99 us",
+        "p99.9 us",
+        "max us",
+        &by,
+        "client us/IO",
+        "server us/IO",
+        "unserved",
+    ];
+    let cells = |row: &Row| {
+        let base = summary::find(rows, first, &row.load).map(|base| row.iops / base.iops);
+        vec![
+            row.load.label(),
+            row.subject.clone(),
+            row.rounds.to_string(),
+            format!("{:.0}", row.iops),
+            format!("{:.1}", row.bytes_s / 1e6),
+            shown(row.p50_us, 0),
+            shown(row.p99_us, 0),
+            shown(row.p999_us, 0),
+            shown(row.max_us, 0),
+            shown(base, 2),
+            shown(row.client_us_per_io, 1),
+            shown(row.server_us_per_io, 1),
+            format!("{:.0}", row.unserved),
+        ]
+    };
+    let mut header = header.to_vec();
+    let mut cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
+    if rows.iter().all(|row| row.load.rate.is_none()) {
+        header.pop();
+        cells.iter_mut().for_each(|row| drop(row.pop()));
+    }
+    html_table(&header, 2, &cells)
 }
 
 fn processes(results: &Results) -> String {
-    let mut text = String::from(
-        "<div class=\"wide\"><table><tr><th>subject</th><th>process</th><th>CPU s</th><th>us/IO</th><th>MiB</th><th>switches</th></tr>",
-    );
+    let mut rows = Vec::new();
     for run in results.runs.iter().filter(|run| run.round == 0) {
         for one in &run.processes {
-            let _ = write!(
-                text,
-                "<tr><td>{}</td><td>{}</td><td>{:.2}</td><td>{:.1}</td><td>{}</td><td>{}</td></tr>",
-                escaped(&run.subject),
-                escaped(&one.name),
-                one.cpu_s,
-                one.cpu_us_per_io,
-                one.rss_bytes >> 20,
-                one.switches
-            );
+            rows.push(vec![
+                run.load.label(),
+                run.subject.clone(),
+                one.name.clone(),
+                format!("{:.2}", one.cpu_s),
+                format!("{:.1}", one.cpu_us_per_io),
+                if one.rss_bytes > 0 { (one.rss_bytes >> 20).to_string() } else { "-".into() },
+                one.switches.to_string(),
+            ]);
         }
     }
-    text + "</table></div>\n"
+    let header = ["load", "subject", "process", "CPU s", "us/IO", "MiB", "context switches"];
+    "<p>Of the first round.</p>\n".to_owned() + &html_table(&header, 3, &rows)
 }
 
-/// A bar a subject.
-fn bars(subjects: &[&str], value: impl Fn(&str) -> Option<f64>, unit: &str, digits: usize) -> String {
-    let values: Vec<(usize, &str, f64)> =
-        subjects.iter().enumerate().filter_map(|(nth, name)| Some((nth, *name, value(name)?))).collect();
-    let most = values.iter().map(|(.., value)| *value).fold(f64::MIN_POSITIVE, f64::max);
-    let mut svg = format!("<figure><svg viewBox=\"0 0 800 {}\" role=\"img\">", values.len() * 34 + 6);
-    for (row, (nth, name, value)) in values.iter().enumerate() {
-        let (y, width) = (row * 34 + 4, value / most * 520.0);
-        let _ = write!(
-            svg,
-            "<text x=\"150\" y=\"{}\" text-anchor=\"end\">{}</text><rect x=\"160\" y=\"{y}\" width=\"{width:.1}\" height=\"24\" fill=\"var(--s{})\"/><text x=\"{:.1}\" y=\"{}\">{value:.digits$} {unit}</text>",
-            y + 16,
-            escaped(name),
-            nth % 6,
-            168.0 + width,
-            y + 16
-        );
+/// The loads that differ in nothing but their depth, by what they have in common.
+fn by_depth(rows: &[Row]) -> Vec<(String, Vec<Load>)> {
+    let mut groups: Vec<(Load, Vec<Load>)> = Vec::new();
+    for row in rows {
+        let common = Load { depth: 0, ..row.load.clone() };
+        match groups.iter_mut().find(|(other, _)| *other == common) {
+            Some((_, loads)) if loads.contains(&row.load) => {}
+            Some((_, loads)) => loads.push(row.load.clone()),
+            None => groups.push((common, vec![row.load.clone()])),
+        }
     }
-    svg + "</svg></figure>\n"
-}
-
-/// One line of a plot: which colour, its name, its points.
-type Curve = (usize, String, Vec<(f64, f64)>);
-
-/// The wait that so many of all IOs stay under, by round; the scale stretches the tail.
-fn percentiles(results: &Results, subjects: &[&str]) -> String {
-    let x = |part: f64| -(1.0 - part.min(0.99999)).log10();
-    let curve = |run: &Run| {
-        let nth = subjects.iter().position(|name| *name == run.subject)?;
-        let points =
-            run.main_latency()?.curve.iter().map(|(part, us)| (x(*part), us.max(1.0).log10())).collect();
-        Some((nth, run.subject.clone(), points))
+    let named = |(common, mut loads): (Load, Vec<Load>)| {
+        loads.sort_by_key(|load| load.depth);
+        let jobs = if common.jobs > 1 { format!(", {} jobs", common.jobs) } else { String::new() };
+        (common.pattern() + &jobs, loads)
     };
-    let curves: Vec<Curve> = results.runs.iter().filter_map(curve).collect();
-    let x_ticks =
-        [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999].map(|part| (x(part), format!("{} %", part * 100.0)));
-    let y_ticks = (0..8).map(|power| (f64::from(power), format!("{} us", 10_u64.pow(power as u32))));
-    plot(&curves, &x_ticks, &y_ticks.collect::<Vec<_>>(), false)
+    groups.into_iter().map(named).collect()
 }
 
-fn timeline(results: &Results, subjects: &[&str]) -> String {
-    let curve = |run: &Run| {
-        let nth = subjects.iter().position(|name| *name == run.subject)?;
-        Some((nth, run.subject.clone(), run.timeline.iter().map(|moment| (moment.s, moment.iops)).collect()))
+fn against_depth(pattern: &str, loads: &[Load], rows: &[Row], subjects: &[&str]) -> String {
+    let line = |value: &dyn Fn(&Row) -> Option<f64>, name: &str, dashed: bool| -> Vec<Series> {
+        let of = |subject: &&str| {
+            let points = loads.iter().filter_map(|load| {
+                let row = summary::find(rows, subject, load)?;
+                Some((f64::from(load.depth), value(row)?))
+            });
+            let (colour, name) = (colour(subjects, subject), format!("{subject}{name}"));
+            Series { colour, name, dashed, faint: false, dots: true, points: points.collect() }
+        };
+        subjects.iter().map(of).filter(|series| !series.points.is_empty()).collect()
     };
-    let curves: Vec<Curve> = results.runs.iter().filter_map(curve).collect();
-    let most = curves.iter().flat_map(|(.., points)| points).map(|(_, iops)| *iops).fold(1.0, f64::max);
-    let step = 10_f64.powf((most / 2.0).log10().floor());
-    let y_ticks: Vec<_> = (0..=20)
-        .map(|nth| f64::from(nth) * step)
-        .take_while(|y| *y <= most * 1.1)
-        .map(|y| (y, format!("{y:.0}")))
-        .collect();
-    let x_ticks: Vec<_> =
-        (0..=5).map(|nth| results.seconds * f64::from(nth) / 5.0).map(|s| (s, format!("{s:.1} s"))).collect();
-    plot(&curves, &x_ticks, &y_ticks, true)
+    let ticks = loads.iter().map(|load| f64::from(load.depth)).collect();
+    let x = Axis { label: "IOs in flight".into(), scale: Scale::Log2, ticks };
+    let axis = |label: &str, scale| Axis { label: label.into(), scale, ticks: Vec::new() };
+    let iops = lines(
+        "IOPS against depth",
+        &line(&|row| Some(row.iops), "", false),
+        &x,
+        &axis("IOPS", Scale::Linear),
+    );
+    let mut latencies = line(&|row| row.p50_us, ", p50", false);
+    latencies.extend(line(&|row| row.p99_us, ", p99", true));
+    let latency = lines("latency against depth", &latencies, &x, &axis("us", Scale::Log10));
+    figure(&format!("{pattern}: IOs a second"), &iops)
+        + &figure(&format!("{pattern}: latency, p50 solid, p99 dashed"), &latency)
 }
 
-fn plot(curves: &[Curve], x_ticks: &[(f64, String)], y_ticks: &[(f64, String)], from_zero: bool) -> String {
-    let all = || curves.iter().flat_map(|(.., points)| points);
-    let bound =
-        |of: fn(&(f64, f64)) -> f64, start: f64, pick: fn(f64, f64) -> f64| all().map(of).fold(start, pick);
-    let right = x_ticks.iter().map(|(x, _)| *x).fold(bound(|p| p.0, f64::MIN, f64::max), f64::max);
-    let (low, high) = (bound(|p| p.1, f64::MAX, f64::min), bound(|p| p.1, f64::MIN, f64::max));
-    if !(right > 0.0 && high.is_finite() && low <= high) {
-        return "<p>Too short for a plot.</p>\n".into();
-    }
-    let bottom = if from_zero { 0.0 } else { low.floor() };
-    let top = if from_zero { high * 1.05 } else { high.ceil().max(bottom + 1.0) };
-    let at = |(x, y): &(f64, f64)| (80.0 + x / right * 690.0, 290.0 - (y - bottom) / (top - bottom) * 270.0);
-    let mut svg = String::from("<figure><svg viewBox=\"0 0 800 330\" role=\"img\">");
-    for (y, label) in y_ticks.iter().filter(|(y, _)| (bottom..=top).contains(y)) {
-        let (_, y) = at(&(0.0, *y));
-        let _ = write!(
-            svg,
-            "<line class=\"grid\" x1=\"80\" x2=\"770\" y1=\"{y:.1}\" y2=\"{y:.1}\"/><text x=\"74\" y=\"{:.1}\" text-anchor=\"end\">{label}</text>",
-            y + 4.0
-        );
-    }
-    for (x, label) in x_ticks {
-        let (x, _) = at(&(*x, bottom));
-        let _ = write!(svg, "<text x=\"{x:.1}\" y=\"308\" text-anchor=\"middle\">{label}</text>");
-    }
-    for (nth, _, points) in curves {
-        let places: Vec<String> = points.iter().map(at).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
-        let _ = write!(
-            svg,
-            "<polyline class=\"plot\" stroke=\"var(--s{})\" points=\"{}\"/>",
-            nth % 6,
-            places.join(" ")
-        );
-    }
-    let mut named: Vec<(usize, &str)> = curves.iter().map(|(nth, name, _)| (*nth, name.as_str())).collect();
-    named.sort_unstable();
-    named.dedup();
-    for (row, (nth, name)) in named.iter().enumerate() {
-        let x = 90 + row * 130;
-        let _ = write!(
-            svg,
-            "<rect x=\"{x}\" y=\"4\" width=\"12\" height=\"12\" fill=\"var(--s{})\"/><text x=\"{}\" y=\"14\">{}</text>",
-            nth % 6,
-            x + 18,
-            escaped(name)
-        );
-    }
-    svg + "</svg><figcaption>One line for each round.</figcaption></figure>\n"
+fn bar_name(row: &Row, rows: &[Row]) -> String {
+    let lone = rows.iter().all(|other| other.load == row.load);
+    if lone { row.subject.clone() } else { format!("{}, {}", row.load.label(), row.subject) }
+}
+
+fn iops_bars(rows: &[Row], subjects: &[&str]) -> String {
+    let bar = |row: &Row| Bar {
+        name: bar_name(row, rows),
+        parts: vec![(colour(subjects, &row.subject), row.iops)],
+        text: short(row.iops),
+    };
+    bars("IOs a second", &rows.iter().map(bar).collect::<Vec<_>>())
+}
+
+fn cpu_bars(rows: &[Row], subjects: &[&str]) -> String {
+    let bar = |row: &Row| {
+        let (client, server) = (row.client_us_per_io.unwrap_or(0.0), row.server_us_per_io);
+        let mut parts = vec![(usize::MAX, client)];
+        parts.extend(server.map(|us| (colour(subjects, &row.subject), us)));
+        let text = match server {
+            Some(server) => format!("{client:.1} + {server:.1} us"),
+            None => format!("{client:.1} us"),
+        };
+        Bar { name: bar_name(row, rows), parts, text }
+    };
+    bars("CPU for each IO", &rows.iter().map(bar).collect::<Vec<_>>())
+}
+
+/// The lines of all rounds under a load.
+fn by_round(
+    results: &Results,
+    load: &Load,
+    subjects: &[&str],
+    points: impl Fn(&Run) -> Option<Vec<(f64, f64)>>,
+) -> Vec<Series> {
+    let runs = results.runs.iter().filter(|run| run.load == *load);
+    let series = |run: &Run| {
+        let (colour, name) =
+            (colour(subjects, &run.subject), format!("{}, round {}", run.subject, run.round + 1));
+        let faint = results.runs_of(&run.subject, load).count() > 1;
+        let points = points(run)?;
+        // A line of one point is a point.
+        Some(Series { colour, name, dashed: false, faint, dots: points.len() < 3, points })
+    };
+    runs.filter_map(series).collect()
+}
+
+/// The wait that so many of all IOs stay under; the scale stretches the tail.
+fn percentiles(results: &Results, load: &Load, subjects: &[&str]) -> String {
+    let series = by_round(results, load, subjects, |run| {
+        let latency = run.main_latency()?;
+        // Beyond one in all IOs there is nothing to tell.
+        let known = 1.0 - 1.0 / latency.ios.max(2) as f64;
+        let curve = latency.curve.iter().filter(|(part, _)| *part <= known);
+        Some(curve.map(|(part, us)| (*part, us.max(1.0))).collect())
+    });
+    let most = series.iter().flat_map(|one| &one.points).map(|(part, _)| *part).fold(0.99, f64::max);
+    let nines = [0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999].into_iter().filter(|part| *part <= most);
+    let x = Axis { label: "part of all IOs".into(), scale: Scale::Nines, ticks: nines.collect() };
+    let y = Axis { label: "us".into(), scale: Scale::Log10, ticks: Vec::new() };
+    lines("latency by percentile", &series, &x, &y)
+}
+
+fn timeline(results: &Results, load: &Load, subjects: &[&str]) -> String {
+    let series = by_round(results, load, subjects, |run| {
+        let points: Vec<_> = run.timeline.iter().map(|moment| (moment.s, moment.iops)).collect();
+        (!points.is_empty()).then_some(points)
+    });
+    let x = Axis { label: "seconds".into(), scale: Scale::Linear, ticks: Vec::new() };
+    let y = Axis { label: "IOPS".into(), scale: Scale::Linear, ticks: Vec::new() };
+    lines("IOs a second over time", &series, &x, &y)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
-    #[test]
-    fn a_subjects_name_cannot_become_markup() {
-        assert_eq!(escaped("<b>&"), "&lt;b&gt;&amp;");
-        let svg = bars(&["<script>"], |_| Some(1.0), "us", 1);
-        assert!(!svg.contains("<script>") && svg.contains("1.0 us"), "{svg}");
+    fn results() -> Results {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/result-1.json");
+        Results::read(&path).expect("a fixture")
     }
 
     #[test]
-    fn a_plot_of_nothing_says_so() {
-        assert!(plot(&[], &[], &[], true).contains("Too short"));
-        let flat = vec![(0, "a".to_owned(), vec![(0.0, 5.0), (1.0, 5.0)])];
-        let svg = plot(&flat, &[(1.0, "1 s".into())], &[(0.0, "0".into())], true);
-        assert!(svg.contains("<polyline") && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+    fn one_load_has_bars_and_several_depths_have_curves() {
+        let mut results = results();
+        let lone = page(&results);
+        assert!(lone.contains("IOs a second</h2>") && !lone.contains("against depth"));
+        let mut deeper = results.runs.clone();
+        deeper.iter_mut().for_each(|run| run.load.depth = 128);
+        results.runs.extend(deeper);
+        let curves = page(&results);
+        assert!(curves.contains("against depth</h2>") && curves.ends_with("</html>\n"));
+        assert!(!curves.contains("NaN"));
+    }
+
+    #[test]
+    fn a_subjects_name_cannot_become_markup_anywhere() {
+        let mut results = results();
+        results.runs.iter_mut().for_each(|run| run.subject = "<script>".into());
+        assert!(!page(&results).contains("<script>"));
     }
 }

@@ -4,7 +4,7 @@
 //! whatever becomes of those before, and latency counts from the moment an IO should have begun, so
 //! that a stall is felt by all that arrived during it (no coordinated omission).
 
-use super::driver::{Done, Driver, FileDriver, NbdDriver};
+use super::driver::{Done, Driver, FileDriver, NbdDriver, NvmeDriver, VolumeDriver};
 use super::load::{BLOCK_BYTES, Io, Ios, Load};
 use super::target::Target;
 use anyhow::{Context, ensure};
@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// How often a job tells what it did.
 const TICK: Span = Span::ms(250);
+/// How long IOs may be under way without any of them ending.
+const SILENCE_MAX: Span = Span::ms(60_000);
 
 /// What a job did since it last told.
 #[derive(Debug)]
@@ -32,7 +34,7 @@ pub struct Tick {
     pub counts: bool,
     /// IOs that should have begun and have not ended; only of an open loop, only at its end.
     pub unserved: u64,
-    /// System calls that entered the ring, so far.
+    /// System calls that entered the ring meanwhile.
     pub enters: u64,
 }
 
@@ -48,7 +50,7 @@ pub fn histogram() -> Histogram<u64> {
 ///
 /// # Errors
 /// See the drivers.
-pub fn connect(ring: &mut Ring, target: &Target, load: &Load) -> anyhow::Result<Box<dyn Driver>> {
+pub fn connect(ring: &mut Ring, target: &Target, load: &Load, job: u32) -> anyhow::Result<Box<dyn Driver>> {
     let read_only = load.read_percent == 100;
     Ok(match target {
         Target::File(path) => Box::new(FileDriver::open(ring, path, load.dsync, read_only)?),
@@ -58,15 +60,20 @@ pub fn connect(ring: &mut Ring, target: &Target, load: &Load) -> anyhow::Result<
         Target::NbdUnix { socket, export } => {
             Box::new(NbdDriver::open(ring, Addr::Unix(socket.clone()), export, read_only)?)
         }
+        Target::Nvme { addr, nqn } => Box::new(NvmeDriver::open(ring, &Addr::Tcp(*addr), nqn, load.depth)?),
+        Target::Volume { mds, name } => {
+            let mds = mds.as_deref().context("the MDS is not named: add --mds HOST:PORT, or --dev DIR")?;
+            Box::new(VolumeDriver::open(ring, mds, name, job)?)
+        }
     })
 }
 
-/// A ring with memory for so many IOs.
+/// A ring with memory for so many IOs, twice: the native client receives beside, and each link stages 64 KiB.
 ///
 /// # Errors
 /// No io_uring here.
 pub fn ring(depth: u32) -> anyhow::Result<Ring> {
-    let arena_bytes = ((depth as usize + 8) * (128 << 10)).next_power_of_two();
+    let arena_bytes = ((2 * depth as usize + 32) * (128 << 10)).next_power_of_two();
     Ok(Ring::new(RingConfig { arena_bytes, spin_us_max: 0, register_arena: true, ..RingConfig::default() })?)
 }
 
@@ -85,7 +92,7 @@ pub struct Times {
 /// An IO failed, what was read is not what was written, or the connection was lost.
 pub fn run(target: &Target, load: &Load, job: u32, times: Times, tell: &Sender<Tick>) -> anyhow::Result<()> {
     let mut ring = ring(load.depth)?;
-    let driver = connect(&mut ring, target, load)?;
+    let driver = connect(&mut ring, target, load, job)?;
     let bytes = driver.bytes().min(load.bytes) / u64::from(load.jobs) / BLOCK_BYTES * BLOCK_BYTES;
     let ios = Ios::new(load, job, bytes * u64::from(job), bytes)?;
     let mut spare = VecDeque::new();
@@ -103,8 +110,22 @@ pub fn run(target: &Target, load: &Load, job: u32, times: Times, tell: &Sender<T
     let tick =
         Tick { reads: histogram(), writes: histogram(), bytes: 0, counts: false, unserved: 0, enters: 0 };
     let eager = matches!(target, Target::File(_));
-    let mut job =
-        Job { ring, driver, ios, spare, flying, from, end, start, interval_ns, arrivals: 0, verify, tick };
+    let (arrivals, entered) = (0, ring.stats().enters);
+    let mut job = Job {
+        ring,
+        driver,
+        ios,
+        spare,
+        flying,
+        from,
+        end,
+        start,
+        interval_ns,
+        arrivals,
+        verify,
+        entered,
+        tick,
+    };
     job.drive(eager, tell)
 }
 
@@ -121,12 +142,14 @@ struct Job {
     interval_ns: Option<f64>,
     arrivals: u64,
     verify: Option<Verify>,
+    /// Of the ring's count, what was told.
+    entered: u64,
     tick: Tick,
 }
 
 impl Job {
     fn drive(&mut self, eager: bool, tell: &Sender<Tick>) -> anyhow::Result<()> {
-        let (mut done, mut told) = (Vec::new(), self.start);
+        let (mut done, mut told, mut heard) = (Vec::new(), self.start, self.start);
         let mut ended: VecDeque<Done> = VecDeque::new();
         let depth = self.flying.len();
         loop {
@@ -141,8 +164,17 @@ impl Job {
             }
             // See `tune probe`: a disk should not wait until all that ended is looked at.
             let deadline = if ended.is_empty() { self.arrival(now) } else { Some(now) };
-            self.driver.turn(&mut self.ring, deadline, &mut done)?;
+            let deadline = deadline.unwrap_or(heard + SILENCE_MAX);
+            self.driver.turn(&mut self.ring, Some(deadline), &mut done)?;
             let now = self.ring.now();
+            if !done.is_empty() || self.spare.len() == depth {
+                heard = now;
+            }
+            ensure!(
+                now < heard + SILENCE_MAX,
+                "no IO has ended for {} s: is a quorum lost?",
+                SILENCE_MAX.0 / 1_000_000_000
+            );
             if now >= self.from && !self.tick.counts {
                 // The measurement begins: what was before it must not take its first IOs along.
                 told = now;
@@ -242,7 +274,8 @@ impl Job {
         let counts = now >= self.from;
         let next = Tick { reads: histogram(), writes: histogram(), bytes: 0, counts, unserved: 0, enters: 0 };
         let mut tick = std::mem::replace(&mut self.tick, next);
-        tick.enters = self.ring.stats().enters;
+        let enters = self.ring.stats().enters;
+        tick.enters = enters - std::mem::replace(&mut self.entered, enters);
         tell.send(tick).context("nobody listens to the job")
     }
 }

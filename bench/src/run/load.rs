@@ -8,6 +8,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use rand_distr::{Distribution, Zipf};
 use serde::{Deserialize, Serialize};
+use std::fmt::{self, Display, Formatter};
 use std::str::FromStr;
 
 /// Bytes of the smallest IO, of which all others are multiples.
@@ -50,6 +51,19 @@ impl FromStr for Sizes {
     }
 }
 
+impl Display for Sizes {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for (nth, (bytes, share)) in self.0.iter().enumerate() {
+            let comma = if nth > 0 { "," } else { "" };
+            match self.0.len() {
+                1 => write!(f, "{}K", bytes >> 10)?,
+                _ => write!(f, "{comma}{}K:{share}", bytes >> 10)?,
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What is done, whoever it is done to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Load {
@@ -73,6 +87,36 @@ pub struct Load {
     pub bytes: u64,
     /// Of the random numbers.
     pub seed: u64,
+}
+
+impl Load {
+    /// 4 KiB at random, one job, a closed loop: what the comparisons of this crate begin with.
+    pub fn random_4k(read_percent: u8, depth: u32, bytes: u64) -> Self {
+        let (order, sizes) = (Order::Random, Sizes(vec![(BLOCK_BYTES, 1.0)]));
+        let (jobs, rate, dsync, verify, seed) = (1, None, true, false, 1);
+        Self { order, read_percent, sizes, depth, jobs, rate, dsync, verify, bytes, seed }
+    }
+
+    /// What is done, without how much of it at once: `randread 4K`, `zipf 70 % reads 4K:3,64K:1`.
+    pub fn pattern(&self) -> String {
+        let order = match self.order {
+            Order::Random => "rand",
+            Order::Sequential => "",
+            Order::Zipfian => "zipf",
+        };
+        match self.read_percent {
+            100 => format!("{order}read {}", self.sizes),
+            0 => format!("{order}write {}", self.sizes),
+            reads => format!("{order}rw {reads} % reads {}", self.sizes),
+        }
+    }
+
+    /// The whole in a few words: `randread 4K QD32`.
+    pub fn label(&self) -> String {
+        let pace = self.rate.map_or(format!("QD{}", self.depth), |rate| format!("{rate:.0}/s"));
+        let jobs = if self.jobs > 1 { format!(" x{}", self.jobs) } else { String::new() };
+        format!("{} {pace}{jobs}", self.pattern())
+    }
 }
 
 /// One IO.
@@ -211,6 +255,17 @@ mod tests {
             counts.into_values().max().unwrap_or(0)
         };
         assert!(hottest(Order::Zipfian) > 1000 && hottest(Order::Random) < 100);
+    }
+
+    #[test]
+    fn a_label_says_what_was_done_and_how_much_at_once() -> anyhow::Result<()> {
+        let read = Load::random_4k(100, 32, 1 << 20);
+        assert_eq!(read.label(), "randread 4K QD32");
+        let order = Order::Sequential;
+        let mixed = Load { read_percent: 70, sizes: "4K:3,64K".parse()?, jobs: 2, order, ..read.clone() };
+        assert_eq!(mixed.label(), "rw 70 % reads 4K:3,64K:1 QD32 x2");
+        assert_eq!(Load { rate: Some(5000.0), read_percent: 0, ..read }.label(), "randwrite 4K 5000/s");
+        Ok(())
     }
 
     #[test]

@@ -1,51 +1,90 @@
-//! `ashlar bench run`: one workload against one or more targets, in alternating rounds, by our own
-//! clients on the reactor that the targets use.
+//! `ashlar bench run` and its kin: workloads against one or more targets, in alternating rounds, by our own clients on
+//! the reactor that the targets use, or by fio.
 //!
-//! Invariants: every subject of a command meets the same IOs (same seed), A B A B; figures are
-//! worked out once, in [`result`], and printed, compared and plotted from there.
+//! Invariant: figures are worked out once, in [`result`] and [`summary`], and printed, compared and plotted from there.
 
 pub mod compare;
 mod driver;
-mod html;
-mod job;
+pub mod html;
+pub mod job;
 pub mod load;
+pub mod measure;
+mod plot;
 pub mod result;
-mod target;
+pub mod steady;
+pub mod summary;
+pub mod sweep;
+pub mod target;
 
-use crate::environment::Environment;
-use crate::process;
-use crate::report::median;
-use crate::{Output, parse_bytes};
-use anyhow::{Context, bail, ensure};
+use crate::cluster::SETTLE_LIMIT;
+use crate::dev::DevFile;
+use crate::environment::{self, Environment};
+use crate::fio::Fio;
+use crate::{Output, parse_bytes, process, report};
+use anyhow::ensure;
 use clap::Args;
-use comfy_table::{CellAlignment, Table, presets};
-use driver::Done;
-use hdrhistogram::Histogram;
-use indicatif::{ProgressBar, ProgressStyle};
-use job::{Tick, Times};
-use load::{BLOCK_BYTES, Io, Load, Order, Sizes};
-use reactor::Reactor;
-use result::{Latency, Moment, ProcessUse, Results, Run, SCHEMA};
+use comfy_table::presets;
+use load::{Load, Order, Sizes};
+use measure::{Client, Measured, Plan, Subject, prepare};
+use result::{Results, SCHEMA};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::process::ExitCode;
 use target::Target;
 
 /// What `bench run` takes.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  ashlar bench run file:/srv/x --prepare --size 1G --depth 32\n  \
-    ashlar bench run raw=file:/srv/x vol='nbd+unix:///vol0?socket=/srv/d/target-1/nbd.sock' --dev /srv/d --rounds 5\n  \
-    ashlar bench run nbd://host/vol0 --rate 20000 --read 70 --block 4K:80,64K:20 --html report.html")]
+    ashlar bench run raw=file:/srv/x vol=dev:nvme --dev /srv/d --prepare --rounds 5 --html report.html\n  \
+    ashlar bench run nbd://host/vol0 --rate 20000 --read 70 --block 4K:80,64K:20\n  \
+    ashlar bench run ashlar://vol0 --mds host:7400 --order zipfian --read 0 --verify\n\n\
+    A closed loop (the default) keeps --depth IOs in flight. An open loop (--rate) lets IOs arrive whatever became of\n\
+    those before, and counts latency from when each should have begun, so that a stall is felt by all it delayed.")]
 pub struct RunArgs {
-    /// What is measured: [NAME=]file:PATH, nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.
-    /// Several are measured in turns: A B A B.
-    #[arg(value_name = "TARGET", required = true)]
-    targets: Vec<String>,
+    #[command(flatten)]
+    targets: TargetArgs,
     #[command(flatten)]
     load: LoadArgs,
     #[command(flatten)]
     common: CommonArgs,
+}
+
+/// What `bench fio` takes.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Each measurement leaves its job file and fio's own JSON in --keep; run one again by hand:\n  \
+    fio --output-format=json+ fio-jobs/raw-randread_4K_QD32.fio\n\n\
+    Files go by fio's engine io_uring, NBD exports by its engine nbd. fio speaks no NVMe/TCP: attach the volume with\n\
+    `nvme connect` and give the device as file:/dev/nvme1n1."
+)]
+pub struct FioArgs {
+    #[command(flatten)]
+    targets: TargetArgs,
+    #[command(flatten)]
+    load: LoadArgs,
+    /// Where job files and fio's JSON go.
+    #[arg(long, value_name = "DIR", default_value = "fio-jobs")]
+    keep: PathBuf,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+/// What is measured.
+#[derive(Args, Debug)]
+pub struct TargetArgs {
+    /// What is measured: [NAME=]file:PATH, nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH,
+    /// nvme://HOST[:PORT]/NQN, ashlar://VOLUME, or dev:nvme, dev:nbd, dev:nbd+unix, dev:ashlar with --dev.
+    /// Several are measured in turns: A B A B.
+    #[arg(value_name = "TARGET", required = true)]
+    targets: Vec<String>,
+    /// Processes of the servers, whose CPU time is counted.
+    #[arg(long, value_name = "PID")]
+    pid: Vec<i32>,
+    /// A dev cluster, whose processes are counted.
+    #[arg(long, value_name = "DIR")]
+    dev: Option<PathBuf>,
+    /// The MDS, for ashlar://VOLUME.
+    #[arg(long, value_name = "HOST:PORT", env = "ASHLAR_MDS")]
+    mds: Option<String>,
 }
 
 /// The workload, as the command line has it.
@@ -98,36 +137,49 @@ pub struct CommonArgs {
     /// Write every byte once before measuring; a file that is missing is made.
     #[arg(long)]
     prepare: bool,
-    /// Processes of the server, whose CPU time is counted.
-    #[arg(long, value_name = "PID")]
-    pid: Vec<i32>,
-    /// A dev cluster, whose processes are counted.
-    #[arg(long, value_name = "DIR")]
-    dev: Option<PathBuf>,
+    #[command(flatten)]
+    keep: KeepArgs,
+}
+
+/// Where results go.
+#[derive(Args, Debug)]
+pub struct KeepArgs {
     /// Where the result goes; beside it, the distributions as .hgrm files.
     #[arg(long, value_name = "FILE", default_value = "result.json")]
     save: PathBuf,
     /// Also a report as one HTML page.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Also the table as a Markdown page.
+    #[arg(long, value_name = "FILE")]
+    write_markdown: Option<PathBuf>,
     /// How to print.
     #[arg(long, short, value_enum, default_value_t)]
     output: Output,
 }
 
-/// A target with its name in results.
-struct Subject {
-    name: String,
-    target: Target,
-}
-
-/// Runs the command.
+/// Runs `bench run`.
 ///
 /// # Errors
 /// A target that cannot be reached, an IO that fails, or data that is not what was written.
 pub fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    let results = measure(&args.targets, &args.load.load(), &args.common)?;
-    show(&results, &args.common)?;
+    let results = measure(&args.targets.subjects()?, &[args.load.load()], &args.common, &Client::Own)?;
+    show(&results, &args.common.keep, "ashlar bench run")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs `bench fio`.
+///
+/// # Errors
+/// fio or an engine is missing, fio fails, or a target cannot be reached.
+pub fn fio(args: &FioArgs) -> anyhow::Result<ExitCode> {
+    let subjects = args.targets.subjects()?;
+    let fio = Fio::probe(&args.keep, subjects.iter().map(|subject| &subject.target))?;
+    let results = measure(&subjects, &[args.load.load()], &args.common, &Client::Fio(fio))?;
+    show(&results, &args.common.keep, "ashlar bench fio")?;
+    if args.common.keep.output == Output::Text {
+        println!("job files and fio's own JSON: {}", args.keep.display());
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -148,408 +200,134 @@ impl LoadArgs {
     }
 }
 
-/// Measures every target in every round.
-fn measure(targets: &[String], load: &Load, args: &CommonArgs) -> anyhow::Result<Results> {
-    let subjects = subjects(targets)?;
+impl TargetArgs {
+    /// The subjects that the command line names.
+    fn subjects(&self) -> anyhow::Result<Vec<Subject>> {
+        let dev = self.dev.as_deref().map(DevFile::read).transpose()?;
+        let mut pids = self.pid.clone();
+        pids.extend(dev.iter().flat_map(DevFile::pids));
+        let gone = pids.iter().find(|pid| !process::is_alive(**pid));
+        ensure!(gone.is_none(), "there is no process {}", gone.copied().unwrap_or(0));
+        let mut subjects: Vec<Subject> = Vec::new();
+        for text in &self.targets {
+            let subject = subject(text, dev.as_ref(), self.mds.as_deref(), &pids)?;
+            let name = &subject.name;
+            ensure!(
+                subjects.iter().all(|other| other.name != *name),
+                "two targets are called {name}: give them names, as in a={text}"
+            );
+            subjects.push(subject);
+        }
+        Ok(subjects)
+    }
+}
+
+fn subject(text: &str, dev: Option<&DevFile>, mds: Option<&str>, pids: &[i32]) -> anyhow::Result<Subject> {
+    let named =
+        text.split_once('=').filter(|(name, _)| name.chars().all(|c| c.is_alphanumeric() || c == '-'));
+    let target = Target::parse(named.map_or(text, |(_, rest)| rest), dev, mds)?;
+    let name = named.map_or(target.kind(), |(name, _)| name).to_owned();
+    // Nobody serves a file.
+    let pids = if matches!(target, Target::File(_)) { Vec::new() } else { pids.to_vec() };
+    Ok(Subject { name, target, pids })
+}
+
+/// Prepares, measures and keeps.
+fn measure(
+    subjects: &[Subject],
+    loads: &[Load],
+    args: &CommonArgs,
+    client: &Client,
+) -> anyhow::Result<Results> {
     if args.prepare {
-        for subject in &subjects {
-            eprintln!("writing {} MiB of {}", load.bytes >> 20, subject.name);
-            prepare(&subject.target, load).with_context(|| format!("{} cannot be prepared", subject.name))?;
+        let bytes = loads.iter().map(|load| load.bytes).max().unwrap_or(0);
+        subjects.iter().try_for_each(|subject| prepare(subject, bytes))?;
+        settle(subjects);
+    }
+    let CommonArgs { seconds, warm_up, rounds, .. } = *args;
+    let plan = Plan { client, subjects, loads, seconds, warm_up, rounds };
+    keep(&plan, plan.measure()?, &args.keep)
+}
+
+/// Waits until all servers have flushed what was written.
+fn settle(subjects: &[Subject]) {
+    let mut pids: Vec<i32> = subjects.iter().flat_map(|subject| subject.pids.clone()).collect();
+    pids.sort_unstable();
+    pids.dedup();
+    if !pids.is_empty() && process::settle(&pids, SETTLE_LIMIT).is_none() {
+        eprintln!("note: the servers are still busy after {SETTLE_LIMIT:?}; measuring nevertheless");
+    }
+}
+
+/// Writes the result, and a distribution for each subject and load.
+fn keep(plan: &Plan<'_>, measured: Vec<Measured>, args: &KeepArgs) -> anyhow::Result<Results> {
+    let scratch = args.save.parent().filter(|folder| folder.is_dir()).unwrap_or(Path::new("."));
+    let environment = Environment::read(scratch, String::new(), String::new());
+    let loads = plan.loads.len();
+    for subject in plan.subjects {
+        for load in plan.loads {
+            let mut sum = job::histogram();
+            for (run, times) in &measured {
+                if run.subject == subject.name && run.load == *load {
+                    sum.add(times)?;
+                }
+            }
+            let which = if loads > 1 {
+                format!(".{}", load.label().replace([' ', ',', '/'], "_"))
+            } else {
+                String::new()
+            };
+            let name = format!("{}{which}.hgrm", subject.name);
+            report::write(&args.save.with_extension(name), &result::hgrm(&sum))?;
         }
     }
-    let pids = pids(args)?;
-    let (mut runs, mut whole) = (Vec::new(), Vec::new());
-    for round in 0..args.rounds {
-        for subject in &subjects {
-            let (run, times) =
-                one(subject, load, args, &pids, round).with_context(|| subject.name.clone())?;
-            runs.push(run);
-            whole.push((subject.name.clone(), times));
-        }
-    }
-    let environment = Environment::read(
-        args.save.parent().filter(|p| p.is_dir()).unwrap_or(Path::new(".")),
-        String::new(),
-        String::new(),
-    );
-    let (seconds, warm_up) = (args.seconds, args.warm_up);
-    let (revision, session, tuning) = (revision(), session(), tuning());
-    let results = Results {
-        schema: SCHEMA.into(),
-        environment,
-        revision,
-        session,
-        tuning,
-        disk: disk(),
-        load: load.clone(),
-        seconds,
-        warm_up,
-        runs,
-    };
+    let results = results(plan, environment, measured.into_iter().map(|(run, _)| run).collect());
     results.write(&args.save)?;
-    for subject in &subjects {
-        let mut sum = job::histogram();
-        for (_, times) in whole.iter().filter(|(name, _)| *name == subject.name) {
-            sum.add(times)?;
-        }
-        let path = args.save.with_extension(format!("{}.hgrm", subject.name));
-        std::fs::write(&path, result::hgrm(&sum))
-            .with_context(|| format!("{} cannot be written", path.display()))?;
-    }
     Ok(results)
 }
 
-fn subjects(targets: &[String]) -> anyhow::Result<Vec<Subject>> {
-    let mut subjects: Vec<Subject> = Vec::new();
-    for text in targets {
-        let named =
-            text.split_once('=').filter(|(name, _)| name.chars().all(|c| c.is_alphanumeric() || c == '-'));
-        let target: Target = named.map_or(text.as_str(), |(_, rest)| rest).parse()?;
-        let name = named.map_or(target.kind(), |(name, _)| name).to_owned();
-        ensure!(
-            subjects.iter().all(|other| other.name != name),
-            "two targets are called {name}: give them names, as in a={text}"
-        );
-        subjects.push(Subject { name, target });
+/// What was measured, with where and under what.
+pub fn results(plan: &Plan<'_>, environment: Environment, runs: Vec<result::Run>) -> Results {
+    if environment.debug_build {
+        eprintln!("note: this is a debug build; its figures mean little, use cargo run --release");
     }
-    Ok(subjects)
-}
-
-/// Writes every byte once, in order.
-fn prepare(target: &Target, load: &Load) -> anyhow::Result<()> {
-    if let Target::File(path) = target {
-        let file = std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(path);
-        let file = file.with_context(|| format!("{} cannot be made", path.display()))?;
-        if file.metadata()?.is_file() && file.metadata()?.len() < load.bytes {
-            file.set_len(load.bytes)?;
-        }
-    }
-    let writing = Load { read_percent: 0, dsync: false, ..load.clone() };
-    let mut ring = job::ring(8)?;
-    let mut driver = job::connect(&mut ring, target, &writing)?;
-    let (bytes, piece) = (driver.bytes().min(load.bytes), load::IO_BYTES_MAX);
-    let mut spare: Vec<_> = (0..8).filter_map(|slot| Some((slot, ring.arena().alloc(32)?))).collect();
-    let (mut at, mut flying, mut done) = (0, 0, Vec::new());
-    while at < bytes || flying > 0 {
-        while at + BLOCK_BYTES <= bytes {
-            let Some((slot, mut buf)) = spare.pop() else { break };
-            buf.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&ring.random().to_le_bytes()));
-            let length = piece.min((bytes - at) / BLOCK_BYTES * BLOCK_BYTES);
-            driver.submit(&mut ring, slot, Io { write: true, offset: at, bytes: length }, buf);
-            (at, flying) = (at + length, flying + 1);
-        }
-        if flying == 0 {
-            break;
-        }
-        driver.turn(&mut ring, None, &mut done)?;
-        for Done { slot, result, buf } in done.drain(..) {
-            result.map_err(anyhow::Error::msg)?;
-            flying -= 1;
-            spare.push((slot, buf));
-        }
-    }
-    if let Target::File(path) = target {
-        std::fs::File::open(path)?.sync_all()?;
-    }
-    Ok(())
-}
-
-fn pids(args: &CommonArgs) -> anyhow::Result<Vec<i32>> {
-    let mut pids = args.pid.clone();
-    if let Some(dir) = &args.dev {
-        pids.extend(crate::dev::DevFile::read(dir)?.pids());
-    }
-    if let Some(gone) = pids.iter().find(|pid| !process::is_alive(**pid)) {
-        bail!("there is no process {gone}");
-    }
-    Ok(pids)
-}
-
-/// CPU seconds and context switches.
-type Used = (f64, u64);
-
-/// What processes have used so far.
-fn used(pids: &[i32]) -> Vec<Used> {
-    pids.iter().map(|pid| (process::cpu_seconds(*pid).unwrap_or(0.0), process::switches(*pid))).collect()
-}
-
-/// One measurement.
-fn one(
-    subject: &Subject,
-    load: &Load,
-    args: &CommonArgs,
-    servers: &[i32],
-    round: u32,
-) -> anyhow::Result<(Run, Histogram<u64>)> {
-    let secs = Duration::from_secs_f64;
-    let times = Times { warm_up: secs(args.warm_up), measured: secs(args.seconds) };
-    let mut pids = vec![std::process::id().cast_signed()];
-    // Nobody serves a file.
-    if !matches!(subject.target, Target::File(_)) {
-        pids.extend(servers);
-    }
-    let (tell, ticks) = mpsc::channel();
-    let mut watch = Watch::new(&subject.name, round, times);
-    let use_of = std::thread::scope(|scope| {
-        let jobs: Vec<_> = (0..load.jobs)
-            .map(|job| {
-                let tell = tell.clone();
-                scope.spawn(move || job::run(&subject.target, load, job, times, &tell))
-            })
-            .collect();
-        drop(tell);
-        watch.until(&ticks, times.warm_up)?;
-        let before = used(&pids);
-        watch.until(&ticks, times.warm_up + times.measured)?;
-        let after = used(&pids);
-        watch.until_end(&ticks)?;
-        for job in jobs {
-            job.join().map_err(|_| anyhow::anyhow!("a job panicked"))??;
-        }
-        anyhow::Ok(before.into_iter().zip(after).collect::<Vec<_>>())
-    })?;
-    let mut all = watch.reads.clone();
-    all.add(&watch.writes)?;
-    ensure!(!all.is_empty(), "no IO ended within {} s", args.seconds);
-    let process = |(nth, (pid, (before, after))): (usize, (&i32, (Used, Used)))| {
-        let cpu_s = after.0 - before.0;
-        ProcessUse {
-            name: if nth == 0 { "client".into() } else { process::name(*pid) },
-            cpu_s,
-            cpu_us_per_io: cpu_s * 1e6 / all.len() as f64,
-            rss_bytes: process::rss_bytes(*pid).unwrap_or(0),
-            switches: after.1.saturating_sub(before.1),
-        }
-    };
-    let run = Run {
-        subject: subject.name.clone(),
-        round,
-        iops: all.len() as f64 / args.seconds,
-        bytes_s: watch.bytes as f64 / args.seconds,
-        reads: Latency::of(&watch.reads),
-        writes: Latency::of(&watch.writes),
-        unserved: watch.unserved,
-        enters: watch.enters,
-        processes: pids.iter().zip(use_of).enumerate().map(process).collect(),
-        timeline: watch.timeline,
-    };
-    Ok((run, all))
-}
-
-/// What the jobs tell, summed up, and shown while it happens.
-struct Watch {
-    started: Instant,
-    times: Times,
-    reads: Histogram<u64>,
-    writes: Histogram<u64>,
-    bytes: u64,
-    unserved: u64,
-    enters: u64,
-    /// Of the moment that is not over.
-    moment: Histogram<u64>,
-    moment_bytes: u64,
-    moment_from: f64,
-    timeline: Vec<Moment>,
-    bar: ProgressBar,
-}
-
-/// Seconds of a moment of the time line.
-const MOMENT_S: f64 = 0.5;
-
-impl Watch {
-    fn new(name: &str, round: u32, times: Times) -> Self {
-        let bar = ProgressBar::new((times.warm_up + times.measured).as_millis() as u64);
-        let style = ProgressStyle::with_template("{prefix} {wide_bar} {msg}").expect("a fixed template");
-        bar.set_style(style);
-        bar.set_prefix(format!("{name} #{}", round + 1));
-        let (reads, writes, moment) = (job::histogram(), job::histogram(), job::histogram());
-        let (started, timeline) = (Instant::now(), Vec::new());
-        Self {
-            started,
-            times,
-            reads,
-            writes,
-            bytes: 0,
-            unserved: 0,
-            enters: 0,
-            moment,
-            moment_bytes: 0,
-            moment_from: 0.0,
-            timeline,
-            bar,
-        }
-    }
-
-    /// Takes what comes until so long after the start; an end before that is the jobs' to explain.
-    fn until(&mut self, ticks: &Receiver<Tick>, after: Duration) -> anyhow::Result<()> {
-        loop {
-            let left = after.saturating_sub(self.started.elapsed());
-            match ticks.recv_timeout(left) {
-                Ok(tick) => self.take(tick)?,
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Ok(()),
-            }
-        }
-    }
-
-    fn until_end(&mut self, ticks: &Receiver<Tick>) -> anyhow::Result<()> {
-        while let Ok(tick) = ticks.recv() {
-            self.take(tick)?;
-        }
-        self.bar.finish_and_clear();
-        Ok(())
-    }
-
-    fn take(&mut self, tick: Tick) -> anyhow::Result<()> {
-        self.enters = self.enters.max(tick.enters);
-        if !tick.counts {
-            return Ok(());
-        }
-        self.reads.add(&tick.reads)?;
-        self.writes.add(&tick.writes)?;
-        self.moment.add(&tick.reads)?;
-        self.moment.add(&tick.writes)?;
-        self.bytes += tick.bytes;
-        self.moment_bytes += tick.bytes;
-        self.unserved += tick.unserved;
-        let now = self.started.elapsed().as_secs_f64() - self.times.warm_up.as_secs_f64();
-        if now - self.moment_from >= MOMENT_S {
-            self.end_moment(now);
-        }
-        Ok(())
-    }
-
-    fn end_moment(&mut self, now: f64) {
-        let length = now - self.moment_from;
-        let us = |part| self.moment.value_at_quantile(part) as f64 / 1000.0;
-        let (iops, p99_us) = (self.moment.len() as f64 / length, us(0.99));
-        self.bar.set_position((self.started.elapsed()).as_millis() as u64);
-        self.bar.set_message(format!(
-            "{iops:.0} IOPS, {:.1} MB/s, p50 {:.0} p99 {p99_us:.0} p99.9 {:.0} us",
-            self.moment_bytes as f64 / length / 1e6,
-            us(0.5),
-            us(0.999)
-        ));
-        self.timeline.push(Moment { s: now, iops, p99_us });
-        self.moment.reset();
-        (self.moment_bytes, self.moment_from) = (0, now);
+    Results {
+        schema: SCHEMA.into(),
+        environment,
+        revision: environment::revision(),
+        session: environment::session(),
+        tuning: environment::tuning(),
+        disk: environment::disks(),
+        client: plan.client.name(),
+        seconds: plan.seconds,
+        warm_up: plan.warm_up,
+        runs,
     }
 }
 
 /// Prints and plots.
-fn show(results: &Results, args: &CommonArgs) -> anyhow::Result<()> {
+fn show(results: &Results, args: &KeepArgs, command: &str) -> anyhow::Result<()> {
+    let rows = summary::rows(results);
+    let subjects = results.subjects();
+    let table = |preset| summary::table(&rows, &subjects[..1], preset);
+    let (line, setting) = (results.environment.line(), summary::setting(results));
     if let Some(path) = &args.html {
-        std::fs::write(path, html::page(results))
-            .with_context(|| format!("{} cannot be written", path.display()))?;
+        report::write(path, &html::page(results))?;
+    }
+    if let Some(path) = &args.write_markdown {
+        let written = format!("Written by `{command} --write-markdown`; do not edit figures by hand.");
+        let title = path.file_stem().unwrap_or_default().to_string_lossy();
+        let table = table(presets::ASCII_MARKDOWN);
+        report::write(path, &format!("# {title}\n\n{written}\n\n{line}\n\n{setting}\n\n{table}\n"))?;
     }
     match args.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(results)?),
         Output::Text => {
-            println!("{}\n{}\n\nkept in {}", results.environment.line(), table(results), args.save.display())
+            let table = table(presets::UTF8_FULL_CONDENSED);
+            println!("{line}\n{setting}\n{table}\n\nkept in {}", args.save.display());
         }
     }
     Ok(())
-}
-
-/// Medians over the rounds, a row a subject.
-fn table(results: &Results) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header([
-        "subject",
-        "rounds",
-        "IOPS",
-        "MB/s",
-        "p50 us",
-        "p99 us",
-        "p99.9 us",
-        "x first",
-        "client us/IO",
-        "server us/IO",
-    ]);
-    let subjects = results.subjects();
-    let iops = |name: &str| median(results.runs_of(name).map(|run| run.iops));
-    for name in &subjects {
-        let of = |value: &dyn Fn(&Run) -> Option<f64>| {
-            let values: Vec<f64> = results.runs_of(name).filter_map(value).collect();
-            (!values.is_empty()).then(|| median(values))
-        };
-        let latency = |value: fn(&Latency) -> f64| of(&|run| run.main_latency().map(value));
-        let shown =
-            |value: Option<f64>, digits: usize| value.map_or("-".into(), |value| format!("{value:.digits$}"));
-        table.add_row([
-            (*name).to_owned(),
-            results.runs_of(name).count().to_string(),
-            shown(of(&|run| Some(run.iops)), 0),
-            shown(of(&|run| Some(run.bytes_s / 1e6)), 1),
-            shown(latency(|l| l.p50_us), 0),
-            shown(latency(|l| l.p99_us), 0),
-            shown(latency(|l| l.p999_us), 0),
-            format!("{:.2}", iops(name) / iops(subjects[0])),
-            shown(of(&|run| run.processes.first().map(|client| client.cpu_us_per_io)), 1),
-            shown(of(&Run::server_cpu_us_per_io), 1),
-        ]);
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
-}
-
-/// The revision of the source that this program lies in; empty where there is none.
-fn revision() -> String {
-    let folder = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.to_owned()));
-    let output = folder.and_then(|dir| {
-        Command::new("git").arg("-C").arg(dir).args(["describe", "--always", "--dirty"]).output().ok()
-    });
-    output
-        .filter(|output| output.status.success())
-        .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-        .unwrap_or_default()
-}
-
-/// The first half of the kernel's boot id.
-fn session() -> String {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    boot.chars().take(18).collect()
-}
-
-/// What `ashlar tune check` finds wanting, by this same program.
-fn tuning() -> Vec<String> {
-    let output = std::env::current_exe()
-        .ok()
-        .and_then(|bin| Command::new(bin).args(["tune", "check", "-o", "json"]).output().ok());
-    let json: serde_json::Value =
-        output.and_then(|output| serde_json::from_slice(&output.stdout).ok()).unwrap_or_default();
-    let findings = json["findings"].as_array().cloned().unwrap_or_default();
-    let bad = findings.iter().filter(|finding| finding["state"] == "bad");
-    let word = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
-    bad.map(|finding| {
-        format!(
-            "{}: {}, wanted {}",
-            word(&finding["tuner"]),
-            word(&finding["found"]),
-            word(&finding["wanted"])
-        )
-    })
-    .collect()
-}
-
-/// Each disk's queue, a line a disk.
-fn disk() -> Vec<String> {
-    let read = |disk: &Path, file: &str| {
-        std::fs::read_to_string(disk.join("queue").join(file)).unwrap_or_default().trim().to_owned()
-    };
-    let disks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten().map(|entry| entry.path());
-    let real = disks.filter(|disk| disk.join("device").exists());
-    let line = |disk: PathBuf| {
-        let name = disk.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let facts =
-            ["scheduler", "write_cache", "nr_requests"].map(|file| format!("{file} {}", read(&disk, file)));
-        format!("{name}: {}", facts.join(", "))
-    };
-    let mut lines: Vec<_> = real.map(line).collect();
-    lines.sort();
-    lines
 }
 
 fn parse_sizes(text: &str) -> Result<Sizes, String> {
@@ -569,12 +347,19 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rival::QemuNbd;
+    use crate::rival::{Rival, Server};
+    use anyhow::Context;
 
     fn common(dir: &Path) -> CommonArgs {
         let (save, html) = (dir.join("result.json"), Some(dir.join("report.html")));
-        let (pid, dev, output) = (Vec::new(), None, Output::Json);
-        CommonArgs { seconds: 0.6, warm_up: 0.1, rounds: 2, prepare: true, pid, dev, save, html, output }
+        let (write_markdown, output) = (Some(dir.join("page.md")), Output::Json);
+        let keep = KeepArgs { save, html, write_markdown, output };
+        CommonArgs { seconds: 0.6, warm_up: 0.1, rounds: 2, prepare: true, keep }
+    }
+
+    fn subjects_of(targets: &[String], pids: &[i32]) -> anyhow::Result<Vec<Subject>> {
+        let targets = targets.to_vec();
+        TargetArgs { targets, pid: pids.to_vec(), dev: None, mds: None }.subjects()
     }
 
     fn mixed() -> Load {
@@ -595,23 +380,21 @@ mod tests {
     #[test]
     fn a_file_and_a_server_are_measured_in_turns_and_what_is_read_was_written() -> anyhow::Result<()> {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR"))?;
-        let (file, served) = (dir.path().join("raw"), dir.path().join("served"));
-        std::fs::File::create(&served)?.set_len(8 << 20)?;
+        let file = dir.path().join("raw");
         let mut targets = vec![format!("raw=file:{}", file.display())];
-        let server = match QemuNbd::version() {
-            Some(_) => Some(QemuNbd::serve(&served, dir.path())?),
+        let server = match Server::QemuNbd.version() {
+            Some(_) => Some(Rival::serve(Server::QemuNbd, dir.path(), 8 << 20)?),
             None => {
                 println!("SKIPPED the server: qemu-nbd is not installed");
                 None
             }
         };
-        let socket = dir.path().join("qemu-nbd.sock");
-        let mut args = common(dir.path());
+        let (args, mut pids) = (common(dir.path()), Vec::new());
         if let Some(server) = &server {
-            targets.push(format!("qemu=nbd+unix:///raw?socket={}", socket.display()));
-            args.pid.push(server.pid());
+            targets.push(format!("qemu=nbd+unix:///raw?socket={}", server.socket().display()));
+            pids.push(server.pid());
         }
-        let results = measure(&targets, &mixed(), &args)?;
+        let results = measure(&subjects_of(&targets, &pids)?, &[mixed()], &args, &Client::Own)?;
         let names: Vec<_> = results.runs.iter().map(|run| run.subject.as_str()).collect();
         assert_eq!(
             names,
@@ -628,12 +411,13 @@ mod tests {
                 run.iops
             );
             assert!(reads.p50_us > 0.0 && reads.p50_us <= reads.p99_us && reads.p99_us <= reads.max_us);
-            let servers = if run.subject == "raw" { 0 } else { args.pid.len() };
+            let servers = if run.subject == "raw" { 0 } else { pids.len() };
             assert_eq!(run.processes.len(), 1 + servers);
         }
-        show(&results, &args)?;
+        show(&results, &args.keep, "ashlar bench run")?;
+        assert!(std::fs::read_to_string(dir.path().join("page.md"))?.contains("| zipfrw 60 % reads"));
         assert!(std::fs::read_to_string(dir.path().join("report.html"))?.contains("</html>"));
-        assert_eq!(Results::read(&args.save)?.runs.len(), results.runs.len());
+        assert_eq!(Results::read(&args.keep.save)?.runs.len(), results.runs.len());
         assert!(dir.path().join("result.raw.hgrm").is_file());
         Ok(())
     }
@@ -651,13 +435,17 @@ mod tests {
             ..mixed()
         };
         let args = CommonArgs { rounds: 1, ..common(dir.path()) };
-        let slow = measure(&targets, &load, &args)?.runs.remove(0);
+        let slow = measure(&subjects_of(&targets, &[])?, std::slice::from_ref(&load), &args, &Client::Own)?
+            .runs
+            .remove(0);
         // 140 arrive in 0.7 s, some 20 of them in the warm-up, whatever the machine does meanwhile.
         let arrived = slow.main_latency().map_or(0, |latency| latency.ios) + slow.unserved;
         assert!((100..=140).contains(&arrived), "{arrived}");
         // No disk takes a hundred million IOs a second, one at a time: nearly all stay unserved.
         let load = Load { rate: Some(1e8), depth: 1, ..load };
-        let fast = measure(&targets, &load, &args)?.runs.remove(0);
+        let fast = measure(&subjects_of(&targets, &[])?, std::slice::from_ref(&load), &args, &Client::Own)?
+            .runs
+            .remove(0);
         let latency = fast.main_latency().context("some were served")?;
         assert!(fast.unserved > 30_000_000, "{}", fast.unserved);
         // Each waited for all before it, since it should have begun at the start.
@@ -670,13 +458,15 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let args = CommonArgs { prepare: false, ..common(dir.path()) };
         for target in ["file:/nonexistent/x", "nbd+unix:///v?socket=/nonexistent/s"] {
-            let error = measure(&[format!("a={target}")], &mixed(), &args).expect_err("not there");
+            let subjects = subjects_of(&[format!("a={target}")], &[]).expect("well formed");
+            let error = measure(&subjects, &[mixed()], &args, &Client::Own).expect_err("not there");
             let line = format!("{error:#}");
             assert!(
                 line.starts_with("a: ") && line.contains("/nonexistent/") && !line.contains('\n'),
                 "{line}"
             );
         }
-        assert!(subjects(&["file:/a".into(), "file:/b".into()]).is_err(), "two of one name");
+        assert!(subjects_of(&["file:/a".into(), "file:/b".into()], &[]).is_err(), "two of one name");
+        assert!(subjects_of(&["file:/a".into()], &[i32::MAX]).is_err(), "no such process");
     }
 }

@@ -11,7 +11,9 @@ use std::fmt::Write;
 use std::path::Path;
 
 /// The schema's name and version. A change of meaning counts it up.
-pub const SCHEMA: &str = "ashlar-bench-result/1";
+pub const SCHEMA: &str = "ashlar-bench-result/2";
+/// The one before it, which had one load for all runs; still read.
+const SCHEMA_1: &str = "ashlar-bench-result/1";
 
 /// One file: all rounds of all subjects of one command.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -28,8 +30,8 @@ pub struct Results {
     pub tuning: Vec<String>,
     /// The disk, as the kernel describes its queue.
     pub disk: Vec<String>,
-    /// What was done.
-    pub load: Load,
+    /// Who did the IO: `ashlar`, or fio with its version.
+    pub client: String,
     /// Seconds of each measurement, after the warm-up.
     pub seconds: f64,
     /// Seconds of the warm-up.
@@ -43,6 +45,8 @@ pub struct Results {
 pub struct Run {
     /// Its name on the command line, or the kind of target.
     pub subject: String,
+    /// What was done.
+    pub load: Load,
     /// Which round.
     pub round: u32,
     /// IOs a second.
@@ -55,9 +59,9 @@ pub struct Run {
     pub writes: Option<Latency>,
     /// Of an open loop: IOs that should have begun and never did.
     pub unserved: u64,
-    /// The client's system calls that entered io_uring, the warm-up's included.
+    /// The client's system calls that entered io_uring; 0 where that is not known.
     pub enters: u64,
-    /// Parts of a second, in order.
+    /// Parts of a second, in order; fio tells none.
     pub timeline: Vec<Moment>,
     /// The client first, then the servers.
     pub processes: Vec<ProcessUse>,
@@ -131,6 +135,19 @@ impl Latency {
 }
 
 impl Run {
+    /// One line of progress.
+    pub fn line(&self) -> String {
+        let Self { subject, load, round, iops, .. } = self;
+        let p50_us = self.main_latency().map_or(0.0, |latency| latency.p50_us);
+        let server =
+            self.server_cpu_us_per_io().map_or(String::new(), |us| format!(", server {us:.1} us/IO"));
+        format!(
+            "{}, round {}, {subject}: {iops:.0} IOPS, p50 {p50_us:.0} us{server}",
+            load.label(),
+            round + 1
+        )
+    }
+
     /// Microseconds of server CPU for each IO; absent where no server was named.
     pub fn server_cpu_us_per_io(&self) -> Option<f64> {
         let servers = self.processes.get(1..).filter(|servers| !servers.is_empty())?;
@@ -155,9 +172,20 @@ impl Results {
         names
     }
 
-    /// The runs of a subject, by round.
-    pub fn runs_of<'a>(&'a self, subject: &'a str) -> impl Iterator<Item = &'a Run> {
-        self.runs.iter().filter(move |run| run.subject == subject)
+    /// The loads, in the order of their first run.
+    pub fn loads(&self) -> Vec<&Load> {
+        let mut loads: Vec<&Load> = Vec::new();
+        for run in &self.runs {
+            if !loads.contains(&&run.load) {
+                loads.push(&run.load);
+            }
+        }
+        loads
+    }
+
+    /// The runs of a subject under a load, by round.
+    pub fn runs_of<'a>(&'a self, subject: &'a str, load: &'a Load) -> impl Iterator<Item = &'a Run> {
+        self.runs.iter().filter(move |run| run.subject == subject && run.load == *load)
     }
 
     /// Reads a file.
@@ -168,6 +196,7 @@ impl Results {
         let text = std::fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
         let json: serde_json::Value =
             serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", path.display()))?;
+        let json = if json["schema"] == SCHEMA_1 { from_schema_1(json) } else { json };
         let found = json["schema"].as_str().unwrap_or("none");
         ensure!(
             found == SCHEMA,
@@ -185,6 +214,17 @@ impl Results {
         std::fs::write(path, serde_json::to_vec_pretty(self)?)
             .with_context(|| format!("{} cannot be written", path.display()))
     }
+}
+
+/// The first schema had one load beside the runs, and only one client.
+fn from_schema_1(mut json: serde_json::Value) -> serde_json::Value {
+    let load = json["load"].take();
+    for run in json["runs"].as_array_mut().into_iter().flatten() {
+        run["load"] = load.clone();
+    }
+    json["client"] = "ashlar".into();
+    json["schema"] = SCHEMA.into();
+    json
 }
 
 /// A percentile distribution as HdrHistogram's own tools plot it, in microseconds.
@@ -230,9 +270,21 @@ mod tests {
     #[test]
     fn another_schema_is_refused_by_name() -> anyhow::Result<()> {
         let file = tempfile::NamedTempFile::new()?;
-        std::fs::write(file.path(), r#"{"schema": "ashlar-bench-result/2"}"#)?;
+        std::fs::write(file.path(), r#"{"schema": "ashlar-bench-result/3"}"#)?;
         let error = Results::read(file.path()).err().context("must be refused")?;
-        assert!(error.to_string().contains("ashlar-bench-result/2"), "{error}");
+        assert!(error.to_string().contains("ashlar-bench-result/3"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_result_of_the_first_schema_is_read_with_its_load_on_each_run() -> anyhow::Result<()> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/result-1.json");
+        let results = Results::read(&path)?;
+        assert_eq!((results.schema.as_str(), results.client.as_str()), (SCHEMA, "ashlar"));
+        assert_eq!(results.subjects().len(), 2);
+        let loads = results.loads();
+        assert_eq!(loads.len(), 1);
+        assert_eq!((loads[0].depth, results.runs.len()), (32, 4));
         Ok(())
     }
 }

@@ -1,0 +1,350 @@
+//! Measuring: every subject under every load, in alternating rounds.
+//!
+//! Invariants: every subject meets the same IOs (same seed), A B A B; what a server still does after writes is over
+//! before the next measurement begins.
+
+use super::job::{self, Tick, Times};
+use super::load::{self, BLOCK_BYTES, Io, Load};
+use super::result::{Latency, Moment, ProcessUse, Run};
+use super::target::Target;
+use crate::{fio, process};
+use anyhow::{Context, ensure};
+use hdrhistogram::Histogram;
+use indicatif::{ProgressBar, ProgressStyle};
+use reactor::Reactor;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use super::driver::Done;
+
+/// A target with its name in results.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// Unique within a run.
+    pub name: String,
+    /// What is measured.
+    pub target: Target,
+    /// The processes that serve it, whose CPU time is counted.
+    pub pids: Vec<i32>,
+}
+
+impl Subject {
+    /// A file that nobody serves.
+    pub fn file(name: &str, path: &std::path::Path) -> Self {
+        Self { name: name.to_owned(), target: Target::File(path.to_owned()), pids: Vec::new() }
+    }
+}
+
+/// Who does the IO.
+#[derive(Debug)]
+pub enum Client {
+    /// Our own, on the reactor that the targets use.
+    Own,
+    /// Stock fio.
+    Fio(fio::Fio),
+}
+
+impl Client {
+    /// As results name it.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Own => "ashlar".to_owned(),
+            Self::Fio(fio) => fio.version.clone(),
+        }
+    }
+}
+
+/// What is measured, and how long.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    /// Who does the IO.
+    pub client: &'a Client,
+    /// To whom.
+    pub subjects: &'a [Subject],
+    /// What.
+    pub loads: &'a [Load],
+    /// Seconds of each measurement.
+    pub seconds: f64,
+    /// Seconds before it, not recorded.
+    pub warm_up: f64,
+    /// How often each is measured.
+    pub rounds: u32,
+}
+
+/// A measurement with all its latencies in nanoseconds.
+pub type Measured = (Run, Histogram<u64>);
+
+/// How long a server may go on writing after a measurement of writes.
+const SETTLE_MAX: Duration = Duration::from_secs(15);
+
+impl Plan<'_> {
+    /// Measures everything.
+    ///
+    /// # Errors
+    /// A target that cannot be reached, an IO that fails, or data that is not what was written.
+    pub fn measure(&self) -> anyhow::Result<Vec<Measured>> {
+        let mut all = Vec::new();
+        for load in self.loads {
+            for round in 0..self.rounds {
+                for subject in self.subjects {
+                    all.push(self.one(subject, load, round)?);
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Measures one subject under one load, and waits until its servers are at rest again.
+    ///
+    /// # Errors
+    /// See [`Plan::measure`].
+    pub fn one(&self, subject: &Subject, load: &Load, round: u32) -> anyhow::Result<Measured> {
+        let measured = self.one_busy(subject, load, round)?;
+        if load.read_percent < 100 && !subject.pids.is_empty() {
+            // What is still flushed must not be counted for the next one.
+            process::settle(&subject.pids, SETTLE_MAX);
+        }
+        Ok(measured)
+    }
+
+    /// Measures one subject under one load; what its servers have put off is for the next measurement.
+    ///
+    /// # Errors
+    /// See [`Plan::measure`].
+    pub fn one_busy(&self, subject: &Subject, load: &Load, round: u32) -> anyhow::Result<Measured> {
+        let secs = Duration::from_secs_f64;
+        let times = Times { warm_up: secs(self.warm_up), measured: secs(self.seconds) };
+        let measured = match self.client {
+            Client::Own => by_us(subject, load, times, round),
+            Client::Fio(fio) => fio.measure(subject, load, times, round),
+        };
+        let (run, latencies) = measured.with_context(|| subject.name.clone())?;
+        eprintln!("{}", run.line());
+        Ok((run, latencies))
+    }
+}
+
+/// Writes every byte once, in order; a file that is missing is made.
+///
+/// # Errors
+/// It cannot be written, for instance because the disk is full.
+pub fn prepare(subject: &Subject, bytes: u64) -> anyhow::Result<()> {
+    eprintln!("writing {} MiB of {}", bytes >> 20, subject.name);
+    fill(&subject.target, bytes).with_context(|| format!("{} cannot be prepared", subject.name))
+}
+
+/// IOs in flight while filling.
+const FILL_DEPTH: u32 = 8;
+
+fn fill(target: &Target, bytes: u64) -> anyhow::Result<()> {
+    if let Target::File(path) = target {
+        let file = std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(path);
+        let file = file.with_context(|| format!("{} cannot be made", path.display()))?;
+        if file.metadata()?.is_file() && file.metadata()?.len() < bytes {
+            file.set_len(bytes)?;
+        }
+    }
+    let writing = Load { dsync: false, ..Load::random_4k(0, FILL_DEPTH, bytes) };
+    let mut ring = job::ring(FILL_DEPTH)?;
+    let mut driver = job::connect(&mut ring, target, &writing, 0)?;
+    let bytes = driver.bytes().min(bytes);
+    let blocks = (load::IO_BYTES_MAX / BLOCK_BYTES) as usize;
+    let mut spare: Vec<_> =
+        (0..FILL_DEPTH).filter_map(|slot| Some((slot, ring.arena().alloc(blocks)?))).collect();
+    let (mut at, mut flying, mut done) = (0, 0, Vec::new());
+    while at < bytes || flying > 0 {
+        while at + BLOCK_BYTES <= bytes {
+            let Some((slot, mut buf)) = spare.pop() else { break };
+            // Bytes that do not compress.
+            buf.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&ring.random().to_le_bytes()));
+            let length = load::IO_BYTES_MAX.min((bytes - at) / BLOCK_BYTES * BLOCK_BYTES);
+            driver.submit(&mut ring, slot, Io { write: true, offset: at, bytes: length }, buf);
+            (at, flying) = (at + length, flying + 1);
+        }
+        if flying == 0 {
+            break;
+        }
+        driver.turn(&mut ring, None, &mut done)?;
+        for Done { slot, result, buf } in done.drain(..) {
+            result.map_err(anyhow::Error::msg)?;
+            flying -= 1;
+            spare.push((slot, buf));
+        }
+    }
+    if let Target::File(path) = target {
+        std::fs::File::open(path)?.sync_all()?;
+    }
+    Ok(())
+}
+
+/// What a process has used so far: CPU seconds and context switches.
+pub type Used = (f64, u64);
+
+/// The same of several; nothing for one that is gone.
+pub fn used(pids: &[i32]) -> Vec<Used> {
+    let own = std::process::id().cast_signed();
+    let cpu = |pid: i32| match pid == own {
+        // Our children are those who serve.
+        true => process::cpu_seconds(pid).unwrap_or(0.0),
+        false => process::cpu_seconds_with_children(pid),
+    };
+    pids.iter().map(|pid| (cpu(*pid), process::switches(*pid))).collect()
+}
+
+/// What processes used between two moments for so many IOs.
+pub fn uses(pids: &[i32], before: &[Used], after: &[Used], ios: u64) -> Vec<ProcessUse> {
+    let one = |((pid, before), after): ((&i32, &Used), &Used)| {
+        let own = *pid == std::process::id().cast_signed();
+        let cpu_s = after.0 - before.0;
+        ProcessUse {
+            name: if own { "client".into() } else { process::name(*pid) },
+            cpu_s,
+            cpu_us_per_io: cpu_s * 1e6 / ios.max(1) as f64,
+            rss_bytes: process::rss_bytes(*pid).unwrap_or(0),
+            switches: after.1.saturating_sub(before.1),
+        }
+    };
+    pids.iter().zip(before).zip(after).map(one).collect()
+}
+
+fn by_us(subject: &Subject, load: &Load, times: Times, round: u32) -> anyhow::Result<Measured> {
+    let pids: Vec<i32> =
+        std::iter::once(std::process::id().cast_signed()).chain(subject.pids.iter().copied()).collect();
+    let (tell, ticks) = mpsc::channel();
+    let mut watch = Watch::new(&format!("{} #{}", subject.name, round + 1), times);
+    let (before, after) = std::thread::scope(|scope| {
+        let jobs: Vec<_> = (0..load.jobs)
+            .map(|job| {
+                let tell = tell.clone();
+                scope.spawn(move || job::run(&subject.target, load, job, times, &tell))
+            })
+            .collect();
+        drop(tell);
+        watch.until(&ticks, times.warm_up)?;
+        let before = used(&pids);
+        watch.until(&ticks, times.warm_up + times.measured)?;
+        let after = used(&pids);
+        watch.until_end(&ticks)?;
+        for job in jobs {
+            job.join().map_err(|_| anyhow::anyhow!("a job panicked"))??;
+        }
+        anyhow::Ok((before, after))
+    })?;
+    let mut all = watch.reads.clone();
+    all.add(&watch.writes)?;
+    let seconds = times.measured.as_secs_f64();
+    ensure!(!all.is_empty(), "no IO ended within {seconds} s");
+    let run = Run {
+        subject: subject.name.clone(),
+        load: load.clone(),
+        round,
+        iops: all.len() as f64 / seconds,
+        bytes_s: watch.bytes as f64 / seconds,
+        reads: Latency::of(&watch.reads),
+        writes: Latency::of(&watch.writes),
+        unserved: watch.unserved,
+        enters: watch.enters,
+        processes: uses(&pids, &before, &after, all.len()),
+        timeline: watch.timeline,
+    };
+    Ok((run, all))
+}
+
+/// What the jobs tell, summed up, and shown while it happens.
+struct Watch {
+    started: Instant,
+    times: Times,
+    reads: Histogram<u64>,
+    writes: Histogram<u64>,
+    bytes: u64,
+    unserved: u64,
+    enters: u64,
+    /// Of the moment that is not over.
+    moment: Histogram<u64>,
+    moment_bytes: u64,
+    moment_from: f64,
+    timeline: Vec<Moment>,
+    bar: ProgressBar,
+}
+
+/// Seconds of a moment of the time line.
+const MOMENT_S: f64 = 0.5;
+
+impl Watch {
+    fn new(name: &str, times: Times) -> Self {
+        let bar = ProgressBar::new((times.warm_up + times.measured).as_millis() as u64);
+        let style = ProgressStyle::with_template("{prefix} {wide_bar} {msg}").expect("a fixed template");
+        bar.set_style(style);
+        bar.set_prefix(name.to_owned());
+        let (reads, writes, moment) = (job::histogram(), job::histogram(), job::histogram());
+        let (started, timeline) = (Instant::now(), Vec::new());
+        Self {
+            started,
+            times,
+            reads,
+            writes,
+            bytes: 0,
+            unserved: 0,
+            enters: 0,
+            moment,
+            moment_bytes: 0,
+            moment_from: 0.0,
+            timeline,
+            bar,
+        }
+    }
+
+    /// Takes what comes until so long after the start; an end before that is the jobs' to explain.
+    fn until(&mut self, ticks: &Receiver<Tick>, after: Duration) -> anyhow::Result<()> {
+        loop {
+            let left = after.saturating_sub(self.started.elapsed());
+            match ticks.recv_timeout(left) {
+                Ok(tick) => self.take(tick)?,
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+        }
+    }
+
+    fn until_end(&mut self, ticks: &Receiver<Tick>) -> anyhow::Result<()> {
+        while let Ok(tick) = ticks.recv() {
+            self.take(tick)?;
+        }
+        self.bar.finish_and_clear();
+        Ok(())
+    }
+
+    fn take(&mut self, tick: Tick) -> anyhow::Result<()> {
+        if !tick.counts {
+            return Ok(());
+        }
+        self.enters += tick.enters;
+        self.reads.add(&tick.reads)?;
+        self.writes.add(&tick.writes)?;
+        self.moment.add(&tick.reads)?;
+        self.moment.add(&tick.writes)?;
+        self.bytes += tick.bytes;
+        self.moment_bytes += tick.bytes;
+        self.unserved += tick.unserved;
+        let now = self.started.elapsed().as_secs_f64() - self.times.warm_up.as_secs_f64();
+        if now - self.moment_from >= MOMENT_S {
+            self.end_moment(now);
+        }
+        Ok(())
+    }
+
+    fn end_moment(&mut self, now: f64) {
+        let length = now - self.moment_from;
+        let us = |part| self.moment.value_at_quantile(part) as f64 / 1000.0;
+        let (iops, p99_us) = (self.moment.len() as f64 / length, us(0.99));
+        self.bar.set_position((self.started.elapsed()).as_millis() as u64);
+        self.bar.set_message(format!(
+            "{iops:.0} IOPS, {:.1} MB/s, p50 {:.0} p99 {p99_us:.0} p99.9 {:.0} us",
+            self.moment_bytes as f64 / length / 1e6,
+            us(0.5),
+            us(0.999)
+        ));
+        self.timeline.push(Moment { s: now, iops, p99_us });
+        self.moment.reset();
+        (self.moment_bytes, self.moment_from) = (0, now);
+    }
+}

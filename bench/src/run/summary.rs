@@ -1,0 +1,174 @@
+//! Medians over the rounds, and the tables that are made of them: for a terminal, for Markdown.
+//!
+//! Invariant: every table, page and goal is made from these rows.
+
+use super::load::Load;
+use super::result::{Latency, Results, Run};
+use crate::report::median;
+use comfy_table::{CellAlignment, Table};
+use serde::Serialize;
+
+/// The medians of one subject under one load.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// Who.
+    pub subject: String,
+    /// What.
+    pub load: Load,
+    /// How often it was measured.
+    pub rounds: usize,
+    /// IOs a second.
+    pub iops: f64,
+    /// Bytes a second.
+    pub bytes_s: f64,
+    /// Median latency of whichever there are more of, reads or writes; so are the others.
+    pub p50_us: Option<f64>,
+    /// 99 of 100 are below.
+    pub p99_us: Option<f64>,
+    /// 999 of 1,000 are below.
+    pub p999_us: Option<f64>,
+    /// The longest.
+    pub max_us: Option<f64>,
+    /// CPU of the client.
+    pub client_us_per_io: Option<f64>,
+    /// CPU of the servers; absent where nobody serves.
+    pub server_us_per_io: Option<f64>,
+    /// Of an open loop: IOs that never began.
+    pub unserved: f64,
+}
+
+/// A row for each load and subject, in the order measured.
+pub fn rows(results: &Results) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for load in results.loads() {
+        for subject in results.subjects() {
+            let runs: Vec<&Run> = results.runs_of(subject, load).collect();
+            if !runs.is_empty() {
+                rows.push(row(&runs));
+            }
+        }
+    }
+    rows
+}
+
+fn row(runs: &[&Run]) -> Row {
+    let maybe = |value: &dyn Fn(&Run) -> Option<f64>| {
+        let values: Vec<f64> = runs.iter().filter_map(|run| value(run)).collect();
+        (!values.is_empty()).then(|| median(values))
+    };
+    let of = |value: fn(&Run) -> f64| median(runs.iter().map(|run| value(run)));
+    let latency = |value: fn(&Latency) -> f64| maybe(&|run| run.main_latency().map(value));
+    Row {
+        subject: runs[0].subject.clone(),
+        load: runs[0].load.clone(),
+        rounds: runs.len(),
+        iops: of(|run| run.iops),
+        bytes_s: of(|run| run.bytes_s),
+        p50_us: latency(|l| l.p50_us),
+        p99_us: latency(|l| l.p99_us),
+        p999_us: latency(|l| l.p999_us),
+        max_us: latency(|l| l.max_us),
+        client_us_per_io: maybe(&|run| run.processes.first().map(|client| client.cpu_us_per_io)),
+        server_us_per_io: maybe(&Run::server_cpu_us_per_io),
+        unserved: of(|run| run.unserved as f64),
+    }
+}
+
+/// The row of a subject under a load.
+pub fn find<'a>(rows: &'a [Row], subject: &str, load: &Load) -> Option<&'a Row> {
+    rows.iter().find(|row| row.subject == subject && row.load == *load)
+}
+
+/// A number with so many digits, or a dash.
+pub fn shown(value: Option<f64>, digits: usize) -> String {
+    value.map_or("-".into(), |value| format!("{value:.digits$}"))
+}
+
+/// The table; `bases` are the subjects whose IOPS all others are divided by.
+pub fn table(rows: &[Row], bases: &[&str], preset: &str) -> Table {
+    let mut table = Table::new();
+    table.load_preset(preset);
+    let mut header: Vec<String> =
+        ["load", "subject", "IOPS", "MB/s", "p50 us", "p99 us", "p99.9 us"].map(str::to_owned).into();
+    let measured = |base: &&&str| rows.iter().any(|row| row.subject != **base);
+    let bases: Vec<&str> = bases.iter().filter(measured).copied().collect();
+    header.extend(bases.iter().map(|base| format!("x {base}")));
+    header.extend(["client us/IO", "server us/IO"].map(str::to_owned));
+    let unserved = rows.iter().any(|row| row.load.rate.is_some());
+    header.extend(unserved.then(|| "unserved".to_owned()));
+    table.set_header(header);
+    for row in rows {
+        let ratio = |base: &&str| find(rows, base, &row.load).map(|base| row.iops / base.iops);
+        let mut cells = vec![
+            row.load.label(),
+            row.subject.clone(),
+            format!("{:.0}", row.iops),
+            format!("{:.1}", row.bytes_s / 1e6),
+            shown(row.p50_us, 0),
+            shown(row.p99_us, 0),
+            shown(row.p999_us, 0),
+        ];
+        cells.extend(bases.iter().map(|base| shown(ratio(base), 2)));
+        cells.extend([shown(row.client_us_per_io, 1), shown(row.server_us_per_io, 1)]);
+        cells.extend(unserved.then(|| format!("{:.0}", row.unserved)));
+        table.add_row(cells);
+    }
+    for column in table.column_iter_mut().skip(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// How it was measured, in a sentence.
+pub fn setting(results: &Results) -> String {
+    let rounds = results.runs.iter().map(|run| run.round + 1).max().unwrap_or(0);
+    let mib = results.runs.iter().map(|run| run.load.bytes >> 20).max().unwrap_or(0);
+    let client = match results.client.as_str() {
+        "ashlar" => "the client of ashlar bench".to_owned(),
+        fio => format!("{fio} as the client"),
+    };
+    format!(
+        "{} s a measurement after {} s of warm-up, medians of {rounds} alternating round(s), over {mib} MiB, by {client}.",
+        results.seconds, results.warm_up
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use comfy_table::presets;
+
+    fn results() -> Results {
+        let text = include_str!("../../testdata/result-1.json");
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), text).expect("written");
+        let mut results = Results::read(file.path()).expect("a fixture");
+        for run in &mut results.runs {
+            run.iops = if run.subject == "a" { 100.0 } else { 50.0 } + f64::from(run.round);
+        }
+        results
+    }
+
+    #[test]
+    fn a_row_is_the_median_of_its_rounds_and_ratios_are_within_one_load() {
+        let mut results = results();
+        let mut deep: Vec<Run> = results.runs.clone();
+        for run in &mut deep {
+            (run.load.depth, run.iops) = (64, 1000.0);
+        }
+        results.runs.extend(deep);
+        let rows = rows(&results);
+        let iops: Vec<_> = rows.iter().map(|row| (row.load.depth, row.iops)).collect();
+        assert_eq!(iops, [(32, 100.5), (32, 50.5), (64, 1000.0), (64, 1000.0)]);
+        let text = table(&rows, &["a"], presets::ASCII_MARKDOWN).to_string();
+        assert!(text.contains("x a") && text.contains("0.50") && text.contains("1.00"), "{text}");
+        assert!(!text.contains("unserved"));
+    }
+
+    #[test]
+    fn a_lone_subject_is_not_compared_with_itself() {
+        let mut results = results();
+        results.runs.retain(|run| run.subject == "a");
+        assert!(!table(&rows(&results), &["a"], presets::ASCII_MARKDOWN).to_string().contains("x a"));
+    }
+}
