@@ -13,6 +13,7 @@ pub mod environment;
 pub mod fio;
 pub mod first;
 pub mod idle;
+pub mod micro;
 pub mod nvme;
 pub mod peers;
 pub mod process;
@@ -44,6 +45,8 @@ pub enum BenchCommand {
     Steady(run::steady::SteadyArgs),
     /// The same workload on what a user would pick instead, with what each of them promises.
     Peers(peers::PeersArgs),
+    /// Single steps of the data path, by the criterion benches of the source tree.
+    Micro(micro::MicroArgs),
     /// Ratios of what `bench run` kept; exit code 3 when something got slower.
     Compare(run::compare::CompareArgs),
     /// Run a baseline's workload again, and compare; exit code 3 when something got slower.
@@ -98,6 +101,7 @@ pub fn run(command: BenchCommand) -> anyhow::Result<ExitCode> {
         BenchCommand::Sweep(args) => run::sweep::run(&args),
         BenchCommand::Steady(args) => run::steady::run(&args),
         BenchCommand::Peers(args) => peers::run(&args),
+        BenchCommand::Micro(args) => micro::run(&args),
         BenchCommand::Compare(args) => run::compare::run(&args),
         BenchCommand::Ci(args) => run::compare::ci(&args),
         BenchCommand::Idle(args) => idle::run(&args),
