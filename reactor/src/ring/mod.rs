@@ -5,6 +5,8 @@
 //! `spin_us_max`, halved whenever it was in vain and restored when a sleep turns out shorter
 //! than the spin would have been; so an idle core never spins.
 //!
+//! Ops on files go to the kernel in groups of eight as they come, and never behind a send.
+//!
 //! Invariants: an op's slot keeps its address and has at most one entry in the kernel; memory
 //! that the kernel may touch is owned by a slot until its completion was reaped.
 //!
@@ -39,6 +41,9 @@ use ops::Slot;
 const WAKE: u64 = u64::MAX;
 /// `IORING_ENTER_GETEVENTS`: run deferred work and flush an overflowed completion queue.
 const ENTER_GETEVENTS: u32 = 1;
+/// Ops on files that are submitted at once, before the turn that brings them has seen all it has: a
+/// disk that is told of 32 reads together also answers them together, and then idles.
+const FILE_GROUP: u32 = 8;
 /// Longest registered buffer the kernel takes: 1 GiB.
 const REGISTERED_BYTES_MAX: usize = 1 << 30;
 
@@ -70,8 +75,10 @@ pub struct Ring {
     #[allow(clippy::vec_box)]
     slots: Vec<Box<Slot>>,
     free_slots: Vec<u32>,
-    /// Slots to be handed to the kernel, oldest first.
+    /// Slots to be handed to the kernel, oldest first; ops on files seldom wait here.
     queue: VecDeque<u32>,
+    /// Ops on files in the submission queue.
+    files_unsubmitted: u32,
     /// Completions that needed no kernel, or were taken off it early.
     done: Vec<Completion>,
     reaped: Vec<(u64, i32)>,
@@ -115,6 +122,7 @@ impl Ring {
             slots: Vec::new(),
             free_slots: Vec::new(),
             queue: VecDeque::new(),
+            files_unsubmitted: 0,
             done: Vec::new(),
             reaped: Vec::new(),
             in_kernel: 0,
@@ -154,22 +162,49 @@ impl Ring {
     }
 
     /// Moves queued slots into the submission queue, entering the kernel when it is full.
+    ///
+    /// Ops on files that are in it already are submitted by themselves first: the kernel holds them
+    /// back (its block plug) until it has seen to the whole of a submission, and a send runs within
+    /// that, so the disk would wait for the sends.
     fn fill(&mut self) {
         if !self.wake_armed {
             self.arm_wake();
         }
+        if self.files_unsubmitted > 0 && !self.queue.is_empty() {
+            self.submit_now();
+        }
         while let Some(&index) = self.queue.front() {
-            let entry = self.prepare(index);
-            if !self.push(&entry) {
-                self.enter_now();
-                self.reap();
-                if !self.push(&entry) {
-                    return;
-                }
+            if !self.hand_over(index) {
+                return;
             }
             self.queue.pop_front();
-            self.in_kernel += 1;
         }
+    }
+
+    /// Puts a new op on a file into the submission queue, and submits what makes a group.
+    fn start_on_file(&mut self, index: u32) {
+        if !self.hand_over(index) {
+            return self.queue.push_back(index);
+        }
+        self.files_unsubmitted += 1;
+        if self.files_unsubmitted == FILE_GROUP {
+            self.submit_now();
+        }
+    }
+
+    /// Puts a slot's entry into the submission queue. False when there is no room even after
+    /// entering the kernel.
+    fn hand_over(&mut self, index: u32) -> bool {
+        let entry = self.prepare(index);
+        if !self.push(&entry) {
+            self.enter_now();
+            self.reap();
+            if !self.push(&entry) {
+                return false;
+            }
+        }
+        self.in_kernel += 1;
+        true
     }
 
     fn push(&mut self, entry: &squeue::Entry) -> bool {
@@ -178,13 +213,22 @@ impl Ring {
         unsafe { self.ring.submission().push(entry) }.is_ok()
     }
 
+    /// Submits, does not run deferred work, does not wait.
+    fn submit_now(&mut self) {
+        self.enter(0);
+    }
+
     /// Submits, runs deferred work, does not wait.
     fn enter_now(&mut self) {
+        self.enter(ENTER_GETEVENTS);
+    }
+
+    fn enter(&mut self, flags: u32) {
         let queued = self.ring.submission().len() as u32;
         self.stats.enters += 1;
+        self.files_unsubmitted = 0;
         // SAFETY: no argument is passed, and the flags are valid without one.
-        let result =
-            unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, 0, ENTER_GETEVENTS, None) };
+        let result = unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, 0, flags, None) };
         check_enter(result);
     }
 
@@ -195,6 +239,7 @@ impl Ring {
         }
         self.stats.enters += 1;
         self.stats.sleeps += 1;
+        self.files_unsubmitted = 0;
         let result = match deadline {
             None => self.ring.submitter().submit_and_wait(1),
             Some(deadline) => {

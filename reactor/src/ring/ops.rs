@@ -144,7 +144,7 @@ impl Ring {
         } else if empty {
             self.finish_transfer(slot);
         } else {
-            self.queue.push_back(slot);
+            self.start_on_file(slot);
         }
     }
 
