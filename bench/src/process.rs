@@ -130,8 +130,8 @@ pub fn write_bytes_sum(pids: &[i32]) -> u64 {
 const SETTLE_WRITE_BYTES: u64 = 1 << 20;
 /// At rest are processes that together use less than a tenth of a core.
 const SETTLE_CPU_SHARE: f64 = 0.1;
-/// How long a rest must last.
-const SETTLE_STEP: Duration = Duration::from_secs(2);
+/// How long a rest must last: longer than the 2 s of idleness after which a target begins to flush.
+const SETTLE_STEP: Duration = Duration::from_secs(4);
 
 /// Waits until these processes neither write to disk nor compute, for at most `limit`.
 /// Returns how long it took; `None` when they were still busy at the limit.
