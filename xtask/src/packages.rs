@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 enum Probe {
     /// A program on PATH or in the administrator's folders.
     Program(&'static str),
-    /// A module of python3.
+    /// A module of some Python; Debian's own may not be the first on PATH.
     Python(&'static str),
 }
 
@@ -86,7 +86,9 @@ fn missing(is_there: &dyn Fn(&Probe) -> bool) -> Vec<&'static str> {
 fn is_there(probe: &Probe) -> bool {
     match probe {
         Probe::Program(name) => on_path(name),
-        Probe::Python(module) => runs(Command::new("python3").args(["-c", &format!("import {module}")])),
+        Probe::Python(module) => ["/usr/bin/python3", "python3"]
+            .iter()
+            .any(|python| runs(Command::new(python).args(["-c", &format!("import {module}")]))),
     }
 }
 
