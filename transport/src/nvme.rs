@@ -32,6 +32,7 @@ use crate::token::Owner;
 use payload::{Incoming, Place};
 use protocol::nvme_tcp::command::ranges;
 use protocol::nvme_tcp::controller::{Answer, Connected};
+use protocol::nvme_tcp::logs::Served;
 use protocol::nvme_tcp::wire::FEED_BYTES_MAX;
 use protocol::nvme_tcp::{Event, IoCommand, IoRequest, Namespace, Session, Sqe, Status, Violation};
 use protocol::types::{BLOCK_BYTES, Span, Time};
@@ -243,6 +244,7 @@ pub struct NvmeConn {
     stalled_since: Option<Time>,
     received: u64,
     received_before: u64,
+    served: Served,
 }
 
 impl NvmeConn {
@@ -275,6 +277,7 @@ impl NvmeConn {
             stalled_since: None,
             received: 0,
             received_before: 0,
+            served: Served::default(),
         })
     }
     /// Whose completions this connection takes.
@@ -292,6 +295,11 @@ impl NvmeConn {
     /// Whether it can be dropped: closed, and every event of IO answered.
     pub fn is_done(&self) -> bool {
         self.stream.is_closed() && self.requests.is_empty()
+    }
+    /// What was answered since this was asked last, if anything was.
+    pub fn take_served(&mut self) -> Option<Served> {
+        let served = std::mem::take(&mut self.served);
+        (served != Served::default()).then_some(served)
     }
     /// Commands in flight.
     pub fn requests(&self) -> usize {

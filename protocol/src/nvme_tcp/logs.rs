@@ -2,7 +2,7 @@
 //!
 //! Deliberately absent: an error log with entries. Every error is told with its command.
 
-use super::command::NSID;
+use super::command::{IoCommand, NSID};
 use super::identify::ANA_GROUP;
 use super::wire::*;
 use std::net::SocketAddr;
@@ -32,12 +32,55 @@ pub fn errors() -> Vec<u8> {
     vec![0; ERROR_BYTES]
 }
 
-/// Health: nothing wears out here, and nothing is warm.
-pub fn smart() -> Vec<u8> {
+/// What hosts did with a volume: counts of the health log (NVM Command Set 1.0, 4.1.4.2).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Served {
+    /// Bytes that Read, Compare and Verify asked for.
+    pub read_bytes: u64,
+    /// Bytes of Write.
+    pub written_bytes: u64,
+    /// Commands Read and Compare.
+    pub reads: u64,
+    /// Commands Write.
+    pub writes: u64,
+    /// Commands that found damage which no replica could mend.
+    pub media_errors: u64,
+}
+
+impl Served {
+    /// Counts a command that has ended.
+    pub fn count(&mut self, command: IoCommand, bytes: u32, status: Status) {
+        use IoCommand::{Compare, Read, Verify, Write};
+        let bytes = u64::from(bytes);
+        self.read_bytes += if matches!(command, Read | Compare | Verify) { bytes } else { 0 };
+        self.written_bytes += if command == Write { bytes } else { 0 };
+        self.reads += u64::from(matches!(command, Read | Compare));
+        self.writes += u64::from(command == Write);
+        self.media_errors += u64::from(status == Status::UNRECOVERED_READ);
+    }
+    /// Counts what another counted.
+    pub fn add(&mut self, other: &Self) {
+        self.read_bytes += other.read_bytes;
+        self.written_bytes += other.written_bytes;
+        self.reads += other.reads;
+        self.writes += other.writes;
+        self.media_errors += other.media_errors;
+    }
+}
+
+/// Health: nothing wears out here, and nothing is warm. The counts are the volume's at this target, since it started.
+pub fn smart(served: &Served) -> Vec<u8> {
     let mut log = vec![0; SMART_BYTES];
     put(&mut log, 1, &310u16.to_le_bytes());
     log[3] = 100;
     log[4] = 10;
+    // Data units are thousands of 512 bytes, rounded up.
+    let units = |bytes: u64| bytes.div_ceil(512_000);
+    put(&mut log, 32, &units(served.read_bytes).to_le_bytes());
+    put(&mut log, 48, &units(served.written_bytes).to_le_bytes());
+    put(&mut log, 64, &served.reads.to_le_bytes());
+    put(&mut log, 80, &served.writes.to_le_bytes());
+    put(&mut log, 160, &served.media_errors.to_le_bytes());
     log
 }
 

@@ -102,6 +102,13 @@ impl Nvme {
         }
     }
 
+    /// Counts for the health log what a connection answered.
+    fn tell_served(&mut self, conn: usize) {
+        let Some(served) = self.conns.get_mut(conn).and_then(NvmeConn::take_served) else { return };
+        let queue = self.attached[conn].queue;
+        self.seat.with(|controllers| controllers.served(queue, &served));
+    }
+
     pub(super) fn ended(&mut self, conn: usize, pending: Pending, result: Result<(), Failure>) {
         let Some(conn) = self.conns.get_mut(conn) else { return };
         let reading = matches!(pending.purpose, Purpose::Read { .. });
@@ -164,6 +171,7 @@ impl Export {
             let mut events = Vec::new();
             self.nvme.conns[key].tick(reactor, now, &mut events);
             self.take_nvme(key, events, now);
+            self.nvme.tell_served(key);
         }
         if self.nvme.seat.keeps_time() {
             self.nvme.seat.with(|controllers| controllers.tick(now));
@@ -278,6 +286,7 @@ impl Export {
                 tracing::debug!(%reason, "NVMe connection closed");
             }
         }
+        self.nvme.tell_served(conn);
         let queue = self.nvme.attached[conn].queue;
         self.nvme.seat.with(|controllers| controllers.closed(queue));
         self.nvme.carry_out();

@@ -89,7 +89,8 @@ impl NvmeConn {
             req.sent += length;
             if self.send_piece(id, at, length, parts) {
                 // The data's flag has answered it.
-                self.requests.remove(id.0 as usize);
+                let req = self.requests.remove(id.0 as usize);
+                self.served.count(IoCommand::Read, req.length, Status::SUCCESS);
                 return;
             }
         }
@@ -156,6 +157,9 @@ impl NvmeConn {
             self.ungranted.retain(|listed| *listed != id);
         }
         let status = req.error.unwrap_or(Status::SUCCESS);
+        if let Kind::Io(command) = req.kind {
+            self.served.count(command, req.length, status);
+        }
         self.session.respond(req.cid, status, 0, self.stream.text());
     }
     /// Counts an answer; false when it comes too late to matter.

@@ -3,10 +3,10 @@
 use super::{Answer, Controller, Controllers, Notice, Out, QueueId, View, namespace};
 use crate::nvme_tcp::command::NSID;
 use crate::nvme_tcp::identify::{self, AERL, IDENTIFY_BYTES, VERSION, cns};
-use crate::nvme_tcp::logs;
+use crate::nvme_tcp::logs::{self, Served};
 use crate::nvme_tcp::wire::*;
-use crate::types::Time;
-use std::collections::VecDeque;
+use crate::types::{Time, VolumeId};
+use std::collections::{BTreeMap, VecDeque};
 
 /// Of CC: enabled.
 const CC_EN: u32 = 1;
@@ -28,7 +28,8 @@ impl Controllers {
             return Answer::Done { status: Status::SEQUENCE.dnr(), result: 0, data: Vec::new() };
         };
         controller.seen = now;
-        let context = Context { view: &self.view, ana_changes: self.ana_changes, out: &mut self.out };
+        let (view, served, ana_changes) = (&self.view, &self.served, self.ana_changes);
+        let context = Context { view, served, ana_changes, out: &mut self.out };
         let answer = controller.command(sqe, data, context);
         answer.unwrap_or_else(|status| Answer::Done { status, result: 0, data: Vec::new() })
     }
@@ -37,6 +38,7 @@ impl Controllers {
 /// What a controller sees of its surroundings.
 pub(super) struct Context<'a> {
     pub view: &'a View,
+    pub served: &'a BTreeMap<VolumeId, Served>,
     pub ana_changes: u64,
     pub out: &'a mut VecDeque<Out>,
 }
@@ -223,7 +225,7 @@ impl Controller {
         Ok(match page {
             log::SUPPORTED => logs::supported(false),
             log::ERROR => logs::errors(),
-            log::SMART => logs::smart(),
+            log::SMART => logs::smart(context.served.get(&volume).unwrap_or(&Served::default())),
             log::FIRMWARE => logs::firmware(),
             log::CHANGED_NS => logs::changed(self.changed),
             log::EFFECTS => logs::effects(),

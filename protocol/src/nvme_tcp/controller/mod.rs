@@ -7,7 +7,7 @@
 //!
 //! Calling contract: [`Controllers::connect`] for each Connect, [`Controllers::admin`] for each
 //! command of an admin queue, [`Controllers::closed`] once for every connection that ended,
-//! [`Controllers::tick`] about once a second, and [`Controllers::poll`] to the end after each.
+//! [`Controllers::served`] and [`Controllers::tick`] about once a second, and [`Controllers::poll`] to the end after each.
 //! A [`QueueId`] names a connection until it is told closed.
 //!
 //! Deliberately absent: sockets, IO, saved features, firmware, reservations.
@@ -19,7 +19,7 @@ mod tests;
 
 use super::command::Namespace;
 use super::identify;
-use super::logs::Ana;
+use super::logs::{Ana, Served};
 use super::wire::*;
 use crate::types::{Span, Time, VolumeId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -214,6 +214,8 @@ struct Controller {
 #[derive(Debug, Default)]
 pub struct Controllers {
     view: View,
+    /// By volume.
+    served: BTreeMap<VolumeId, Served>,
     ana_changes: u64,
     /// By a number that is never used again.
     controllers: BTreeMap<u64, Controller>,
@@ -409,6 +411,13 @@ impl Controllers {
         candidates.find(|id| !taken.contains(id))
     }
 
+    /// Commands that a connection has answered since it told last.
+    pub fn served(&mut self, queue: QueueId, served: &Served) {
+        let controller = self.queues.get(&queue).and_then(|key| self.controllers.get(key));
+        if let Some(volume) = controller.and_then(|controller| controller.volume) {
+            self.served.entry(volume).or_default().add(served);
+        }
+    }
     /// A connection has ended. Its controller ends with its admin queue.
     pub fn closed(&mut self, queue: QueueId) {
         let Some(key) = self.queues.remove(&queue) else { return };

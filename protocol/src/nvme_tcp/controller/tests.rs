@@ -1,7 +1,7 @@
 //! Connect, properties, Identify, logs, features and events, through the calls that a target makes.
 
 use super::*;
-use crate::nvme_tcp::command::NSID;
+use crate::nvme_tcp::command::{IoCommand, NSID};
 use crate::nvme_tcp::host::{CC_ENABLE, connect_data};
 use crate::nvme_tcp::wire::{admin, log};
 use std::collections::BTreeSet;
@@ -401,4 +401,25 @@ fn names_are_the_same_everywhere_and_for_ever() {
     assert_eq!(identify::uuid(&CLUSTER, id)[6..9], [0x8b, 0xab, 0xab]);
     assert_eq!(identify::eui64(&CLUSTER, id), [0xaa, 0xab, 0xab, 0xab, 1, 2, 3, 4]);
     assert_eq!(vol0(), "nqn.2026-01.io.ashlar:abababababababababababababababab:vol0");
+}
+
+#[test]
+fn the_health_log_tells_what_hosts_did_with_the_volume_also_through_controllers_that_are_gone() {
+    let (mut c, _) = enabled(&vol0());
+    let mut served = Served::default();
+    served.count(IoCommand::Read, 512_000, Status::SUCCESS);
+    served.count(IoCommand::Verify, 512, Status::UNRECOVERED_READ);
+    served.count(IoCommand::Write, 4096, Status::SUCCESS);
+    served.count(IoCommand::Flush, 0, Status::SUCCESS);
+    c.served(0, &served);
+    let smart = |c: &mut Controllers| {
+        let log = ask(c, get_log(log::SMART, 512, 0)).2;
+        [32, 48, 64, 80, 160].map(|at| u64_at(&log, at))
+    };
+    assert_eq!(smart(&mut c), [2, 1, 1, 1, 1], "units read and written, commands, media errors");
+    c.closed(0);
+    c.served(0, &served);
+    connect(&mut c, 0, 0, u16::MAX, &vol0()).expect("accepted");
+    ask(&mut c, Sqe::property_set(1, property::CC, CC_ENABLE));
+    assert_eq!(smart(&mut c), [2, 1, 1, 1, 1], "what an unknown connection tells is nobody's");
 }
