@@ -88,6 +88,9 @@ fn serve(cluster: &DevCluster, guest: &Guest, words: &[&str]) -> anyhow::Result<
             let add = ["export", "add", "vol0", "--protocol", "nvme", "--allow-host", host];
             Ok(cluster.ashlar(&add).ok()?.stdout)
         }
+        [order @ ("drain" | "undrain"), target] => {
+            Ok(cluster.ashlar(&["target", order, target]).ok()?.stdout)
+        }
         ["kill", target] => {
             // Else its supervisor would start it again at once.
             cluster.signal_supervisor(Signal::SIGSTOP)?;

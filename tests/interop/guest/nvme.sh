@@ -117,7 +117,8 @@ nvme list | grep -q "$disk .*Ashlar" || fail "list: $(nvme list)"
 nvme list-subsys | grep -q "$nqn" || fail list-subsys
 ok "list, list-subsys"
 seen=$(nvme smart-log "$controller") && grep -q '^critical_warning[[:space:]]*: 0' <<<"$seen" || fail "smart-log: $seen"
-ok "smart-log"
+grep -qi '^host_write_commands[[:space:]]*: *[1-9]' <<<"$seen" || fail "smart-log counts no writes: $seen"
+ok "smart-log, with what was written before"
 for log in "error-log $controller" "fw-log $controller" "effects-log $controller" "ana-log $controller" \
   "changed-ns-list-log $controller" "supported-log-pages $controller"; do
   nvme $log >/tmp/seen 2>&1 || fail "$log: $(cat /tmp/seen)"
@@ -242,9 +243,32 @@ connect "${ports[0]}" "$nqn"
 disk=$(disk "$nqn")
 ok "allow-list: strangers neither see nor reach the volume"
 
-# --- two paths, one of which dies under load
+# --- two paths, one of which is drained, then dies under load
+gone() { ! nvme discover -t tcp -a "$address" -s "${ports[0]}" | grep -q "trsvcid: *${ports[1]}\$"; }
 connect "${ports[1]}" "$nqn" --nr-io-queues=2
 within 20 paths_live "$nqn" 2 || fail "not two paths: $(nvme list-subsys)"
+ana_is() { # PORT STATE
+  local controller
+  for controller in /sys/class/nvme/nvme*; do
+    grep -q "trsvcid=$1\b" "$controller/address" 2>/dev/null && [ "$(cat "$controller"/nvme*c*n1/ana_state)" = "$2" ] && return
+  done
+  return 1
+}
+for port in "${ports[0]}" "${ports[1]}"; do
+  within 20 ana_is "$port" optimized || fail "the path by $port is not optimized"
+done
+fio --name=drain --filename="$disk" --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=16 --size=16M \
+  --time_based --runtime=6 --verify=crc32c --verify_backlog=256 --verify_fatal=1 --verify_state_save=0 \
+  --output=/tmp/fio &
+load=$!
+host drain 2 || fail "drain"
+within 20 ana_is "${ports[1]}" non-optimized || fail "the path to the drained target is optimized still"
+ana_is "${ports[0]}" optimized || fail "the other path is not"
+within 15 gone || fail "discovery still lists the drained target"
+host undrain 2 || fail "undrain"
+within 20 ana_is "${ports[1]}" optimized || fail "the path did not become optimized again"
+wait $load || { cat /tmp/fio; fail "IO failed while a target was drained"; }
+ok "ANA: a drained target's path turns non-optimized by its async event, leaves discovery, and comes back"
 fio --name=multipath --filename="$disk" --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=16 --size=16M \
   --time_based --runtime=12 --verify=crc32c --verify_backlog=256 --verify_fatal=1 --verify_state_save=0 \
   --output=/tmp/fio &
@@ -252,7 +276,6 @@ load=$!
 sleep 3
 host kill 1 || fail "kill"
 within 15 paths_live "$nqn" 1 || fail "the path to the dead target did not go"
-gone() { ! nvme discover -t tcp -a "$address" -s "${ports[0]}" | grep -q "trsvcid: *${ports[1]}\$"; }
 within 15 gone || fail "discovery still lists the dead target"
 wait $load || { cat /tmp/fio; fail "IO failed while one of two paths died"; }
 ok "multipath: one of two targets killed under load with verification, no IO error, discovery without it"
