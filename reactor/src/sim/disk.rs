@@ -1,10 +1,11 @@
 //! A simulated disk: files in memory, with what a power cut may take kept apart.
 //!
 //! Reads see every completed write. For each 512-byte sector written since the last sync the
-//! durable bytes are kept too; a crash puts any subset of them back. Names, lengths and
-//! reservations are durable at once, as [`crate::Disk`] promises.
+//! durable bytes are kept too, beside those of the page they belong to; a crash puts any subset of
+//! them back. Names, lengths and reservations are durable at once, as [`crate::Disk`] promises.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::api::{Create, IoError, OpenOptions};
@@ -15,8 +16,10 @@ use crate::table::Table;
 const SECTOR_BYTES: usize = 512;
 const PAGE_BYTES: usize = 4096;
 
-type Sector = [u8; SECTOR_BYTES];
-static ZEROES: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+const PAGE_SECTORS: u64 = (PAGE_BYTES / SECTOR_BYTES) as u64;
+
+type Page = [u8; PAGE_BYTES];
+const ZEROES: Page = [0; PAGE_BYTES];
 
 #[derive(Default)]
 pub(super) struct SimDisk {
@@ -38,65 +41,66 @@ struct Handle {
 #[derive(Default)]
 struct SimFile {
     /// What reads see; absent pages are zero.
-    pages: BTreeMap<u64, Box<[u8; PAGE_BYTES]>>,
+    pages: Vec<Option<Box<Page>>>,
     len: u64,
-    /// Durable bytes of sectors that differ, or may differ, from what reads see.
-    durable: BTreeMap<u64, Sector>,
+    /// By page: durable bytes of sectors that differ, or may differ, from what reads see.
+    durable: BTreeMap<u64, Sectors>,
     /// Sectors that cannot be read.
     broken: BTreeSet<u64>,
     is_chunks: bool,
 }
 
+/// Some sectors of a page.
+struct Sectors {
+    /// Bit i set: sector i is here.
+    which: u8,
+    bytes: Box<Page>,
+}
+
 /// What a sync that has begun will make durable.
 pub(super) struct SyncPoint {
     id: u64,
-    sectors: Vec<(u64, Sector)>,
+    pages: Vec<(u64, Sectors)>,
+}
+
+/// The bytes of a sector within its page.
+fn within(sector: u64) -> Range<usize> {
+    let at = (sector % PAGE_SECTORS) as usize * SECTOR_BYTES;
+    at..at + SECTOR_BYTES
 }
 
 impl SimFile {
+    fn page(&self, page: u64) -> &Page {
+        self.pages.get(page as usize).and_then(Option::as_deref).unwrap_or(&ZEROES)
+    }
+
     fn read(&self, offset: u64, into: &mut [u8]) -> usize {
         let count = self.len.saturating_sub(offset).min(into.len() as u64) as usize;
-        let mut done = 0;
-        while done < count {
-            let at = offset + done as u64;
-            let (page, skip) = (at / PAGE_BYTES as u64, (at % PAGE_BYTES as u64) as usize);
-            let piece = (PAGE_BYTES - skip).min(count - done);
-            match self.pages.get(&page) {
-                Some(bytes) => into[done..done + piece].copy_from_slice(&bytes[skip..skip + piece]),
-                None => into[done..done + piece].fill(0),
-            }
-            done += piece;
+        for (page, at, piece) in pieces(offset, count) {
+            into[piece.clone()].copy_from_slice(&self.page(page)[at..at + piece.len()]);
         }
         count
     }
 
-    fn sector(&self, sector: u64) -> Sector {
-        let at = sector * SECTOR_BYTES as u64;
-        let skip = (at % PAGE_BYTES as u64) as usize;
-        let page = self.pages.get(&(at / PAGE_BYTES as u64));
-        page.map_or([0; SECTOR_BYTES], |page| {
-            page[skip..skip + SECTOR_BYTES].try_into().expect("a sector lies within a page")
-        })
-    }
-
     fn put(&mut self, offset: u64, bytes: &[u8]) {
-        let mut done = 0;
-        while done < bytes.len() {
-            let at = offset + done as u64;
-            let (page, skip) = (at / PAGE_BYTES as u64, (at % PAGE_BYTES as u64) as usize);
-            let piece = (PAGE_BYTES - skip).min(bytes.len() - done);
-            let from = &bytes[done..done + piece];
-            // Zeroes over nothing are nothing: preformatting costs no memory.
-            if self.pages.contains_key(&page) || from != &ZEROES[..piece] {
-                let page = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE_BYTES]));
-                page[skip..skip + piece].copy_from_slice(from);
+        for (page, at, piece) in pieces(offset, bytes.len()) {
+            let from = &bytes[piece];
+            if self.pages.len() <= page as usize {
+                self.pages.resize_with(page as usize + 1, || None);
             }
-            done += piece;
+            // Zeroes over nothing are nothing: preformatting costs no memory.
+            match &mut self.pages[page as usize] {
+                Some(page) => page[at..at + from.len()].copy_from_slice(from),
+                None if from == &ZEROES[..from.len()] => {}
+                empty => {
+                    empty.insert(Box::new(ZEROES))[at..at + from.len()].copy_from_slice(from);
+                }
+            }
         }
         self.len = self.len.max(offset + bytes.len() as u64);
     }
 
-    fn sectors_of(offset: u64, len: usize) -> std::ops::Range<u64> {
+    fn sectors_of(offset: u64, len: usize) -> Range<u64> {
         let size = SECTOR_BYTES as u64;
         offset / size..(offset + len as u64).div_ceil(size)
     }
@@ -106,37 +110,93 @@ impl SimFile {
         if !self.broken.is_empty() {
             self.broken.retain(|sector| !sectors.contains(sector));
         }
-        if !durably {
-            let unchanged = |sector: u64, before: &Sector| {
-                let from = (sector * SECTOR_BYTES as u64).max(offset);
-                let to = ((sector + 1) * SECTOR_BYTES as u64).min(offset + bytes.len() as u64);
-                let skip = (from % SECTOR_BYTES as u64) as usize;
-                before[skip..skip + (to - from) as usize]
-                    == bytes[(from - offset) as usize..(to - offset) as usize]
-            };
-            for sector in sectors.clone() {
-                let before = self.sector(sector);
-                if !unchanged(sector, &before) {
-                    self.durable.entry(sector).or_insert(before);
-                }
-            }
+        if durably {
+            sectors.for_each(|sector| self.settle(sector));
+        } else {
+            sectors.for_each(|sector| self.keep(sector, offset, bytes));
         }
         self.put(offset, bytes);
-        if durably {
-            sectors.for_each(|sector| _ = self.durable.remove(&sector));
+    }
+
+    /// Keeps what is durable of a sector, if the write of `bytes` at `offset` is to change it.
+    fn keep(&mut self, sector: u64, offset: u64, bytes: &[u8]) {
+        let (page, bit) = (sector / PAGE_SECTORS, 1 << (sector % PAGE_SECTORS));
+        if self.durable.get(&page).is_some_and(|kept| kept.which & bit != 0) {
+            return;
+        }
+        let start = sector * SECTOR_BYTES as u64;
+        let (from, to) = (start.max(offset), (start + SECTOR_BYTES as u64).min(offset + bytes.len() as u64));
+        let skip = (from % PAGE_BYTES as u64) as usize;
+        let before = self.pages.get(page as usize).and_then(Option::as_deref).unwrap_or(&ZEROES);
+        if before[skip..][..(to - from) as usize] != bytes[(from - offset) as usize..(to - offset) as usize] {
+            let none = || Sectors { which: 0, bytes: Box::new(ZEROES) };
+            let kept = self.durable.entry(page).or_insert_with(none);
+            kept.which |= bit;
+            kept.bytes[within(sector)].copy_from_slice(&before[within(sector)]);
+        }
+    }
+
+    /// What reads see of a sector is durable now.
+    fn settle(&mut self, sector: u64) {
+        let page = sector / PAGE_SECTORS;
+        if let Some(kept) = self.durable.get_mut(&page) {
+            kept.which &= !(1 << (sector % PAGE_SECTORS));
+            if kept.which == 0 {
+                self.durable.remove(&page);
+            }
         }
     }
 
     /// A power cut: each sector that was not synced keeps its new or gets back its durable bytes.
     fn tear(&mut self, random: &mut u64) {
-        for (sector, bytes) in std::mem::take(&mut self.durable) {
-            if split_mix(random).is_multiple_of(2) {
-                let len = self.len;
-                self.put(sector * SECTOR_BYTES as u64, &bytes);
-                self.len = len;
+        let len = self.len;
+        for (page, kept) in std::mem::take(&mut self.durable) {
+            for sector in sectors_in(page, kept.which) {
+                if split_mix(random).is_multiple_of(2) {
+                    self.put(sector * SECTOR_BYTES as u64, &kept.bytes[within(sector)]);
+                }
+            }
+        }
+        self.len = len;
+    }
+
+    fn begin_sync(&self) -> Vec<(u64, Sectors)> {
+        let now = |(page, kept): (&u64, &Sectors)| {
+            (*page, Sectors { which: kept.which, bytes: Box::new(*self.page(*page)) })
+        };
+        self.durable.iter().map(now).collect()
+    }
+
+    fn end_sync(&mut self, pages: Vec<(u64, Sectors)>) {
+        for (page, synced) in pages {
+            for sector in sectors_in(page, synced.which) {
+                if self.page(page)[within(sector)] == synced.bytes[within(sector)] {
+                    self.settle(sector);
+                } else if let Some(kept) = self.durable.get_mut(&page)
+                    && kept.which & (1 << (sector % PAGE_SECTORS)) != 0
+                {
+                    kept.bytes[within(sector)].copy_from_slice(&synced.bytes[within(sector)]);
+                }
             }
         }
     }
+}
+
+/// The pages that `count` bytes at `offset` touch: number, offset within it, and which of the bytes.
+fn pieces(offset: u64, count: usize) -> impl Iterator<Item = (u64, usize, Range<usize>)> {
+    let size = PAGE_BYTES as u64;
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let at = offset + done as u64;
+        let skip = (at % size) as usize;
+        let piece = done..done + (PAGE_BYTES - skip).min(count - done);
+        done = piece.end;
+        (!piece.is_empty()).then_some((at / size, skip, piece))
+    })
+}
+
+fn sectors_in(page: u64, which: u8) -> impl Iterator<Item = u64> {
+    (0..PAGE_SECTORS).filter(move |at| which & (1 << at) != 0).map(move |at| page * PAGE_SECTORS + at)
 }
 
 impl SimDisk {
@@ -230,18 +290,12 @@ impl SimDisk {
     /// Notes what is written by now; [`SimDisk::end_sync`] makes that durable.
     pub(super) fn begin_sync(&mut self, handle: (u32, u32)) -> Result<SyncPoint, IoError> {
         let id = self.id("sync", handle)?;
-        let file = &self.files[&id];
-        Ok(SyncPoint { id, sectors: file.durable.keys().map(|at| (*at, file.sector(*at))).collect() })
+        Ok(SyncPoint { id, pages: self.files[&id].begin_sync() })
     }
 
     pub(super) fn end_sync(&mut self, point: SyncPoint) {
-        let Some(file) = self.files.get_mut(&point.id) else { return };
-        for (sector, bytes) in point.sectors {
-            if file.sector(sector) == bytes {
-                file.durable.remove(&sector);
-            } else if let Some(durable) = file.durable.get_mut(&sector) {
-                *durable = bytes;
-            }
+        if let Some(file) = self.files.get_mut(&point.id) {
+            file.end_sync(point.pages);
         }
     }
 
@@ -256,8 +310,10 @@ impl SimDisk {
         if bytes < file.len {
             let zeroes = vec![0; (bytes.next_multiple_of(PAGE_BYTES as u64) - bytes) as usize];
             file.put(bytes, &zeroes);
-            file.pages.retain(|page, _| page * (PAGE_BYTES as u64) < bytes);
-            file.durable.retain(|sector, _| (sector + 1) * (SECTOR_BYTES as u64) <= bytes);
+            file.pages.truncate(bytes.div_ceil(PAGE_BYTES as u64) as usize);
+            for sector in bytes / SECTOR_BYTES as u64..file.len.div_ceil(SECTOR_BYTES as u64) {
+                file.settle(sector);
+            }
         }
         file.len = bytes;
         Ok(())
@@ -301,7 +357,7 @@ impl SimDisk {
                 let start = (sector * SECTOR_BYTES as u64).max(offset);
                 let end = ((sector + 1) * SECTOR_BYTES as u64).min(offset + from.len() as u64);
                 file.put(start, &from[(start - offset) as usize..(end - offset) as usize]);
-                file.durable.remove(&sector);
+                file.settle(sector);
             }
         }
     }
@@ -315,9 +371,9 @@ impl SimDisk {
     /// The place of some bit in a page that holds something.
     pub(super) fn some_bit(&self, path: &Path, random: u64) -> Option<u64> {
         let file = self.files.get(self.names.get(path)?)?;
-        let count = file.pages.len() as u64;
-        let page = file.pages.keys().nth(random.checked_rem(count)? as usize)?;
-        Some((page * PAGE_BYTES as u64) * 8 + (random >> 32) % (PAGE_BYTES as u64 * 8))
+        let used = || file.pages.iter().enumerate().filter(|(_, page)| page.is_some());
+        let (page, _) = used().nth(random.checked_rem(used().count() as u64)? as usize)?;
+        Some((page as u64 * PAGE_BYTES as u64) * 8 + (random >> 32) % (PAGE_BYTES as u64 * 8))
     }
 
     /// Inverts one bit at rest, in what is read and what is durable.
@@ -328,9 +384,9 @@ impl SimDisk {
         let mut byte = [0];
         file.read(bit / 8, &mut byte);
         byte[0] ^= 1 << (bit % 8);
-        let durable = file.durable.get_mut(&(bit / 8 / SECTOR_BYTES as u64));
-        if let Some(sector) = durable {
-            sector[(bit / 8) as usize % SECTOR_BYTES] ^= 1 << (bit % 8);
+        // Where the sector is not kept, this changes bytes that nobody looks at.
+        if let Some(kept) = file.durable.get_mut(&(bit / 8 / PAGE_BYTES as u64)) {
+            kept.bytes[(bit / 8) as usize % PAGE_BYTES] ^= 1 << (bit % 8);
         }
         file.put(bit / 8, &byte);
         Ok(())

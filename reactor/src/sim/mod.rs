@@ -109,6 +109,8 @@ struct World {
     next_seq: u64,
     net: Net,
     trace: u64,
+    /// Scratch space of `step`.
+    runnable: Vec<usize>,
 }
 
 struct Node {
@@ -161,6 +163,7 @@ impl SimWorld {
             next_seq: 0,
             net: Net::default(),
             trace: seed,
+            runnable: Vec::new(),
         })))
     }
 
@@ -375,14 +378,15 @@ impl World {
                 let event = entry.remove();
                 self.happen(event);
             }
-            let runnable: Vec<usize> =
-                (0..self.nodes.len()).filter(|node| self.nodes[*node].is_runnable(now)).collect();
-            if !runnable.is_empty() {
+            self.runnable.clear();
+            let nodes = self.nodes.iter().enumerate();
+            self.runnable.extend(nodes.filter(|(_, node)| node.is_runnable(now)).map(|(number, _)| number));
+            if !self.runnable.is_empty() {
                 if now > until {
                     return None;
                 }
                 let draw = split_mix(&mut self.random) as usize;
-                return Some(runnable[draw % runnable.len()]);
+                return Some(self.runnable[draw % self.runnable.len()]);
             }
             let event = self.events.first_key_value().map(|(key, _)| key.0);
             let awake = self.nodes.iter().filter(|n| n.running && !n.paused);
@@ -474,6 +478,14 @@ impl Node {
         Some(offset)
     }
 
+    fn write(&mut self, file: File, mut at: u64, bufs: &IoList, durably: bool) -> Result<(), IoError> {
+        for buf in bufs {
+            self.disk.write(key(file), at, buf.bytes(), durably)?;
+            at += buf.len() as u64;
+        }
+        Ok(())
+    }
+
     /// What a disk op does at its end.
     fn finish(&mut self, op: DiskOp) -> Completion {
         let mut done =
@@ -498,16 +510,16 @@ impl Node {
                 done.buf = Some(buf);
             }
             DiskWork::Write { file, offset, bufs, dsync } => {
-                let (bytes, error_ppm) = (gather(&bufs), self.faults.write_error_ppm);
+                let error_ppm = self.faults.write_error_ppm;
                 let unaligned = self.disk.is_direct(key(file)) && !is_direct_write(offset, &bufs);
                 done.result = if unaligned {
                     Err(IoError::new("write unaligned", libc::EINVAL))
                 } else if self.strikes(error_ppm) {
-                    self.disk.tear_write(key(file), offset, &bytes, &mut self.random);
+                    self.disk.tear_write(key(file), offset, &gather(&bufs), &mut self.random);
                     io_error("write")
                 } else {
                     let place = self.place_of_write(file, offset);
-                    let write = |at| self.disk.write(key(file), at, &bytes, dsync);
+                    let write = |at| self.write(file, at, &bufs, dsync);
                     place.map_or(Ok(()), write).map(|()| Output::Written)
                 };
                 done.bufs = bufs;

@@ -49,7 +49,7 @@ struct End {
     peer: Option<Socket>,
     peer_node: usize,
     /// The owner holds a handle: accepted or connected.
-    inbox: VecDeque<u8>,
+    inbox: Inbox,
     /// After the inbox: the end of the stream, or an error.
     ended: Option<Result<(), i32>>,
     recv: Option<(u64, BufMut, usize, usize)>,
@@ -58,6 +58,41 @@ struct End {
     unreceived: usize,
     /// When the last of what was sent arrives.
     last_arrival: Time,
+}
+
+/// What has arrived: parcels in order, the first of them received up to `used`.
+#[derive(Default)]
+struct Inbox {
+    parcels: VecDeque<Vec<u8>>,
+    used: usize,
+}
+
+impl Inbox {
+    fn push(&mut self, bytes: Vec<u8>) {
+        if !bytes.is_empty() {
+            self.parcels.push_back(bytes);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.parcels.is_empty()
+    }
+
+    /// Moves as much as there is, or fits; tells how much.
+    fn take(&mut self, into: &mut [u8]) -> usize {
+        let mut count = 0;
+        while let Some(first) = self.parcels.front().filter(|_| count < into.len()) {
+            let piece = (first.len() - self.used).min(into.len() - count);
+            into[count..count + piece].copy_from_slice(&first[self.used..self.used + piece]);
+            count += piece;
+            self.used += piece;
+            if self.used == first.len() {
+                self.parcels.pop_front();
+                self.used = 0;
+            }
+        }
+        count
+    }
 }
 
 #[derive(Clone)]
@@ -157,7 +192,7 @@ impl Net {
             node,
             peer: None,
             peer_node,
-            inbox: VecDeque::new(),
+            inbox: Inbox::default(),
             ended: None,
             recv: None,
             sends: VecDeque::new(),
@@ -369,7 +404,7 @@ impl World {
             return;
         }
         match what {
-            Parcel::Bytes(bytes) => end.inbox.extend(bytes),
+            Parcel::Bytes(bytes) => end.inbox.push(bytes),
             Parcel::End(how) => {
                 end.ended = Some(how);
                 end.peer = None;
@@ -387,12 +422,7 @@ impl World {
             return;
         }
         let Some((token, mut buf, from, to)) = end.recv.take() else { return };
-        let count = if reset { 0 } else { end.inbox.len().min(to - from) };
-        let (front, back) = end.inbox.as_slices();
-        let cut = front.len().min(count);
-        buf[from..from + cut].copy_from_slice(&front[..cut]);
-        buf[from + cut..from + count].copy_from_slice(&back[..count - cut]);
-        end.inbox.drain(..count);
+        let count = if reset { 0 } else { end.inbox.take(&mut buf[from..to]) };
         let result = match end.ended {
             Some(Err(errno)) => Err(IoError::new("receive", errno)),
             _ => Ok(Output::Received(count as u32)),

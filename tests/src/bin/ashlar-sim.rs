@@ -34,6 +34,9 @@ struct Args {
     /// Go on after a failing seed.
     #[arg(long)]
     keep_going: bool,
+    /// Tell of each seed its trace, its turns and how long it took.
+    #[arg(long)]
+    each: bool,
 }
 
 struct Virtual;
@@ -124,8 +127,19 @@ fn run_many(args: &Args) -> usize {
             if seed >= args.from + args.seeds {
                 return;
             }
+            let started = Instant::now();
             match run_one(seed, &mix(args, seed)) {
                 Ok(report) => {
+                    if args.each {
+                        println!(
+                            "seed {seed}: trace {:016x}, {} turns, {} requests, {:.1} simulated s in {:.2} s",
+                            report.trace,
+                            report.turns,
+                            report.acknowledged,
+                            report.span.0 as f64 / 1e9,
+                            started.elapsed().as_secs_f64()
+                        );
+                    }
                     let mut totals = totals.lock().expect("no panic holds it");
                     totals.0 += 1;
                     if totals.0.is_multiple_of(10) {

@@ -19,6 +19,7 @@
 //! register in whose log the same write is seen twice, with another one in between, and for no other.
 
 use super::Failure;
+use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
 
 /// One change of a register, in the order agreed.
@@ -58,7 +59,7 @@ impl Op {
 /// All operations, by register.
 #[derive(Default, Debug)]
 pub struct History {
-    registers: BTreeMap<Register, Vec<Op>>,
+    registers: FxHashMap<Register, Vec<Op>>,
     last_value: u64,
 }
 
@@ -125,9 +126,15 @@ impl History {
     /// # Errors
     /// Some register did not behave as one.
     pub fn judge_alone(&self) -> Result<(), Failure> {
-        self.registers.iter().try_for_each(|(register, ops)| {
+        self.in_order().try_for_each(|(register, ops)| {
             judge(ops).map_err(|what| Failure(describe(*register, ops, &[], &what)))
         })
+    }
+
+    fn in_order(&self) -> impl Iterator<Item = (&Register, &Vec<Op>)> {
+        let mut all: Vec<_> = self.registers.iter().collect();
+        all.sort_unstable_by_key(|(register, _)| **register);
+        all.into_iter()
     }
 
     /// Judges every register by both judges; returns how many writes took effect twice.
@@ -136,7 +143,7 @@ impl History {
     /// Some register did not behave as one.
     pub fn judge(&self, changes: &BTreeMap<Register, Vec<Change>>) -> Result<u64, Failure> {
         let mut doubles = 0;
-        for (register, ops) in &self.registers {
+        for (register, ops) in self.in_order() {
             let told = changes.get(register).map_or(&[][..], Vec::as_slice);
             let failed = |what: &str| Failure(describe(*register, ops, told, what));
             let twice = follow(ops, told).map_err(|what| failed(&what))?;
@@ -179,8 +186,10 @@ fn follow(ops: &[Op], changes: &[Change]) -> Result<u64, String> {
     for stretch in &stretches {
         by_value.entry(stretch.value).or_default().push(*stretch);
     }
+    let mut written: Vec<u64> = ops.iter().filter(|op| !op.is_read).map(|op| op.value).collect();
+    written.sort_unstable();
     for value in by_value.keys().filter(|value| **value != 0) {
-        if !ops.iter().any(|op| !op.is_read && op.value == *value) {
+        if written.binary_search(value).is_err() {
             return Err(format!("{value} was agreed on, which nobody wrote here"));
         }
     }
@@ -298,13 +307,14 @@ fn reads_of_zeroes(ops: &[Op], zones: &BTreeMap<u64, Zone>) -> Result<(), String
     if reads.is_empty() {
         return Ok(());
     }
-    let zeroings: Vec<&Op> = ops.iter().filter(|op| !op.is_read && op.value == 0).collect();
+    // By time: the latest moment at which any value that was there by then was surely there still, and
+    // the latest end of any zeroing that had begun by then.
+    let present = latest(zones.values().map(|zone| (zone.first_end, zone.last_begin)));
+    let zeroings = ops.iter().filter(|op| !op.is_read && op.value == 0);
+    let zeroed = latest(zeroings.map(|op| (op.begun, op.ended)));
     for read in reads {
-        // The latest moment at which a value was surely there before this read began.
-        let covering = zones.values().filter(|zone| zone.first_end < read.begun);
-        let last = covering.map(|zone| zone.last_begin).max();
-        let Some(last) = last else { continue };
-        if !zeroings.iter().any(|zero| zero.begun < read.ended && zero.ended > last) {
+        let Some(last) = before(&present, read.begun) else { continue };
+        if before(&zeroed, read.ended).is_none_or(|ended| ended <= last) {
             return Err(format!(
                 "a read from {} to {} returned zeroes, but the last zeroing ended before {last}, when a value was there",
                 read.begun, read.ended
@@ -312,6 +322,24 @@ fn reads_of_zeroes(ops: &[Op], zones: &BTreeMap<u64, Zone>) -> Result<(), String
         }
     }
     Ok(())
+}
+
+/// Sorted by the first number; the second is the highest up to there.
+fn latest(pairs: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+    let mut pairs: Vec<(u64, u64)> = pairs.collect();
+    pairs.sort_unstable();
+    let mut most = 0;
+    for (_, second) in &mut pairs {
+        most = most.max(*second);
+        *second = most;
+    }
+    pairs
+}
+
+/// The highest second number where the first is below `limit`.
+fn before(pairs: &[(u64, u64)], limit: u64) -> Option<u64> {
+    let count = pairs.partition_point(|(first, _)| *first < limit);
+    count.checked_sub(1).map(|at| pairs[at].1)
 }
 
 fn describe(register: Register, ops: &[Op], changes: &[Change], what: &str) -> String {

@@ -12,6 +12,7 @@ use protocol::nbd::wire::{FIXED_NEWSTYLE, GREETING_BYTES, NO_ZEROES, chunk, cmd,
 use protocol::types::{BLOCK_BYTES, Span, Time};
 use reactor::sim::{SimReactor, SimWorld};
 use reactor::{Addr, Completion, IoBuf, IoList, Op, Output, Reactor, Socket};
+use rustc_hash::FxHashSet;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -65,7 +66,7 @@ pub struct Host {
     unit: u64,
     windows: Vec<u64>,
     history: Rc<RefCell<History>>,
-    busy: Rc<RefCell<BTreeSet<Register>>>,
+    busy: Rc<RefCell<FxHashSet<Register>>>,
     state: State,
     connection: u64,
     structured: bool,
@@ -89,7 +90,7 @@ pub struct Host {
 
 thread_local! {
     /// Units with a write in flight, of the run on this thread; shared by its hosts.
-    static BUSY: RefCell<Rc<RefCell<BTreeSet<Register>>>> = RefCell::default();
+    static BUSY: RefCell<Rc<RefCell<FxHashSet<Register>>>> = RefCell::default();
 }
 
 impl Host {
@@ -570,16 +571,18 @@ fn take_chunk(request: &mut Request, kind: u16, data: &[u8]) -> bool {
 }
 
 fn encode(unit: u64, value: u64, bytes: usize, out: &mut Vec<u8>) {
-    for _ in 0..bytes / 16 {
-        out.extend_from_slice(&value.to_le_bytes());
-        out.extend_from_slice(&unit.to_le_bytes());
-    }
+    let mut lane = [0; 16];
+    lane[..8].copy_from_slice(&value.to_le_bytes());
+    lane[8..].copy_from_slice(&unit.to_le_bytes());
+    let from = out.len();
+    out.resize(from + bytes, 0);
+    out[from..].chunks_exact_mut(16).for_each(|part| part.copy_from_slice(&lane));
 }
 
 /// The value that a unit holds; why it holds none.
 fn decode(unit: u64, bytes: &[u8]) -> Result<u64, String> {
-    let (first, rest) = bytes.split_at(16);
-    if rest.chunks(16).any(|part| part != first) {
+    let first = &bytes[..16];
+    if bytes[16..] != bytes[..bytes.len() - 16] {
         let lanes: BTreeSet<u64> =
             bytes.chunks(16).map(|l| u64::from_le_bytes(l[..8].try_into().expect("8 bytes"))).collect();
         return Err(format!("torn: it holds parts of {lanes:?}"));
