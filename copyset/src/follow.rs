@@ -94,8 +94,13 @@ impl Replica {
     }
 
     fn reject(&mut self, from: ShardAddr, round: Round, prev: (LogIndex, Term)) {
-        let (hint, hint_term) = self.log.last_not_above(prev.0, prev.1);
         let standing = self.standing();
+        let (hint, hint_term) = match self.log.term_at(self.commit) {
+            // No log would help it. What it knows to be committed may help the leader: one that has
+            // just started may know of less, and can serve no catch-up that would take that back.
+            Some(term) if standing.needs_install => (self.commit, term),
+            _ => self.log.last_not_above(prev.0, prev.1),
+        };
         let outcome = AppendOutcome::Rejected { prev: prev.0, hint, hint_term };
         self.send(from, Kind::AppendReply { round, standing, outcome });
     }

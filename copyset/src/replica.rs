@@ -480,6 +480,10 @@ impl Replica {
     pub fn hard_state(&self) -> HardState {
         self.hard
     }
+    /// Whether the term and the vote are durable.
+    pub fn is_hard_state_durable(&self) -> bool {
+        self.is_hard_durable()
+    }
     /// The part played.
     pub fn role(&self) -> Role {
         self.role

@@ -266,6 +266,9 @@ impl Replica {
         match outcome {
             AppendOutcome::Matched { up_to } => self.on_matched(at, round, standing, up_to),
             AppendOutcome::Rejected { prev, hint, hint_term } => {
+                if standing.needs_install && self.log.term_at(hint) == Some(hint_term) {
+                    self.commit_to(hint);
+                }
                 let (index, _) = self.log.last_not_above(hint, hint_term);
                 let peer = &mut self.peers[at];
                 if !standing.counts {
@@ -352,13 +355,21 @@ impl Replica {
         if reached <= self.commit || self.log.term_at(reached) != Some(self.hard.term) {
             return;
         }
-        let fresh = self.log.from(self.commit.next()).take((reached.0 - self.commit.0) as usize);
-        self.uncommitted_blocks -= fresh.map(|e| e.body.payload_blocks()).sum::<usize>();
-        self.commit = reached;
+        self.commit_to(reached);
         let settled = self.changes.last().is_none_or(|at| *at <= self.commit);
         if settled && !self.members.is_voter(self.config.me) {
             self.become_follower(self.hard.term, None); // It has led its own removal to the end.
         }
+    }
+
+    /// Everything up to here is committed.
+    fn commit_to(&mut self, reached: LogIndex) {
+        if reached <= self.commit {
+            return;
+        }
+        let fresh = self.log.from(self.commit.next()).take((reached.0 - self.commit.0) as usize);
+        self.uncommitted_blocks -= fresh.map(|e| e.body.payload_blocks()).sum::<usize>();
+        self.commit = reached;
     }
 
     /// Hands leadership to a voter: once that holds the whole log it is told to campaign.

@@ -309,3 +309,13 @@ fn no_seed_breaks_safety_or_stops_for_good() {
     assert!(sum.acked > 1000 && sum.lease_reads > 1000 && sum.round_reads > 100);
     assert!(sum.installs > 10 && sum.changes > 10 && sum.damages > 10 && sum.sleeps > 10);
 }
+
+/// Seeds that once failed:
+/// - 2213: one of two voters was amid a chunk catch-up and had applied more than the other, which had
+///   been restarted, knew to be committed: it could serve no catch-up, and commit nothing without it.
+#[test]
+fn seeds_that_once_failed_pass() {
+    for seed in [2213] {
+        simulate(seed, 400, false);
+    }
+}

@@ -235,6 +235,7 @@ pub enum AppendOutcome {
     /// The log agrees with the leader's up to here, and is durable.
     Matched { up_to: LogIndex },
     /// `prev` does not match. It may match at `hint` or before: the last entry not after
-    /// `prev` whose term is at most the asked one, `hint_term`.
+    /// `prev` whose term is at most the asked one, `hint_term`. Of a replica that needs a chunk
+    /// catch-up: the last entry that it knows to be committed.
     Rejected { prev: LogIndex, hint: LogIndex, hint_term: Term },
 }
