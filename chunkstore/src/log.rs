@@ -170,15 +170,22 @@ impl<P: Clone> Log<P> {
             self.open_lsn += 1;
         }
     }
-    /// Blocks that may still be staged while a reserve is left for what must always fit.
+    /// Blocks that may still be staged while a reserve is left for what must always fit: small records,
+    /// and the copies of what waits to be applied in the oldest segment, which may be full of it.
     pub(crate) fn room(&self) -> u32 {
         let most = self.batch_blocks_max + batch::HEADER_BLOCKS_MAX;
-        if self.free.is_empty() {
-            return 0;
-        }
-        let whole = (self.free.len() as u32 - 1) * (self.usable() - most);
+        let Some(whole) = (self.free.len() as u32).checked_sub(self.reserve()) else { return 0 };
+        let whole = whole * (self.usable() - most);
         let here = self.usable().saturating_sub(self.block).saturating_sub(most);
         (whole + here).saturating_sub(self.closed_blocks + self.open.blocks())
+    }
+    /// Segments kept free. One in short logs, where two would leave too little.
+    pub(crate) fn reserve(&self) -> u32 {
+        if self.ready < 6 { 1 } else { 2 }
+    }
+    /// Blocks of all segments that are there.
+    pub(crate) fn ready_blocks(&self) -> usize {
+        self.ready as usize * self.segment_blocks as usize
     }
     /// Blocks that are not written yet, without a reserve.
     pub(crate) fn space(&self) -> u32 {

@@ -173,6 +173,7 @@ pub fn recover<P: Payload, M: Media + ?Sized>(
         state.applied = state.applied.min(state.last());
         state.hinted = state.hinted.min(state.applied);
     }
+    store.waiting_blocks = store.count_waiting();
     if !log.holes.is_empty() {
         store.copysets.values_mut().for_each(|c| c.damaged = true);
     }
@@ -264,6 +265,7 @@ fn new_store<P: Payload>(
         chunks: Map::default(),
         dirty: BTreeSet::new(),
         overlay_blocks: 0,
+        waiting_blocks: 0,
         ram: VecDeque::new(),
         ram_blocks: 0,
         pool: Pool::new(from.slots_ready.min(layout.slots_max), layout.slots_max),

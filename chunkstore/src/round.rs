@@ -7,9 +7,9 @@
 use crate::api::*;
 use crate::checkpoint::{self, Checkpoint, CopysetImage, SlotImage};
 use crate::read::Pending;
-use crate::store::Store;
+use crate::store::{EntryMeta, Store};
 use protocol::raft::{Body, Members};
-use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, LogIndex, Span, Term, Time};
+use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, Span, Term, Time};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -146,7 +146,13 @@ impl<P: Payload> Store<P> {
     }
 
     fn pressed(&self) -> bool {
-        self.log.uses.len() > 1 && self.log.uses.len() * 2 > self.log.ready as usize
+        let uses = self.log.uses.len();
+        uses > 1 && (uses * 2 > self.log.ready as usize || self.is_full())
+    }
+
+    /// Whether an entry, or a piece of a catch-up, may have to wait for segments to be recycled.
+    fn is_full(&self) -> bool {
+        !self.can_stage(ENTRY_BLOCKS_MAX)
     }
 
     /// Begins a round if there is a reason: the end, a log that fills, damage behind, or idleness.
@@ -167,7 +173,6 @@ impl<P: Payload> Store<P> {
         };
         let keep = match wanted {
             0 => Some(0),
-            keep if past_damage.is_some() => Some(keep).filter(|k| self.affordable(*k)),
             most => std::iter::successors(Some(most), |k| (*k > 1).then_some(*k / 2))
                 .find(|keep| self.affordable(*keep)),
         };
@@ -188,7 +193,9 @@ impl<P: Payload> Store<P> {
 
     /// Whether the oldest `keep` segments can be recycled at a price that is worth it. What waits to
     /// be applied must be copied forward, and copying much would only churn: wait until more is
-    /// applied, unless the log is full. Room is always left for the small records without which
+    /// applied, unless the log is full. Then even a segment that holds nothing else is copied whole:
+    /// nothing is won by it, but those behind it come to be the oldest, and what waits is never more
+    /// than a part of the log (`may_wait`). Room is always left for the small records without which
     /// nothing more would be committed (terms, votes, empty entries).
     fn affordable(&self, keep: usize) -> bool {
         let target = self.log.uses[keep].first_lsn;
@@ -197,17 +204,15 @@ impl<P: Payload> Store<P> {
         }
         let waiting =
             self.copysets.values().flat_map(|c| c.entries.iter().filter(|e| e.entry.index > c.applied));
-        let blocks: usize = waiting.filter(|e| e.lsn < target).map(|e| e.crcs.len() + 1).sum();
+        let blocks: usize = waiting.filter(|e| e.lsn < target).map(EntryMeta::blocks).sum();
         let segment = self.log.segment_blocks as usize;
-        let worth = if self.log.room() == 0 {
-            keep * segment / 4 * 3
-        } else {
-            (segment / 4).max(self.log.free.len() * segment / 4)
-        };
+        let worth =
+            if self.is_full() { usize::MAX } else { (segment / 4).max(self.log.free.len() * segment / 4) };
         blocks == 0 || blocks <= worth.min((self.log.space() as usize).saturating_sub(segment / 4))
     }
 
     fn open_round(&mut self, target: u64, flush_all: bool) {
+        debug_assert_eq!(self.waiting_blocks, self.count_waiting(), "what waits is counted right");
         self.log.close();
         let round = &mut self.round;
         round.phase = Phase::Flush;

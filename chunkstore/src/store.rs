@@ -23,6 +23,15 @@ pub(crate) type Map<K, V> = hashbrown::HashMap<K, V, FxBuildHasher>;
 /// So many entries are applied before the log tells it: what a restart has to hear of from a
 /// leader before its log can be recycled.
 const HINT_ENTRIES: u64 = 32;
+/// Or so much of the log, where that is less: one part in so many.
+const HINT_SHARE: usize = 32;
+/// Entries that wait to be applied may take so much of the log, in eighths, when they are our own
+/// proposals or a leader's. A copyset may be amid a chunk catch-up, or without a quorum: then its
+/// entries stay for as long as that takes, are copied forward to recycle what lies between them, and
+/// the rest of the log must suffice for everything else. A leader stops before a follower does, so
+/// that no two shards can fill up with proposals that each needs the other to take.
+const OWN_EIGHTHS: usize = 2;
+const TAKEN_EIGHTHS: usize = 3;
 
 /// An entry above the floor.
 pub(crate) struct EntryMeta<P> {
@@ -31,6 +40,13 @@ pub(crate) struct EntryMeta<P> {
     pub at: u32,
     pub crcs: SmallVec<[u32; 8]>,
     pub ram: Option<P>,
+}
+
+impl<P> EntryMeta<P> {
+    /// What it takes in the log: its payload, and about a block of headers.
+    pub(crate) fn blocks(&self) -> usize {
+        self.crcs.len() + 1
+    }
 }
 
 /// A replica.
@@ -43,8 +59,9 @@ pub(crate) struct Copyset<P> {
     pub damaged: bool,
     pub installing: bool,
     pub applied: LogIndex,
-    /// The last applied index that the log tells.
+    /// The last applied index that the log tells, and the log blocks of entries applied since.
     pub hinted: LogIndex,
+    pub unhinted: usize,
     /// Committed while installing: applied at its end.
     pub deferred: LogIndex,
     pub entries: VecDeque<EntryMeta<P>>,
@@ -63,6 +80,7 @@ impl<P> Copyset<P> {
             installing: false,
             applied: LogIndex(0),
             hinted: LogIndex(0),
+            unhinted: 0,
             deferred: LogIndex(0),
             entries: VecDeque::new(),
             chunks: BTreeSet::new(),
@@ -76,6 +94,12 @@ impl<P> Copyset<P> {
     }
     pub(crate) fn last(&self) -> LogIndex {
         LogIndex(self.floor.0 + self.entries.len() as u64)
+    }
+    /// Log blocks of the entries that wait to be applied, from `from` on.
+    pub(crate) fn waiting_blocks(&self, from: LogIndex) -> usize {
+        let first = self.applied.next().max(from);
+        let at = (first.0.saturating_sub(self.floor.0 + 1) as usize).min(self.entries.len());
+        self.entries.range(at..).map(EntryMeta::blocks).sum()
     }
     pub(crate) fn health(&self) -> Health {
         match (self.damaged, self.installing) {
@@ -141,6 +165,8 @@ pub struct Store<P> {
     /// Chunks with an overlay.
     pub(crate) dirty: BTreeSet<ChunkId>,
     pub(crate) overlay_blocks: u64,
+    /// Log blocks of entries that wait to be applied.
+    pub(crate) waiting_blocks: usize,
     pub(crate) ram: VecDeque<RamItem>,
     pub(crate) ram_blocks: usize,
     pub(crate) pool: Pool,
@@ -198,10 +224,29 @@ impl<P: Payload> Store<P> {
     pub fn durable(&self) -> Lsn {
         Lsn(self.log.durable)
     }
-    /// Whether an entry of `blocks` payload blocks may be staged now. Hard states and other small
-    /// records always may; hold back entries and installs (leader and follower alike) while false.
+    /// Whether so many payload blocks may be staged now. Hard states and other small records always
+    /// may; hold back installs while false, and entries while [`Store::can_propose`] or
+    /// [`Store::can_append`] is.
     pub fn can_stage(&self, blocks: usize) -> bool {
         self.failed.is_none() && self.log.room() as usize > blocks + 2 * self.layout.batches_in_flight_max
+    }
+    /// Whether a leader may stage one entry of so many payload blocks.
+    pub fn can_propose(&self, blocks: usize) -> bool {
+        self.can_stage(blocks) && self.may_wait(0, 1 + blocks, OWN_EIGHTHS)
+    }
+    /// Whether a follower may stage so many entries, of so many payload blocks in all, in place of
+    /// those that it has from `from` on.
+    pub fn can_append(&self, copyset: CopysetId, from: LogIndex, entries: usize, blocks: usize) -> bool {
+        let replaced = self.copysets.get(&copyset).map_or(0, |c| c.waiting_blocks(from));
+        self.can_stage(blocks) && self.may_wait(replaced, entries + blocks, TAKEN_EIGHTHS)
+    }
+    fn may_wait(&self, replaced: usize, more: usize, eighths: usize) -> bool {
+        let waiting = self.waiting_blocks - replaced;
+        waiting == 0 || waiting + more <= self.log.ready_blocks() / 8 * eighths
+    }
+    /// What waits, counted anew.
+    pub(crate) fn count_waiting(&self) -> usize {
+        self.copysets.values().map(|c| c.waiting_blocks(LogIndex(0))).sum()
     }
     /// Makes the entries up to `up_to` (or the last one) visible to reads. Between `InstallBegin` and
     /// `InstallEnd` it is put off until the end, so that a replay finds the same order.
@@ -217,12 +262,15 @@ impl<P: Payload> Store<P> {
             state.applied = state.applied.next();
             let index = state.applied;
             let Some(meta) = state.get(index) else { continue };
-            let (body, lsn, at) = (meta.entry.body, meta.lsn, meta.at);
+            let (body, lsn, at, blocks) = (meta.entry.body, meta.lsn, meta.at, meta.blocks());
             let (crcs, ram) = (meta.crcs.clone(), meta.ram.clone());
+            state.unhinted += blocks;
+            self.waiting_blocks -= blocks;
             self.apply(copyset, index, body, Placed { lsn, at, extra: 0, payload: ram, crcs: &crcs });
         }
         if let Some(state) = self.copysets.get(&copyset)
-            && state.applied.0 - state.hinted.0 >= HINT_ENTRIES
+            && (state.applied.0 - state.hinted.0 >= HINT_ENTRIES
+                || state.unhinted > self.log.ready_blocks() / HINT_SHARE)
         {
             self.hints.insert(copyset);
         }
@@ -236,7 +284,7 @@ impl<P: Payload> Store<P> {
         let staged = self.last_stage;
         for copyset in due {
             let Some(state) = self.copysets.get_mut(&copyset).filter(|c| !c.installing) else { continue };
-            state.hinted = state.applied;
+            (state.hinted, state.unhinted) = (state.applied, 0);
             let index = state.applied;
             self.stage(Record::Applied { copyset, index }, None, &[]);
         }
@@ -462,6 +510,7 @@ impl<P: Payload> Store<P> {
             crcs: placed.crcs.into(),
             ram: placed.payload,
         };
+        self.waiting_blocks += meta.blocks();
         self.copyset(copyset).entries.push_back(meta);
     }
 
@@ -482,6 +531,7 @@ impl<P: Payload> Store<P> {
         assert!(from > self.copyset(copyset).applied, "applied entries are never truncated");
         while self.copyset(copyset).last() >= from {
             let meta = self.copyset(copyset).entries.pop_back().expect("above the floor");
+            self.waiting_blocks -= meta.blocks();
             self.entry_left(meta.entry.body);
         }
     }
@@ -501,6 +551,7 @@ impl<P: Payload> Store<P> {
                 state.members = members;
             }
             if !applied {
+                self.waiting_blocks -= meta.blocks();
                 self.entry_left(meta.entry.body);
             }
         }
@@ -524,6 +575,7 @@ impl<P: Payload> Store<P> {
 
     fn remove(&mut self, copyset: CopysetId) {
         let Some(state) = self.copysets.remove(&copyset) else { return };
+        self.waiting_blocks -= state.waiting_blocks(LogIndex(0));
         self.round.forget(copyset);
         for chunk in state.chunks {
             if let Some(state) = self.chunks.get_mut(&chunk) {

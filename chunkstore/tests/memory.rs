@@ -81,3 +81,41 @@ fn jobs_of_the_flusher_do_not_wait_for_memory_that_they_hold_themselves() {
         assert_eq!(read, Some(seeds(index)));
     }
 }
+
+/// A copyset amid a catch-up applies nothing until its end, whatever its log holds.
+#[test]
+fn a_catch_up_larger_than_the_log_ends_though_the_log_is_full_of_entries_that_wait() {
+    let layout = small_layout();
+    let mut rig = Rig::new(&layout);
+    rig.pass(2000);
+    rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
+    rig.settle();
+    let mut last = 0;
+    let crcs = |index| seeds(index).iter().map(|seed| block_crc(&block(*seed))).collect::<Vec<u32>>();
+    while rig.store.can_append(CS, LogIndex(last + 1), 1, COUNT.into()) {
+        last += 1;
+        let body = Body::Write { chunk: chunk(9), range: BlockRange { first: 0, count: COUNT } };
+        let entry = Entry { term: Term(1), index: LogIndex(last), body };
+        rig.store.stage(Record::Entry { copyset: CS, entry }, Some(Buf::of(&seeds(last))), &crcs(last));
+        rig.settle();
+    }
+    assert!(last * u64::from(COUNT) > layout.log_blocks() / 4, "{last} entries wait, a good part of the log");
+    rig.store.stage(Record::InstallBegin { copyset: CS }, None, &[]);
+    rig.settle();
+    let pieces = 4 * layout.log_blocks() / u64::from(COUNT);
+    for piece in 0..pieces {
+        let mut waited = 0;
+        while !rig.store.can_stage(COUNT.into()) {
+            waited += 1;
+            assert!(waited < 100, "no room for piece {piece} of {pieces}: {:?}", rig.store.stats());
+            rig.pass(100);
+        }
+        let range = BlockRange { first: (piece % 100) as u16 * COUNT, count: COUNT };
+        let record = Record::InstallBlocks { copyset: CS, chunk: chunk((piece / 100) as u32 % 4), range };
+        rig.store.stage(record, Some(Buf::of(&seeds(1000 + piece))), &crcs(1000 + piece));
+        rig.settle();
+    }
+    for index in 1..=last {
+        assert!(!matches!(rig.store.entry_payload(CS, LogIndex(index)), EntryPayload::Gone));
+    }
+}

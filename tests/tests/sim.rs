@@ -30,6 +30,9 @@ fn a_seed_of_every_family_passes() {
 const ONCE_FAILED: &[(&str, u64, &str)] = &[
     ("rot", 46, "repairs were refused without a word where the chunk's table was not in memory"),
     ("rot", 54, "as 46, eleven blocks"),
+    ("rot", 34, "a catch-up found no room in a log full of entries that it must end to apply"),
+    ("swarm", 10_217, "as rot 34, without damage"),
+    ("lag", 5, "as rot 34, without damage"),
 ];
 
 #[test]

@@ -347,7 +347,7 @@ impl Shard {
             None => Body::Zero { chunk, range },
         };
         let blocks = body.payload_blocks();
-        if !self.store.can_stage(blocks) {
+        if !self.store.can_propose(blocks) {
             self.counts.busy += 1;
             return self.part_ended(write.request, IoOutcome::Busy);
         }

@@ -39,7 +39,7 @@ impl Shard {
     ) {
         let now = self.now;
         if let Kind::Append { entries, .. } = &mut message.kind {
-            self.cut_to_room(entries);
+            self.cut_to_room(id, entries);
             if !self.take_payloads(id, entries, &crcs, payload) {
                 return;
             }
@@ -51,12 +51,20 @@ impl Shard {
         self.drain_replica(id);
     }
 
-    /// Leaves of an Append what the log has room for; the leader sends the rest again.
-    fn cut_to_room(&mut self, entries: &mut Vec<Entry>) {
-        let mut blocks = 0;
+    /// Leaves of an Append what the log has room for; the leader sends the rest again. What is in the
+    /// log already needs none, and must be looked at: only what this leader has sent, too, is known to
+    /// be right, and can be applied and leave the log.
+    fn cut_to_room(&mut self, id: CopysetId, entries: &mut Vec<Entry>) {
+        let Some(replica) = self.hosted.get(&id).map(|hosted| &hosted.replica) else { return };
+        let (mut first, mut fresh, mut blocks) = (None, 0, 0);
         let fit = entries.iter().take_while(|entry| {
+            if replica.entry(entry.index).is_some_and(|held| held.term == entry.term) {
+                return true;
+            }
+            fresh += 1;
             blocks += entry.body.payload_blocks();
-            blocks == 0 || self.store.can_stage(blocks)
+            let first = *first.get_or_insert(entry.index);
+            blocks == 0 || self.store.can_append(id, first, fresh, blocks)
         });
         let fit = fit.count();
         if fit < entries.len() {
