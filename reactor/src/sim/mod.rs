@@ -64,6 +64,8 @@ pub struct Faults {
     pub misdirect_ppm: u32,
     /// Ops that take 100 times as long.
     pub slow_ppm: u32,
+    /// The file system is full: files that were made before can be written, none can be made or grow.
+    pub is_full: bool,
 }
 
 /// A node's clock: as monotonic as any, but with a beginning and a pace of its own.
@@ -531,6 +533,9 @@ impl Node {
                 } else {
                     point.map(|point| self.disk.end_sync(point)).map(|()| Output::Synced)
                 };
+            }
+            DiskWork::Allocate { .. } if self.faults.is_full => {
+                done.result = Err(IoError::new("allocate", libc::ENOSPC));
             }
             DiskWork::Allocate { file, end } => {
                 done.result = self.disk.allocate(key(file), end).map(|()| Output::Allocated);

@@ -26,6 +26,8 @@ const KINDS: u64 = 8;
 
 /// The error number for "the server is stopping".
 const SHUTDOWN: u32 = 108;
+/// The error number for "no space left".
+const NO_SPACE: u32 = 28;
 /// Blocks of the buffer that is received into.
 const RECEIVE_BLOCKS: usize = 16;
 
@@ -396,7 +398,8 @@ impl Host {
         let now = self.reactor.now();
         if request.error != 0 {
             self.errors += 1;
-            if request.error == SHUTDOWN || self.mix.faults.has_bad_disk() {
+            let no_space = request.error == NO_SPACE && self.mix.faults.has_little_space();
+            if request.error == SHUTDOWN || no_space || self.mix.faults.has_bad_disk() {
                 // Its fate is unknown, as with a lost connection.
                 return Ok(());
             }

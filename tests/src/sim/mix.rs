@@ -10,8 +10,10 @@ use protocol::types::{BLOCK_BYTES, Span};
 /// Families of runs: `swarm` draws everything; `calm` has no faults; `partial` writes parts of few
 /// blocks through elections; `lag` leaves one of three replicas behind while the log is recycled;
 /// `rot` damages one disk at rest; `lease` cuts leaders off from their followers, but not from hosts,
-/// again and again, under clocks that drift as far as is allowed; `wire` inverts bits between shards; `beyond` damages two disks of three: the right answer is to stop.
-pub const FAMILIES: [&str; 8] = ["swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond"];
+/// again and again, under clocks that drift as far as is allowed; `wire` inverts bits between shards; `beyond`
+/// damages two disks of three: the right answer is to stop; `full` has fewer slots than chunks, and file
+/// systems that fill up: hosts are told so, and what was written stays.
+pub const FAMILIES: [&str; 9] = ["swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond", "full"];
 
 /// What may go wrong, and about how often; `None` leaves it out.
 #[derive(Clone, Copy, Default, Debug)]
@@ -56,6 +58,8 @@ pub struct Faults {
     pub wire_flip_ppm: u32,
     /// The most that a clock gains or loses, set anew when a target starts.
     pub drift_ppm: Option<u32>,
+    /// Mean time between file systems that fill up for a while.
+    pub full_disk: Option<Span>,
     /// Mean time between bits that rot in its chunk files.
     pub rot_chunks: Option<Span>,
     /// Bits that rot in its log while it is down, each time it goes down.
@@ -183,6 +187,18 @@ impl Mix {
                 mix.faults.crash = Some(Span::ms(1_000));
                 mix.faults.beyond = true;
             }
+            "full" => {
+                // Replicas with the same chunks, so that a slot for one is a slot for all.
+                (mix.targets, mix.shards, mix.copysets) = (3, 1, 1);
+                mix.volumes = vec![(64 << 20, 4096), (64 << 20, 512)];
+                (mix.hosts, mix.windows) = (4, (8, 40));
+                (mix.layout.slots_per_file, mix.layout.slots_max) = (1, 2 + (seed % 5) as u32);
+                mix.layout.reserve_slots = (seed % 2) as u32;
+                mix.zeroes_permille = 300;
+                mix.faults = Faults { down_max: Span::ms(600), ..Faults::default() };
+                mix.faults.crash = Some(Span::ms(2_000));
+                mix.faults.full_disk = Some(Span::ms(1_500));
+            }
             "wire" => {
                 mix.faults.wire_flip_ppm = 3_000;
                 mix.load = Span::ms(8_000);
@@ -264,6 +280,11 @@ impl Faults {
         // Below what leases allow for: 10 % between any two clocks.
         faults.drift_ppm = draw.of(&[None, Some(100), Some(45_000)]);
         faults
+    }
+
+    /// Whether hosts may be told that there is no space left.
+    pub fn has_little_space(&self) -> bool {
+        self.full_disk.is_some()
     }
 
     /// Whether something other than power cuts happens to disks.

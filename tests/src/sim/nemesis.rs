@@ -39,6 +39,8 @@ pub struct Count {
     pub clocks: u64,
     /// Disks replaced by their power being cut, after they failed.
     pub revived: u64,
+    /// Times that the disk of a target filled up.
+    pub full_disks: u64,
 }
 
 impl AddAssign for Count {
@@ -55,6 +57,7 @@ impl AddAssign for Count {
         self.wire_flips += one.wire_flips;
         self.clocks += one.clocks;
         self.revived += one.revived;
+        self.full_disks += one.full_disks;
     }
 }
 
@@ -72,6 +75,8 @@ enum What {
     Rot,
     Break,
     Transfer,
+    Fill,
+    Empty(usize),
 }
 
 /// The source of all trouble.
@@ -82,6 +87,8 @@ pub struct Nemesis {
     victim: usize,
     /// The other one, where more breaks than a copyset can bear.
     second: Option<usize>,
+    /// Targets whose disks are full.
+    full: BTreeSet<usize>,
     /// What was injected.
     pub count: Count,
 }
@@ -93,7 +100,7 @@ impl Nemesis {
         let victim = draw.below(mix.targets as u64) as usize;
         let second = mix.faults.beyond.then_some((victim + 1) % mix.targets);
         let (mix, agenda, count) = (mix.clone(), BTreeSet::new(), Count::default());
-        let mut nemesis = Self { draw, mix, agenda, victim, second, count };
+        let mut nemesis = Self { draw, mix, agenda, victim, second, full: BTreeSet::new(), count };
         let kinds = [
             What::Crash,
             What::Partition,
@@ -103,6 +110,7 @@ impl Nemesis {
             What::Rot,
             What::Break,
             What::Transfer,
+            What::Fill,
         ];
         for what in kinds {
             nemesis.plan(what, now);
@@ -121,6 +129,7 @@ impl Nemesis {
             What::Rot => faults.rot_chunks,
             What::Transfer => faults.transfer,
             What::Break => faults.break_sectors,
+            What::Fill => faults.full_disk,
             _ => None,
         };
         if let Some(mean) = mean {
@@ -148,6 +157,7 @@ impl Nemesis {
             self.strike(world, fleet, what, now)?;
             self.plan(what, now);
         }
+        self.set_disk(world, fleet);
         Ok(())
     }
 
@@ -167,6 +177,7 @@ impl Nemesis {
                     lost_write_ppm: ppm(faults.lost_write_ppm),
                     misdirect_ppm: ppm(faults.misdirect_ppm),
                     slow_ppm: faults.slow_disk_ppm,
+                    is_full: self.full.iter().any(|target| fleet.nodes_of(*target).contains(&node)),
                 },
             );
         }
@@ -206,6 +217,13 @@ impl Nemesis {
                 world.slow_link(a, b, extra);
                 self.later(now, Span::ms(5_000), What::FastLink(a, b));
             }
+            What::Fill => {
+                let target = self.draw.below(fleet.targets() as u64) as usize;
+                self.count.full_disks += 1;
+                self.full.insert(target);
+                self.later(now, Span::ms(4_000), What::Empty(target));
+            }
+            What::Empty(target) => _ = self.full.remove(&target),
             What::FastLink(a, b) => world.slow_link(a, b, Span(0)),
             What::Rot | What::Break => self.damage(world, fleet, what, "chunks", "chunks")?,
         }
