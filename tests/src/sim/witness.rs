@@ -5,7 +5,8 @@
 //!
 //! - log matching: an index and a term name the same entry on every replica, payload included;
 //! - state machine safety: every replica, in each of its lives, applies the same entry at an index;
-//! - an entry is applied only when a majority of the copyset's members holds it durably.
+//! - an entry is applied only when a majority of the copyset's members holds it durably;
+//! - a term and a vote that were durable at a power cut are there after it, unless the log was damaged.
 //!
 //! A register belongs to one copyset, so the order of its log is the order of the register's
 //! changes: with it [`super::history`] judges exactly what hosts saw.
@@ -13,10 +14,11 @@
 use super::history::{Change, Register};
 use super::{Failure, Mix};
 use chunkstore::{EntryPayload, Payload};
-use copyset::{Body, Entry, Replica};
+use copyset::{Body, Entry, HardState, Health, Replica};
 use protocol::types::{BLOCK_BYTES, BlockRange, CHUNK_BYTES, ChunkId, CopysetId, LogIndex, Term, Time};
 use reactor::sim::SimReactor;
-use std::collections::{BTreeMap, HashMap};
+use rustc_hash::FxHashMap;
+use std::collections::BTreeMap;
 use target_daemon::core_loop::Core;
 
 type Node = Core<SimReactor>;
@@ -31,7 +33,7 @@ pub struct Witness {
     /// Shards of a target.
     shards: usize,
     /// Looked up only, never walked.
-    entries: HashMap<Key, Seen>,
+    entries: FxHashMap<Key, Seen>,
     chosen: BTreeMap<(CopysetId, LogIndex), Chosen>,
     views: BTreeMap<(usize, CopysetId), View>,
 }
@@ -57,6 +59,8 @@ struct View {
     applied: LogIndex,
     /// At the last power cut: the floor, and the durable entries after it.
     durable: (LogIndex, Vec<(LogIndex, Term)>),
+    /// At the last power cut: what it had promised, until it was looked at again.
+    promised: Option<HardState>,
 }
 
 impl Witness {
@@ -65,7 +69,7 @@ impl Witness {
         Self {
             units: mix.volumes.iter().map(|(_, block)| u64::from(*block)).collect(),
             shards: mix.shards,
-            entries: HashMap::new(),
+            entries: FxHashMap::default(),
             chosen: BTreeMap::new(),
             views: BTreeMap::new(),
         }
@@ -78,7 +82,8 @@ impl Witness {
             let entries = (floor.0 + 1..=replica.durable_index().0)
                 .filter_map(|index| replica.entry(LogIndex(index)).map(|entry| (entry.index, entry.term)));
             let durable = (floor, entries.collect());
-            self.views.insert((node, id), View { durable, ..View::default() });
+            let promised = Some(replica.hard_state()).filter(|_| replica.is_hard_state_durable());
+            self.views.insert((node, id), View { durable, promised, ..View::default() });
         }
     }
 
@@ -97,6 +102,15 @@ impl Witness {
             let last = replica.last_index();
             let last = (last, term_at(replica, last));
             let view = self.views.entry((node, id)).or_default();
+            if let Some(promised) = view.promised.take().filter(|_| replica.health() != Health::Damaged) {
+                let now = replica.hard_state();
+                let kept = promised.vote.is_none() || now.vote == promised.vote;
+                if now.term < promised.term || (now.term == promised.term && !kept) {
+                    return Err(Failure(format!(
+                        "promises: node {node} had {promised:?} of {id:?} on its disk and came back with {now:?}"
+                    )));
+                }
+            }
             let (seen, applied) = (view.last, view.applied);
             (view.last, view.applied) = (last, replica.applied_index());
             if last != seen {
