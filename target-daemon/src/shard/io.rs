@@ -313,10 +313,6 @@ impl Shard {
         let range = covering(offset, length);
         let partial =
             !(offset as usize).is_multiple_of(BLOCK_BYTES) || !(length as usize).is_multiple_of(BLOCK_BYTES);
-        if (data.is_some() || partial) && !self.store.has_slot(chunk) && !self.store.can_allocate(1) {
-            self.counts.no_space += 1;
-            return self.part_ended(key, IoOutcome::NoSpace);
-        }
         let write = PendingWrite { request: key, offset, length, data };
         let Some(hosted) = self.hosted.get_mut(&id) else { return self.part_not_leader(key, id) };
         if let Some(step) = hosted.ordering.arrive(chunk, range, partial, write) {
@@ -347,6 +343,11 @@ impl Shard {
             None => Body::Zero { chunk, range },
         };
         let blocks = body.payload_blocks();
+        // Not before its turn: others may have been promised the last slot since it came.
+        if write.data.is_some() && !self.store.has_slot(chunk) && !self.store.can_allocate(1) {
+            self.counts.no_space += 1;
+            return self.part_ended(write.request, IoOutcome::NoSpace);
+        }
         if !self.store.can_propose(blocks) {
             self.counts.busy += 1;
             return self.part_ended(write.request, IoOutcome::Busy);
