@@ -5,7 +5,6 @@
 
 extern crate chunkstore as ashlar_chunkstore;
 
-#[allow(dead_code)]
 #[path = "../../chunkstore/tests/common/mod.rs"]
 mod common;
 
