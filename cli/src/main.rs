@@ -5,12 +5,14 @@
 //! anything a cluster does; that lives in the libraries beneath.
 
 mod cluster;
+mod copyset;
 mod daemon;
 mod dev;
 mod disk;
 mod export;
 mod mds;
 mod output;
+mod pool;
 mod problem;
 mod size;
 mod status;
@@ -47,6 +49,12 @@ enum Command {
     /// Volumes: create, list, show, remove, check.
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
+    /// Pools: groups of copysets with the same number of replicas.
+    #[command(subcommand)]
+    Pool(pool::PoolCommand),
+    /// Copysets: where replicas are, and who leads.
+    #[command(subcommand)]
+    Copyset(copyset::CopysetCommand),
     /// Which volumes are offered to hosts, and how.
     #[command(subcommand)]
     Export(export::ExportCommand),
@@ -77,6 +85,8 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Target(command) => target::run(command)?,
         Command::Mds(command) => mds::run(command)?,
         Command::Volume(command) => block_on(volume::run(command))?,
+        Command::Pool(command) => block_on(pool::run(command))?,
+        Command::Copyset(command) => block_on(copyset::run(command))?,
         Command::Export(command) => block_on(export::run(command))?,
         Command::Status(args) => block_on(status::run(args))?,
         Command::Disk(command) => disk::run(command)?,
@@ -123,6 +133,17 @@ mod tests {
             "volume ls --mds 127.0.0.1:7000",
             "volume show v --dir d",
             "volume rm v",
+            "volume rm v --keep 48",
+            "volume rm v --purge --yes",
+            "volume undelete v --as w",
+            "volume rename v w -o json",
+            "target rm 4 --yes",
+            "pool ls",
+            "pool durability --targets 60 --held 4T --failures 3",
+            "pool create p --replicas 2 --copysets 6 --targets 1,2,3",
+            "copyset ls --unwell -o json",
+            "copyset show 3",
+            "copyset transfer-leader 3 --to 2",
             "volume check v -o json --dir d",
             "export add v",
             "export ls -o json",

@@ -28,7 +28,23 @@ struct Shown {
     targets: Vec<TargetShown>,
     copysets: Vec<CopysetShown>,
     volumes: Vec<volume::Shown>,
+    tasks: Vec<TaskShown>,
+    /// Replicas that are to be moved, built or taken away.
+    outstanding: u32,
+    /// How long that takes at the pace of the last ones.
+    eta_ms: Option<u64>,
     warnings: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct TaskShown {
+    copyset: u32,
+    why: String,
+    from: Option<u32>,
+    to: Option<u32>,
+    age_ms: u64,
+    entries_behind: Option<u64>,
+    filled_by_chunk: bool,
 }
 
 /// A target as printed.
@@ -37,7 +53,12 @@ pub struct TargetShown {
     /// Its number.
     pub id: u32,
     online: bool,
+    /// "online", "unstable" or "offline".
+    presence: &'static str,
     draining: bool,
+    zone: String,
+    host: String,
+    labels: BTreeMap<String, String>,
     heartbeat_age_ms: Option<u64>,
     peers: Vec<String>,
     admin: String,
@@ -50,16 +71,21 @@ pub struct TargetShown {
     pub leaders: u32,
 }
 
+/// A copyset as printed.
 #[derive(Serialize)]
-struct CopysetShown {
-    id: u32,
-    leader: Option<u32>,
+pub struct CopysetShown {
+    /// Its number.
+    pub id: u32,
+    /// Its pool's name.
+    pub pool: String,
+    /// The target that leads, if one is known.
+    pub leader: Option<u32>,
     term: Option<u64>,
     degraded: bool,
     unavailable: bool,
     members: Vec<MemberShown>,
     /// By target.
-    replicas: BTreeMap<u32, ReplicaShown>,
+    pub replicas: BTreeMap<u32, ReplicaShown>,
 }
 
 #[derive(Serialize)]
@@ -68,13 +94,18 @@ struct MemberShown {
     shard: u32,
 }
 
+/// A replica as printed.
 #[derive(Serialize)]
-struct ReplicaShown {
-    online: bool,
-    role: &'static str,
-    health: &'static str,
+pub struct ReplicaShown {
+    /// Its target was heard of lately.
+    pub online: bool,
+    /// One word.
+    pub role: &'static str,
+    /// One word.
+    pub health: &'static str,
     commit_index: u64,
-    applied_index: u64,
+    /// Of the copyset's log.
+    pub applied_index: u64,
 }
 
 /// Asks and prints.
@@ -90,9 +121,24 @@ fn shown(status: &pb::StatusResponse) -> Shown {
         generation: status.generation,
         version: status.version.clone(),
         targets: status.targets.iter().map(TargetShown::from).collect(),
-        copysets: status.copysets.iter().map(copyset).collect(),
+        copysets: status.copysets.iter().map(CopysetShown::from).collect(),
         volumes: status.volumes.iter().map(volume::Shown::from).collect(),
+        tasks: status.tasks.iter().map(task).collect(),
+        outstanding: status.outstanding,
+        eta_ms: status.eta_ms,
         warnings: status.warnings.clone(),
+    }
+}
+
+fn task(task: &pb::Task) -> TaskShown {
+    TaskShown {
+        copyset: task.copyset,
+        why: task.why.clone(),
+        from: Some(task.from).filter(|target| *target != 0),
+        to: task.to.map(|shard| shard.target),
+        age_ms: task.age_ms,
+        entries_behind: task.lag.map(|lag| lag.entries),
+        filled_by_chunk: task.lag.is_some_and(|lag| lag.installing),
     }
 }
 
@@ -103,7 +149,15 @@ impl From<&pb::TargetStatus> for TargetShown {
         Self {
             id: target.id,
             online: target.online,
+            presence: match target.presence() {
+                pb::Presence::Online => "online",
+                pb::Presence::Unstable => "unstable",
+                pb::Presence::Offline | pb::Presence::Unspecified => "offline",
+            },
             draining: target.draining,
+            zone: target.zone.clone(),
+            host: target.host.clone(),
+            labels: target.labels.clone().into_iter().collect(),
             heartbeat_age_ms: target.heartbeat_age_ms,
             peers: target.peers.clone(),
             admin: endpoints.admin,
@@ -118,12 +172,12 @@ impl From<&pb::TargetStatus> for TargetShown {
 }
 
 impl TargetShown {
-    fn state(&self) -> &'static str {
+    fn state(&self) -> String {
+        let presence = if self.online { "online".to_owned() } else { self.presence.to_uppercase() };
         match (self.online, self.draining) {
-            (true, false) => "online",
-            (true, true) => "draining",
-            (false, false) => "AWAY",
-            (false, true) => "AWAY, draining",
+            (true, true) => "draining".into(),
+            (false, true) => format!("{presence}, draining"),
+            (_, false) => presence,
         }
     }
 
@@ -131,7 +185,10 @@ impl TargetShown {
     pub fn details(&self) -> String {
         let age = self.heartbeat_age_ms.map_or("never".into(), |age| format!("{age} ms ago"));
         let rows = [
-            ("state", self.state().to_owned()),
+            ("state", self.state()),
+            ("zone", self.zone.clone()),
+            ("host", self.host.clone()),
+            ("labels", self.labels.iter().map(|(key, value)| format!("{key}={value} ")).collect()),
             ("heartbeat", age),
             ("used", format!("{} of {}", Size(self.used_bytes), Size(self.capacity_bytes))),
             ("formatted", percent(self.formatted_bytes, self.capacity_bytes)),
@@ -140,22 +197,43 @@ impl TargetShown {
             ("admin", self.admin.clone()),
             ("metrics", self.metrics.clone()),
         ];
-        let lines = rows.iter().map(|(name, value)| format!("\n  {name:<10} {value}"));
+        let lines = rows
+            .iter()
+            .filter(|(_, value)| !value.is_empty())
+            .map(|(name, value)| format!("\n  {name:<10} {value}"));
         format!("target {}{}", self.id, lines.collect::<String>())
     }
 }
 
-fn copyset(copyset: &pb::CopysetStatus) -> CopysetShown {
-    let replicas = copyset.replicas.iter().map(|member| (member.target, replica(member)));
-    let members = copyset.members.iter().map(|m| MemberShown { target: m.target, shard: m.shard });
-    CopysetShown {
-        id: copyset.id,
-        leader: copyset.leader.as_ref().map(|hint| hint.leader),
-        term: copyset.leader.as_ref().map(|hint| hint.term),
-        degraded: copyset.degraded,
-        unavailable: copyset.unavailable,
-        members: members.collect(),
-        replicas: replicas.collect(),
+impl From<&pb::CopysetStatus> for CopysetShown {
+    fn from(copyset: &pb::CopysetStatus) -> Self {
+        let replicas = copyset.replicas.iter().map(|member| (member.target, replica(member)));
+        let members = copyset.members.iter().map(|m| MemberShown { target: m.target, shard: m.shard });
+        Self {
+            id: copyset.id,
+            pool: copyset.pool.clone(),
+            leader: copyset.leader.as_ref().map(|hint| hint.leader),
+            term: copyset.leader.as_ref().map(|hint| hint.term),
+            degraded: copyset.degraded,
+            unavailable: copyset.unavailable,
+            members: members.collect(),
+            replicas: replicas.collect(),
+        }
+    }
+}
+
+impl CopysetShown {
+    /// One word.
+    pub fn state(&self) -> &'static str {
+        match (self.degraded, self.unavailable) {
+            (_, true) => "UNAVAILABLE",
+            (true, false) => "degraded",
+            (false, false) => "well",
+        }
+    }
+    /// Its targets.
+    pub fn places(&self) -> String {
+        self.members.iter().map(|m| m.target.to_string()).collect::<Vec<_>>().join(" ")
     }
 }
 
@@ -185,7 +263,8 @@ fn replica(member: &pb::MemberStatus) -> ReplicaShown {
 fn text(status: &Shown) -> String {
     let targets = targets_table(&status.targets);
     let volumes = volume::listing(&status.volumes);
-    format!("{targets}\n{}\n\n{volumes}{}", health(&status.copysets), warnings(&status.warnings))
+    let (health, moves) = (health(&status.copysets), moves(status));
+    format!("{targets}\n{health}\n{moves}\n{volumes}{}", warnings(&status.warnings))
 }
 
 /// Targets, one a line.
@@ -194,7 +273,7 @@ pub fn targets_table(targets: &[TargetShown]) -> String {
     let rows = targets.iter().map(|target| {
         vec![
             target.id.to_string(),
-            target.state().to_owned(),
+            target.state(),
             Size(target.used_bytes).to_string(),
             Size(target.capacity_bytes).to_string(),
             percent(target.formatted_bytes, target.capacity_bytes),
@@ -204,6 +283,36 @@ pub fn targets_table(targets: &[TargetShown]) -> String {
         ]
     });
     table(&header, rows)
+}
+
+/// What is under way, the first few of it, and when it may be done.
+fn moves(status: &Shown) -> String {
+    const SHOWN_MAX: usize = 8;
+    if status.outstanding == 0 {
+        return String::new();
+    }
+    let eta = status
+        .eta_ms
+        .map_or("time left not known yet".into(), |ms| format!("about {} s left", ms.div_ceil(1000)));
+    let place = |target: Option<u32>| target.map_or("-".into(), |target| target.to_string());
+    let line = |task: &TaskShown| {
+        let state = match (task.filled_by_chunk, task.entries_behind) {
+            (true, _) => "being filled".into(),
+            (false, Some(entries)) => format!("{entries} entries behind"),
+            (false, None) => "begins".into(),
+        };
+        format!(
+            "  {} copyset {}: target {} -> {}, {state}\n",
+            task.why,
+            task.copyset,
+            place(task.from),
+            place(task.to)
+        )
+    };
+    let lines: String = status.tasks.iter().take(SHOWN_MAX).map(line).collect();
+    let more = status.tasks.len().saturating_sub(SHOWN_MAX);
+    let more = if more > 0 { format!("  and {more} more\n") } else { String::new() };
+    format!("{} replicas to move, {eta}\n{lines}{more}", status.outstanding)
 }
 
 fn percent(part: u64, whole: u64) -> String {
@@ -230,7 +339,7 @@ mod tests {
     #[test]
     fn a_copyset_is_counted_once_by_its_worst_state() {
         let copyset = |degraded, unavailable| {
-            copyset(&pb::CopysetStatus { degraded, unavailable, ..Default::default() })
+            CopysetShown::from(&pb::CopysetStatus { degraded, unavailable, ..Default::default() })
         };
         let all = [copyset(false, false), copyset(true, false), copyset(true, true), copyset(false, true)];
         assert_eq!(health(&all), "4 copysets: 1 well, 1 degraded, 2 unavailable");
@@ -251,6 +360,6 @@ mod tests {
             ..Default::default()
         };
         let printed = text(&shown(&bare));
-        assert!(printed.contains("AWAY") && printed.ends_with("warning: look"), "{printed}");
+        assert!(printed.contains("OFFLINE") && printed.ends_with("warning: look"), "{printed}");
     }
 }

@@ -29,6 +29,18 @@ pub enum TargetCommand {
     Drain(OneArgs),
     /// Use a target again that was being emptied.
     Undrain(OneArgs),
+    /// Forget a target that is stopped and holds no replica. Needs --yes.
+    Rm(RemoveArgs),
+}
+
+/// What `target rm` takes.
+#[derive(Args)]
+pub struct RemoveArgs {
+    #[command(flatten)]
+    one: OneArgs,
+    /// Yes, forget it.
+    #[arg(long)]
+    yes: bool,
 }
 
 /// What `target ls` takes.
@@ -81,6 +93,7 @@ pub fn run(command: TargetCommand) -> Outcome {
         TargetCommand::Show(args) => crate::block_on(show(args)),
         TargetCommand::Drain(args) => crate::block_on(drain(args, true)),
         TargetCommand::Undrain(args) => crate::block_on(drain(args, false)),
+        TargetCommand::Rm(args) => crate::block_on(remove(args)),
     }
 }
 
@@ -100,6 +113,18 @@ async fn show(args: OneArgs) -> Outcome {
             .fix("see `ashlar target ls`")
     })?);
     args.output.print(&target, |target| target.details())?;
+    Ok(Exit::Ok)
+}
+
+async fn remove(args: RemoveArgs) -> Outcome {
+    let RemoveArgs { one, yes } = args;
+    if !yes {
+        return Err(Problem::usage(format!("target {} was not removed", one.id))
+            .cause("its disk would have to join anew, so this wants to be confirmed")
+            .fix("add --yes"));
+    }
+    one.cluster.connect()?.remove_target(TargetId(one.id)).await?;
+    one.output.print(&serde_json::json!({"id": one.id}), |_| format!("target {} is removed", one.id))?;
     Ok(Exit::Ok)
 }
 

@@ -23,8 +23,12 @@ pub enum VolumeCommand {
     Show(OneArgs),
     /// Make a volume larger. Hosts attached over NVMe see it at once, NBD clients at their next connection.
     Resize(ResizeArgs),
-    /// Remove a volume and all that it holds.
-    Rm(OneArgs),
+    /// Put a volume into the bin, or remove it with all that it holds.
+    Rm(RemoveArgs),
+    /// Take a volume out of the bin.
+    Undelete(UndeleteArgs),
+    /// Call a volume something else. It must not be exported.
+    Rename(RenameArgs),
     /// Compare every replica of every chunk; exit code 3 when any differs.
     Check(check::CheckArgs),
 }
@@ -86,6 +90,45 @@ pub struct OneArgs {
     output: OutputArgs,
 }
 
+/// What `volume rm` takes.
+#[derive(Args)]
+pub struct RemoveArgs {
+    #[command(flatten)]
+    one: OneArgs,
+    /// Hours that it stays in the bin.
+    #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=8760))]
+    keep: u32,
+    /// Free its space at once: nothing brings it back. Needs --yes.
+    #[arg(long, conflicts_with = "keep")]
+    purge: bool,
+    /// Yes, destroy it.
+    #[arg(long)]
+    yes: bool,
+}
+
+/// What `volume undelete` takes.
+#[derive(Args)]
+pub struct UndeleteArgs {
+    #[command(flatten)]
+    one: OneArgs,
+    /// Under this name, where the old one is taken.
+    #[arg(long = "as", value_name = "NAME", default_value = "", hide_default_value = true)]
+    new_name: String,
+}
+
+/// What `volume rename` takes.
+#[derive(Args)]
+pub struct RenameArgs {
+    /// The volume.
+    name: String,
+    /// What it is called from now on.
+    new_name: String,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
 /// For clap: 512 or 4096.
 pub fn block_size(text: &str) -> Result<u32, String> {
     match text {
@@ -107,6 +150,10 @@ pub struct Shown {
     allocated_bytes: u64,
     exports: Vec<&'static str>,
     deleting: bool,
+    /// It is in the bin until then, in seconds since 1970.
+    purge_at_s: Option<u64>,
+    /// What it takes up over all replicas.
+    replicated_bytes: u64,
 }
 
 impl From<&pb::Volume> for Shown {
@@ -121,6 +168,8 @@ impl From<&pb::Volume> for Shown {
             allocated_bytes: volume.allocated_bytes,
             exports: volume.exports().map(crate::export::protocol_name).collect(),
             deleting: volume.deleting,
+            purge_at_s: volume.purge_at_s,
+            replicated_bytes: volume.replicated_bytes,
         }
     }
 }
@@ -133,6 +182,8 @@ pub async fn run(command: VolumeCommand) -> Outcome {
         VolumeCommand::Show(args) => show(args).await,
         VolumeCommand::Resize(args) => resize(args).await,
         VolumeCommand::Rm(args) => remove(args).await,
+        VolumeCommand::Undelete(args) => undelete(args).await,
+        VolumeCommand::Rename(args) => rename(args).await,
         VolumeCommand::Check(args) => check::run(args).await,
     }
 }
@@ -158,7 +209,11 @@ pub fn listing(volumes: &[Shown]) -> String {
     }
     let header = ["VOLUME", "SIZE", "ALLOCATED", "BLOCK", "POOL", "COPYSETS", "EXPORTS"];
     let rows = volumes.iter().map(|volume| {
-        let state = if volume.deleting { "being removed".into() } else { volume.exports.join(",") };
+        let state = match volume.purge_at_s {
+            _ if volume.deleting => "being removed".into(),
+            Some(at) => format!("in the bin, for {}", hours(at)),
+            None => volume.exports.join(","),
+        };
         vec![
             volume.name.clone(),
             Size(volume.bytes).to_string(),
@@ -176,13 +231,14 @@ async fn show(args: OneArgs) -> Outcome {
     let volume = stat(&args.cluster.connect()?, &args.name).await?;
     args.output.print(&Shown::from(&volume), |v| {
         format!(
-            "{} (id {})\n  size       {} ({} bytes)\n  block      {} bytes\n  allocated  {}\n  pool       {}\n  copysets   {}\n  exports    {}\n",
+            "{} (id {})\n  size       {} ({} bytes)\n  block      {} bytes\n  allocated  {}, {} over all replicas\n  pool       {}\n  copysets   {}\n  exports    {}\n",
             v.name,
             v.id,
             Size(v.bytes),
             v.bytes,
             v.block_bytes,
             Size(v.allocated_bytes),
+            Size(v.replicated_bytes),
             v.pool,
             v.copysets.iter().map(u32::to_string).collect::<Vec<_>>().join(" "),
             if v.exports.is_empty() { "none".into() } else { v.exports.join(" ") },
@@ -198,12 +254,46 @@ async fn resize(args: ResizeArgs) -> Outcome {
     Ok(Exit::Ok)
 }
 
-async fn remove(args: OneArgs) -> Outcome {
-    let id = args.cluster.connect()?.delete_volume(volume_ref(&args.name)).await?;
-    args.output.print(&serde_json::json!({"id": id.0, "name": args.name}), |_| {
-        format!("removed {}; its space is freed in the background", args.name)
+async fn remove(args: RemoveArgs) -> Outcome {
+    let RemoveArgs { one, keep, purge, yes } = args;
+    if purge && !yes {
+        return Err(Problem::usage(format!("{} was not purged", one.name))
+            .cause("nothing would bring it back, so --purge wants to be confirmed")
+            .fix("add --yes, or leave --purge out: it then stays in the bin for a day"));
+    }
+    let keep_s = if purge { 0 } else { keep * 3600 };
+    let id = one.cluster.connect()?.delete_volume(volume_ref(&one.name), keep_s).await?;
+    let shown = serde_json::json!({"id": id.0, "name": one.name, "keep_s": keep_s});
+    one.output.print(&shown, |_| match purge {
+        true => format!("removed {}; its space is freed in the background", one.name),
+        false => format!(
+            "{0} is in the bin for {keep} hours; `ashlar volume undelete {0}` brings it back",
+            one.name
+        ),
     })?;
     Ok(Exit::Ok)
+}
+
+async fn undelete(args: UndeleteArgs) -> Outcome {
+    let UndeleteArgs { one, new_name } = args;
+    let volume = one.cluster.connect()?.undelete_volume(volume_ref(&one.name), &new_name).await?;
+    one.output.print(&Shown::from(&volume), |v| format!("{} is there again, {}", v.name, Size(v.bytes)))?;
+    Ok(Exit::Ok)
+}
+
+async fn rename(args: RenameArgs) -> Outcome {
+    let volume = args.cluster.connect()?.rename_volume(volume_ref(&args.name), &args.new_name).await?;
+    args.output.print(&Shown::from(&volume), |v| format!("{} is called {} now", args.name, v.name))?;
+    Ok(Exit::Ok)
+}
+
+/// How long it is until then, roughly.
+fn hours(unix_s: u64) -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    match unix_s.saturating_sub(now.map_or(0, |since| since.as_secs())) {
+        left @ 7200.. => format!("{} h", left / 3600),
+        left => format!("{} min", left.div_ceil(60)),
+    }
 }
 
 /// The volume of that name.

@@ -32,6 +32,22 @@ pub fn resize_volume(request: pb::ResizeVolumeRequest) -> Result<Command, Proble
     Ok(Command::ResizeVolume { volume: volume_ref(volume)?, bytes })
 }
 
+/// A volume to be deleted, `unix_s` being the seconds since 1970.
+pub fn delete_volume(request: pb::DeleteVolumeRequest, unix_s: u64) -> Result<Command, Problem> {
+    let purge_at_s = (request.keep_s > 0).then(|| unix_s + u64::from(request.keep_s));
+    Ok(Command::DeleteVolume { volume: volume_ref(request.volume)?, purge_at_s })
+}
+
+/// A volume to be taken out of the bin.
+pub fn undelete_volume(request: pb::UndeleteVolumeRequest) -> Result<Command, Problem> {
+    Ok(Command::UndeleteVolume { volume: volume_ref(request.volume)?, name: request.name })
+}
+
+/// A volume to be renamed.
+pub fn rename_volume(request: pb::RenameVolumeRequest) -> Result<Command, Problem> {
+    Ok(Command::RenameVolume { volume: volume_ref(request.volume)?, name: request.name })
+}
+
 /// A volume to be offered.
 pub fn add_export(request: pb::AddExportRequest) -> Result<Command, Problem> {
     let pb::AddExportRequest { volume, protocol, allowed } = request;
@@ -165,7 +181,7 @@ fn membership(told: &pb::Membership) -> Result<Membership, Problem> {
             "run the same version everywhere",
         ));
     }
-    Ok(Membership { voters, learners, settled: told.settled, lags: told.lags.clone() })
+    Ok(Membership { voters, learners, settled: told.settled, lags: told.lags.clone(), busy: told.busy })
 }
 
 fn uuid(noun: &str, bytes: &[u8]) -> Result<Uuid, Problem> {

@@ -12,6 +12,7 @@
 //!
 //! Deliberately absent: anything that IO waits for. Several MDS processes on etcd come later.
 
+pub mod durability;
 pub mod intake;
 mod owner;
 pub mod placement;

@@ -153,9 +153,16 @@ pub struct VolumeRecord {
     pub copysets: Vec<CopysetId>,
     /// Its chunks are to be freed.
     pub deleted: bool,
+    /// It is in the bin, and is deleted then, in seconds since 1970. Since schema 2.
+    #[serde(default)]
+    pub purge_at_s: Option<u64>,
 }
 
 impl VolumeRecord {
+    /// Whether it can be used: it is neither deleted nor in the bin.
+    pub fn is_live(&self) -> bool {
+        !self.deleted && self.purge_at_s.is_none()
+    }
     /// How many segments it has; the last may be shorter.
     pub fn segments(&self) -> u32 {
         self.bytes.div_ceil(SEGMENT_BYTES) as u32

@@ -3,11 +3,11 @@
 mod incoming;
 
 use crate::owner::{self, Handle};
-use crate::service::Service;
+use crate::service::{Service, unix_s};
 use crate::state::{Command, Policy, State};
 use crate::store::Store;
 use protocol::control::pb::mds_server::MdsServer;
-use protocol::control::{Problem, ProblemKind, limits};
+use protocol::control::{DESCRIPTORS, Problem, ProblemKind, limits};
 use protocol::types::{MEMBERS_MAX, Span};
 use std::future::Future;
 use std::net::SocketAddr;
@@ -173,11 +173,20 @@ async fn serve_until(
     let ticks = tokio::spawn(tick(owner.clone(), interval));
     let service = MdsServer::new(Service::new(owner, stopped.clone()))
         .max_decoding_message_size(limits::MESSAGE_BYTES_MAX);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<MdsServer<Service>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .expect("the descriptors were made by the compiler of these very services");
     let serve = tonic::transport::Server::builder()
         .max_concurrent_streams(CALLS_MAX)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(service)
+        .add_service(health_service)
+        .add_service(reflection)
         .serve_with_incoming_shutdown(incoming::accept(listener), async move {
             let _ = stopped.wait_for(|stopping| *stopping).await;
         });
@@ -186,6 +195,7 @@ async fn serve_until(
         served = &mut serve => served,
         () = stop => {
             tracing::info!("MDS stops");
+            health.set_not_serving::<MdsServer<Service>>().await;
             stopping.send_replace(true);
             tokio::time::timeout(STOP_MAX, serve).await.unwrap_or(Ok(()))
         }
@@ -200,7 +210,7 @@ async fn tick(owner: Handle, interval: Duration) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        if owner.command(Command::Tick, |_, _, _| Ok(())).await.is_err() {
+        if owner.command(Command::Tick { unix_s: unix_s() }, |_, _, _| Ok(())).await.is_err() {
             return;
         }
     }

@@ -7,7 +7,7 @@ use protocol::control::pb::mds_server::Mds;
 use protocol::control::{Problem, pb, protocol_from_pb};
 use protocol::types::{ChunkId, TargetId, VolumeId};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -166,9 +166,37 @@ impl Mds for Service {
         &self,
         request: Request<pb::DeleteVolumeRequest>,
     ) -> Answer<pb::DeleteVolumeResponse> {
-        let command = Command::DeleteVolume(intake::volume_ref(request.into_inner().volume)?);
+        let command = intake::delete_volume(request.into_inner(), unix_s())?;
         let id = self.owner.command(command, |reply, _, _| Ok(volume_in(&reply))).await?;
         answer(pb::DeleteVolumeResponse { id: id.0 })
+    }
+
+    async fn undelete_volume(
+        &self,
+        request: Request<pb::UndeleteVolumeRequest>,
+    ) -> Answer<pb::UndeleteVolumeResponse> {
+        let command = intake::undelete_volume(request.into_inner())?;
+        let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
+        answer(pb::UndeleteVolumeResponse { volume: Some(self.owner.command(command, view).await?) })
+    }
+
+    async fn rename_volume(
+        &self,
+        request: Request<pb::RenameVolumeRequest>,
+    ) -> Answer<pb::RenameVolumeResponse> {
+        let command = intake::rename_volume(request.into_inner())?;
+        let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
+        answer(pb::RenameVolumeResponse { volume: Some(self.owner.command(command, view).await?) })
+    }
+
+    async fn remove_target(
+        &self,
+        request: Request<pb::RemoveTargetRequest>,
+    ) -> Answer<pb::RemoveTargetResponse> {
+        let target = TargetId(request.into_inner().target);
+        self.owner.command(Command::RemoveTarget(target), |_, _, _| Ok(())).await?;
+        tracing::info!(target_id = target.0, "target removed");
+        answer(pb::RemoveTargetResponse {})
     }
 
     async fn add_export(&self, request: Request<pb::AddExportRequest>) -> Answer<pb::AddExportResponse> {
@@ -238,6 +266,11 @@ async fn feed(
             return;
         }
     }
+}
+
+/// Seconds since 1970, by this machine's clock.
+pub(crate) fn unix_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 fn volume_in(reply: &Reply) -> VolumeId {

@@ -65,6 +65,8 @@ pub enum Change {
     Counters(Counters),
     /// A target is new or changed.
     Target(TargetId, TargetRecord),
+    /// A target is forgotten.
+    TargetRemoved(TargetId),
     /// A pool is new.
     Pool(PoolId, PoolRecord),
     /// A copyset is new.
@@ -133,8 +135,29 @@ pub enum Command {
         /// Its new size.
         bytes: u64,
     },
-    /// Mark a volume deleted.
-    DeleteVolume(VolumeRef),
+    /// Put a volume into the bin, or mark it deleted.
+    DeleteVolume {
+        /// Which.
+        volume: VolumeRef,
+        /// When it is deleted, in seconds since 1970; `None`: now.
+        purge_at_s: Option<u64>,
+    },
+    /// Take a volume out of the bin.
+    UndeleteVolume {
+        /// Which; by name, the last one of that name that was put there.
+        volume: VolumeRef,
+        /// Its name from now on; empty: as before.
+        name: String,
+    },
+    /// Call a volume something else.
+    RenameVolume {
+        /// Which.
+        volume: VolumeRef,
+        /// Its new name.
+        name: String,
+    },
+    /// Forget a target that is away and holds nothing.
+    RemoveTarget(TargetId),
     /// Offer a volume.
     AddExport {
         /// Which.
@@ -153,8 +176,11 @@ pub enum Command {
         /// Whether it is to be emptied.
         draining: bool,
     },
-    /// Time passes: the schedulers look around.
-    Tick,
+    /// Time passes: the schedulers look around, and what is due in the bin is deleted.
+    Tick {
+        /// Seconds since 1970, for what must survive a restart.
+        unix_s: u64,
+    },
 }
 
 /// A target that starts.
@@ -244,6 +270,8 @@ pub struct Membership {
     pub settled: bool,
     /// How far the others are behind, as on the wire.
     pub lags: Vec<pb::PeerLag>,
+    /// IO came lately.
+    pub busy: bool,
 }
 
 /// What the last heartbeat of a target told.
@@ -368,13 +396,16 @@ impl State {
                 self.create_volume(name, bytes, block_bytes, &pool)
             }
             Command::ResizeVolume { volume, bytes } => self.resize_volume(&volume, bytes),
-            Command::DeleteVolume(volume) => self.delete_volume(&volume),
+            Command::DeleteVolume { volume, purge_at_s } => self.delete_volume(&volume, purge_at_s),
+            Command::UndeleteVolume { volume, name } => self.undelete_volume(&volume, name),
+            Command::RenameVolume { volume, name } => self.rename_volume(&volume, name),
             Command::AddExport { volume, protocol, allowed } => self.add_export(&volume, protocol, allowed),
             Command::RemoveExport(volume, protocol) => self.remove_export(&volume, protocol),
             Command::Drain { target, draining } => self.drain(target, draining),
-            Command::Tick => {
+            Command::RemoveTarget(target) => self.remove_target(target, now),
+            Command::Tick { unix_s } => {
                 self.tick(now);
-                Ok(Decision::unchanged(Reply::Done))
+                Ok(Decision { changes: self.purge(unix_s), reply: Reply::Done })
             }
         }
     }
@@ -395,12 +426,18 @@ impl State {
         match change {
             Change::Counters(counters) => self.counters = counters,
             Change::Target(id, record) => drop(self.targets.insert(id, record)),
+            Change::TargetRemoved(id) => {
+                self.targets.remove(&id);
+                self.seen.remove(&id);
+            }
             Change::Pool(id, record) => drop(self.pools.insert(id, record)),
             Change::Copyset(id, record) => drop(self.copysets.insert(id, record)),
             Change::Volume(id, record) => {
-                if record.deleted {
-                    self.names.retain(|_, named| *named != id);
-                } else {
+                let old = self.volumes.get(&id).map(|old| &old.name);
+                if let Some(old) = old.filter(|old| self.names.get(*old) == Some(&id)) {
+                    self.names.remove(old);
+                }
+                if record.is_live() {
                     self.names.insert(record.name.clone(), id);
                 }
                 self.volumes.insert(id, record);
@@ -537,7 +574,13 @@ impl State {
             generation: self.counters.generation,
             targets: self.targets.iter().map(|(id, record)| (*id, target(record))).collect(),
             copysets: self.copysets.iter().map(|(id, record)| (*id, copyset(record))).collect(),
-            volumes: self.volumes.iter().map(|(id, record)| (*id, volume(record))).collect(),
+            // What is in the bin is not served, and is not freed either.
+            volumes: self
+                .volumes
+                .iter()
+                .filter(|(_, record)| record.deleted || record.is_live())
+                .map(|(id, record)| (*id, volume(record)))
+                .collect(),
             exports: self.exports.iter().map(export).collect(),
         }
     }

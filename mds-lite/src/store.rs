@@ -212,6 +212,9 @@ fn put(write: &WriteTransaction, change: &Change) -> Result<(), String> {
             meta.insert(KEY_COUNTERS, encode(counters).as_slice()).map_err(text)?;
         }
         Change::Target(id, record) => insert(write, TARGETS, id.0, &encode(record))?,
+        Change::TargetRemoved(id) => {
+            write.open_table(TARGETS).map_err(text)?.remove(id.0).map_err(text)?;
+        }
         Change::Pool(id, record) => insert(write, POOLS, *id, &encode(record))?,
         Change::Copyset(id, record) => insert(write, COPYSETS, id.0, &encode(record))?,
         Change::Volume(id, record) => insert(write, VOLUMES, id.0, &encode(record))?,

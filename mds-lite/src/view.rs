@@ -1,6 +1,7 @@
 //! The state as answers show it. Pure.
 
 use crate::record::{Endpoints, PoolId, TargetRecord, VolumeRecord};
+use crate::state::schedule::{Presence, Task};
 use crate::state::{Leader, Membership, Replica, State, Usage};
 use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb, shard_to_pb};
 use protocol::map::ExportProtocol;
@@ -26,11 +27,13 @@ fn volume_of(state: &State, id: VolumeId, record: &VolumeRecord) -> pb::Volume {
         allocated_segments: allocated.count(),
         allocated_bytes: allocated.bytes_of(record),
         exports: exports.map(|(_, protocol)| protocol_to_pb(*protocol).into()).collect(),
+        purge_at_s: record.purge_at_s.filter(|_| !record.deleted),
+        replicated_bytes: allocated.bytes_of(record) * u64::from(state.pools[&record.pool].replicas),
     }
 }
 
 pub(crate) fn volumes(state: &State, deleting: bool) -> Vec<pb::Volume> {
-    let wanted = state.volumes.iter().filter(|(_, record)| deleting || !record.deleted);
+    let wanted = state.volumes.iter().filter(|(_, record)| deleting || record.is_live());
     wanted.map(|(id, record)| volume_of(state, *id, record)).collect()
 }
 
@@ -137,7 +140,11 @@ pub(crate) fn status(state: &State, now: Time) -> pb::StatusResponse {
         usage.used_bytes = usage.used_bytes.saturating_add(of.used_bytes);
         usage.formatted_bytes = usage.formatted_bytes.saturating_add(of.formatted_bytes);
     }
-    let warnings = warnings(state, &targets, &copysets);
+    let mut warnings = warnings(state, &targets, &copysets);
+    if state.most_are_silent(now) {
+        warnings.push("less than half of the targets are online: no replica is built elsewhere".into());
+    }
+    let (outstanding, eta) = state.outstanding();
     pb::StatusResponse {
         cluster: state.cluster().0.to_vec(),
         generation: state.map().generation,
@@ -148,6 +155,22 @@ pub(crate) fn status(state: &State, now: Time) -> pb::StatusResponse {
         usage: Some(usage),
         warnings,
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        tasks: state.tasks().map(|(id, of)| task(state, now, id, of)).collect(),
+        outstanding: outstanding as u32,
+        eta_ms: eta.map(|eta| eta.0 / 1_000_000),
+    }
+}
+
+fn task(state: &State, now: Time, id: CopysetId, task: &Task) -> pb::Task {
+    let told = state.leading(id, now).and_then(|(_, replica)| replica.membership.as_ref());
+    let lags = told.into_iter().flat_map(|told| &told.lags);
+    pb::Task {
+        copyset: id.0,
+        why: task.why.word().to_owned(),
+        from: task.from.map_or(0, |target| target.0),
+        to: task.to.map(shard_to_pb),
+        age_ms: (now - task.began).0 / 1_000_000,
+        lag: task.to.and_then(|to| lags.copied().find(|lag| lag.target == to.target.0)),
     }
 }
 
@@ -171,6 +194,15 @@ fn target(state: &State, now: Time, id: TargetId, record: &TargetRecord) -> pb::
         leaders: state.copysets.keys().filter(leads).count() as u32,
         known_generation: seen.map_or(0, |seen| seen.known_generation),
         draining: record.draining,
+        presence: match state.presence(id, now) {
+            Presence::Online => pb::Presence::Online,
+            Presence::Unstable => pb::Presence::Unstable,
+            Presence::Offline => pb::Presence::Offline,
+        }
+        .into(),
+        zone: record.zone.clone(),
+        host: record.host.clone(),
+        labels: record.labels.clone().into_iter().collect(),
     }
 }
 
@@ -212,11 +244,8 @@ fn warnings(state: &State, targets: &[pb::TargetStatus], copysets: &[pb::Copyset
             Some(age) => lines.push(format!("target {} offline: last heartbeat {age} ms ago", target.id)),
             None => lines.push(format!("target {} offline: not heard of since the MDS started", target.id)),
         }
-        if target.replicas == 0 && !state.pools.is_empty() {
-            lines.push(format!(
-                "target {} holds no copyset: it registered after the pools were made",
-                target.id
-            ));
+        if target.draining && target.replicas == 0 {
+            lines.push(format!("target {} is empty: stop it, then `ashlar target rm {0}`", target.id));
         }
     }
     let mut count = |what: &str, count: usize| {
@@ -250,6 +279,7 @@ fn membership(told: &Membership) -> pb::Membership {
         learners: shards(&told.learners),
         settled: told.settled,
         lags: told.lags.clone(),
+        busy: told.busy,
     }
 }
 

@@ -3,7 +3,7 @@
 use ashlar_mds_lite::state::Policy;
 use ashlar_mds_lite::{Config, Server};
 use protocol::control::pb::mds_client::MdsClient;
-use protocol::control::{Problem, ProblemKind, map_from_pb, pb};
+use protocol::control::{Problem, ProblemKind, limits, map_from_pb, pb};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -232,9 +232,9 @@ fn garbage_and_oversized_requests_leave_other_callers_alone() {
                 let _ = tokio::time::timeout(Duration::from_millis(20), socket.read(&mut [0; 64])).await;
             }
         }
-        let huge = pb::HeartbeatRequest { disk_uuid: vec![0; 17 << 20], ..beat(1, &[]) };
+        let huge = pb::HeartbeatRequest { disk_uuid: vec![0; limits::MESSAGE_BYTES_MAX + 1], ..beat(1, &[]) };
         assert!(mds.client.heartbeat(huge).await.is_err());
-        let many = pb::HeartbeatRequest { freed_volumes: vec![1; 5000], ..beat(1, &[]) };
+        let many = pb::HeartbeatRequest { freed_volumes: vec![1; limits::VOLUMES_MAX + 1], ..beat(1, &[]) };
         assert!(mds.client.heartbeat(many).await.is_err());
         mds.client.heartbeat(beat(1, &[])).await.expect("an honest caller is served");
         mds.stop().await;
@@ -246,7 +246,9 @@ fn a_bad_configuration_is_refused_with_its_range() {
     run(async {
         let dir = TempDir::new().unwrap();
         let listen = "127.0.0.1:0".parse().unwrap();
-        for (replicas, copysets, targets_expected) in [(0, 1, 3), (8, 1, 8), (3, 1, 2), (3, 70_000, 3)] {
+        for (replicas, copysets, targets_expected) in
+            [(0, 1, 3), (8, 1, 8), (3, 1, 2), (3, limits::COPYSETS_MAX as u32 + 1, 3)]
+        {
             let policy = Policy { replicas, copysets, targets_expected, ..Policy::default() };
             let config = Config { dir: dir.path().into(), listen, policy };
             assert_eq!(Server::start(config).await.unwrap_err().kind, ProblemKind::Invalid);
@@ -256,4 +258,29 @@ fn a_bad_configuration_is_refused_with_its_range() {
         let config = Config { dir: dir.path().into(), listen, policy: Policy::default() };
         assert_eq!(Server::start(config).await.unwrap_err().kind, ProblemKind::InUse);
     });
+}
+
+#[tokio::test]
+async fn health_is_told_and_services_are_described_to_whoever_asks() {
+    use tonic_health::pb::health_check_response::ServingStatus;
+    use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+    use tonic_reflection::pb::v1::ServerReflectionRequest;
+    use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+    let dir = TempDir::new().unwrap();
+    let mds = Running::start(dir.path()).await;
+    let channel = Endpoint::from_shared(format!("http://{}", mds.address)).unwrap().connect_lazy();
+    let request = HealthCheckRequest { service: "ashlar.v1.Mds".into() };
+    let health = HealthClient::new(channel.clone()).check(request).await.unwrap().into_inner();
+    assert_eq!(health.status(), ServingStatus::Serving);
+    let wanted = MessageRequest::ListServices(String::new());
+    let ask = ServerReflectionRequest { host: String::new(), message_request: Some(wanted) };
+    let mut reflection = ServerReflectionClient::new(channel);
+    let answers = reflection.server_reflection_info(tokio_stream::iter([ask])).await.unwrap();
+    let told = answers.into_inner().message().await.unwrap().unwrap().message_response.unwrap();
+    let MessageResponse::ListServicesResponse(listed) = told else { panic!("{told:?}") };
+    let names: Vec<&str> = listed.service.iter().map(|service| service.name.as_str()).collect();
+    assert!(names.contains(&"ashlar.v1.Mds") && names.contains(&"grpc.health.v1.Health"), "{names:?}");
+    mds.stop().await;
 }

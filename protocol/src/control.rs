@@ -19,7 +19,10 @@ pub mod pb {
     tonic::include_proto!("ashlar.v1");
 }
 
-/// What the control plane accepts at most. With all at their most a map is about 10 MiB.
+/// The messages and services as a `google.protobuf.FileDescriptorSet`, for server reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// What the control plane accepts at most. With all at their most a map is about 20 MiB.
 pub mod limits {
     use crate::types::{CHUNK_BYTES, SEGMENT_BYTES};
 
@@ -35,12 +38,12 @@ pub mod limits {
     pub const SHARDS_MAX: usize = 256;
     /// Most pools of a cluster.
     pub const POOLS_MAX: usize = 64;
-    /// Most copysets of a cluster.
-    pub const COPYSETS_MAX: usize = 65_536;
+    /// Most copysets of a cluster: about 30 bytes of a map each, so 4 MiB.
+    pub const COPYSETS_MAX: usize = 131_072;
     /// Most copysets that one volume is spread over.
     pub const VOLUME_COPYSETS_MAX: usize = 256;
     /// Most volumes of a cluster, those being deleted included.
-    pub const VOLUMES_MAX: usize = 4096;
+    pub const VOLUMES_MAX: usize = 16_384;
     /// Hosts on the list of one export.
     pub const ALLOWED_HOSTS_MAX: usize = 64;
     /// Hosts on the lists of all exports: at most 223 bytes each, so 3.5 MiB of a map.
@@ -50,7 +53,7 @@ pub mod limits {
     /// The longest path of a Unix socket, as in `sockaddr_un`.
     pub const UNIX_PATH_BYTES_MAX: usize = 107;
     /// The largest message either side decodes.
-    pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+    pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
 
     const _: () = assert!(VOLUME_BYTES_MAX.is_multiple_of(SEGMENT_BYTES));
     const _: () = assert!(VOLUME_BYTES_MAX / (CHUNK_BYTES as u64) <= u32::MAX as u64);

@@ -129,6 +129,7 @@ fn membership(told: &Membership) -> pb::Membership {
         learners: told.members.learners().map(shard_to_pb).collect(),
         settled: told.settled,
         lags: told.lags.iter().map(lag).collect(),
+        busy: told.busy,
     }
 }
 

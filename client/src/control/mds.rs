@@ -173,12 +173,36 @@ impl MdsClient {
         self.link.repeat(call).await?.volume.ok_or_else(|| self.link.nonsense("no volume"))
     }
 
-    /// Marks a volume deleted; its targets then free its chunks. One attempt.
-    pub async fn delete_volume(&self, volume: pb::VolumeRef) -> Result<VolumeId, Problem> {
-        let request = pb::DeleteVolumeRequest { volume: Some(volume) };
+    /// Puts a volume into the bin for so many seconds; 0: its chunks are freed now. One attempt.
+    pub async fn delete_volume(&self, volume: pb::VolumeRef, keep_s: u32) -> Result<VolumeId, Problem> {
+        let request = pb::DeleteVolumeRequest { volume: Some(volume), keep_s };
         let mut stub = stub(self.link.channel.clone());
         let response = self.link.once(self.link.patience.call, stub.delete_volume(request)).await?;
         Ok(VolumeId(response.id))
+    }
+
+    /// Takes a volume out of the bin, under another name if one is given. One attempt.
+    pub async fn undelete_volume(&self, volume: pb::VolumeRef, name: &str) -> Result<pb::Volume, Problem> {
+        let request = pb::UndeleteVolumeRequest { volume: Some(volume), name: name.to_owned() };
+        let mut stub = stub(self.link.channel.clone());
+        let response = self.link.once(self.link.patience.call, stub.undelete_volume(request)).await?;
+        response.volume.ok_or_else(|| self.link.nonsense("no volume"))
+    }
+
+    /// Calls a volume something else. One attempt.
+    pub async fn rename_volume(&self, volume: pb::VolumeRef, name: &str) -> Result<pb::Volume, Problem> {
+        let request = pb::RenameVolumeRequest { volume: Some(volume), name: name.to_owned() };
+        let mut stub = stub(self.link.channel.clone());
+        let response = self.link.once(self.link.patience.call, stub.rename_volume(request)).await?;
+        response.volume.ok_or_else(|| self.link.nonsense("no volume"))
+    }
+
+    /// Forgets a target that is away and holds no replica. One attempt.
+    pub async fn remove_target(&self, target: TargetId) -> Result<(), Problem> {
+        let request = pb::RemoveTargetRequest { target: target.0 };
+        let mut stub = stub(self.link.channel.clone());
+        self.link.once(self.link.patience.call, stub.remove_target(request)).await?;
+        Ok(())
     }
 
     /// Offers a volume over a protocol, from every target. `allowed` are the NQNs of the only hosts that may

@@ -18,6 +18,23 @@ pub(super) fn no_volume(volume: &VolumeRef) -> Problem {
     )
 }
 
+pub(super) fn not_in_bin(volume: &VolumeRef) -> Problem {
+    let named = match volume {
+        VolumeRef::Id(id) => format!("with id {}", id.0),
+        VolumeRef::Name(name) => format!("named {name:?}"),
+    };
+    Problem::new(
+        ProblemKind::NotFound,
+        format!("no volume {named} in the bin"),
+        "it was never deleted, or its time there is over",
+        "see `ashlar volume ls --all`",
+    )
+}
+
+pub(super) fn target_in_use(target: TargetId, why: &str, fix: &str) -> Problem {
+    Problem::new(ProblemKind::InUse, format!("target {target} was not removed"), why, fix)
+}
+
 pub(super) fn no_pool(name: &str, registered: usize, expected: u32) -> Problem {
     if name == super::POOL_DEFAULT && registered < expected as usize {
         return Problem::new(

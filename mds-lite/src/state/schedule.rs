@@ -25,6 +25,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 pub const ORDER_VALID: Span = Span::ms(15_000);
 /// A task that changes nothing for so long is given up; what is needed is then decided anew.
 const STALLED: Span = Span::ms(600_000);
+/// How long a target that was told to hand over a copyset is left alone: until its reports show it.
+const HAND_OVER_PAUSE: Span = Span::ms(5_000);
 /// Most tasks at once, so that looking after them stays cheap.
 const TASKS_MAX: usize = 1024;
 /// How many of the last tasks say how fast it goes.
@@ -97,6 +99,10 @@ pub(super) struct Schedule {
     named: BTreeMap<(CopysetId, TargetId), Time>,
     /// Since when a target that is online has not reported a replica that it should have.
     missing: BTreeMap<(CopysetId, TargetId), Time>,
+    /// Leadership that is to go from a target to another.
+    hand_overs: BTreeMap<TargetId, (CopysetId, TargetId)>,
+    /// When a target was last told to hand over.
+    handed_over: BTreeMap<TargetId, Time>,
     /// When the last tasks were done.
     finished: VecDeque<Time>,
     /// Replicas that are still to be moved, built or taken away, those under way included.
@@ -216,6 +222,10 @@ impl State {
                 named.extend(task.goal.iter().map(|member| (*id, member.target)));
             }
         }
+        if let Some((id, to)) = self.schedule.hand_overs.remove(&target) {
+            orders.push(order(id, pb::order::What::Lead(to.0)));
+            self.schedule.handed_over.insert(target, now);
+        }
         let until = now + ORDER_VALID;
         self.schedule.named.extend(named.into_iter().map(|key| (key, until)));
         let orphans = self.seen[&target].replicas.keys().filter_map(|id| self.drop_after(*id, target, now));
@@ -249,22 +259,31 @@ impl State {
         }
         self.note_missing(now);
         self.end_tasks(now);
-        let needs = self.needs(now);
+        let needs = if self.most_are_silent(now) { Vec::new() } else { self.needs(now) };
         self.schedule.outstanding = needs.len() + self.schedule.tasks.len();
         if self.schedule.outstanding == 0 {
             self.schedule.finished.clear();
         }
-        let quiet = needs.is_empty() && self.schedule.tasks.is_empty();
+        let quiet = needs.is_empty() && self.schedule.tasks.is_empty() && !self.most_are_silent(now);
         for (why, id, victim) in needs {
             if self.schedule.tasks.len() >= TASKS_MAX {
                 return;
             }
             self.begin(id, why, victim, now);
         }
+        self.schedule.hand_overs.clear();
         if quiet {
             self.balance(now);
+            self.balance_leaders(now);
         }
         self.schedule.named.retain(|_, until| now < *until + ORDER_VALID + ORDER_VALID);
+    }
+
+    /// Then it is more likely that the MDS is cut off than that all of them are lost, and the few that are left
+    /// could not take everything: nothing is begun.
+    pub fn most_are_silent(&self, now: Time) -> bool {
+        let there = self.targets.keys().filter(|id| self.presence(**id, now) == Presence::Online).count();
+        there * 2 < self.targets.len()
     }
 
     fn note_missing(&mut self, now: Time) {
@@ -521,6 +540,48 @@ impl State {
                     *count += 1;
                     node.leads += u32::from(at == 0);
                 }
+            }
+        }
+    }
+
+    /// Leaders go from targets that lead more than their share of what they hold to those that lead less.
+    /// Where IO comes from decides more than this does: copysets that are busy are left where they are.
+    fn balance_leaders(&mut self, now: Time) {
+        let mut leads: BTreeMap<TargetId, i64> = BTreeMap::new();
+        let mut idle: BTreeMap<TargetId, Vec<CopysetId>> = BTreeMap::new();
+        for id in self.copysets.keys() {
+            let Some((leader, report)) = self.leading(*id, now) else { return };
+            *leads.entry(leader).or_default() += 1;
+            if report.membership.as_ref().is_some_and(|m| m.settled && !m.busy) {
+                idle.entry(leader).or_default().push(*id);
+            }
+        }
+        let mut shares: BTreeMap<TargetId, f64> = BTreeMap::new();
+        for record in self.copysets.values() {
+            let stays = |m: &&ShardAddr| self.targets.get(&m.target).is_some_and(|t| !t.draining);
+            let members: Vec<_> = record.members.iter().filter(stays).collect();
+            members.iter().for_each(|m| *shares.entry(m.target).or_default() += 1.0 / members.len() as f64);
+        }
+        let above = |leads: &BTreeMap<TargetId, i64>, target: TargetId| {
+            leads.get(&target).copied().unwrap_or(0) as f64 - shares.get(&target).copied().unwrap_or(0.0)
+        };
+        for (from, ids) in idle {
+            let told = self.schedule.handed_over.get(&from);
+            if told.is_some_and(|at| now < *at + HAND_OVER_PAUSE) {
+                continue;
+            }
+            let lower = |id: &CopysetId| {
+                let members = self.copysets[id].members.iter().filter(|m| m.target != from);
+                let heirs = members.filter(|m| self.presence(m.target, now) == Presence::Online);
+                let heir = heirs.min_by(|a, b| above(&leads, a.target).total_cmp(&above(&leads, b.target)));
+                // One moved brings the two nearer by 2: from 1.5 apart to at most 0.5.
+                let gains = |heir: TargetId| above(&leads, from) - above(&leads, heir) >= 1.5;
+                heir.map(|m| (*id, m.target)).filter(|(_, heir)| gains(*heir))
+            };
+            if let Some((id, heir)) = ids.iter().find_map(lower) {
+                *leads.entry(from).or_default() -= 1;
+                *leads.entry(heir).or_default() += 1;
+                self.schedule.hand_overs.insert(from, (id, heir));
             }
         }
     }

@@ -131,6 +131,32 @@ impl State {
         Ok(Decision { changes, reply: Reply::Done })
     }
 
+    /// Forgets a target, so that its id means nothing any more.
+    pub(super) fn remove_target(&self, id: TargetId, now: Time) -> Result<Decision, Problem> {
+        if !self.targets.contains_key(&id) {
+            return Err(error::no_target(id));
+        }
+        let placed = self.copysets.values().flat_map(|c| &c.members);
+        let coming = self.tasks().flat_map(|(_, task)| &task.goal);
+        let held = placed.chain(coming).filter(|member| member.target == id).count();
+        if held > 0 {
+            return Err(error::target_in_use(
+                id,
+                &format!("{held} copysets have a replica there"),
+                &format!("drain it first: ashlar target drain {id}"),
+            ));
+        }
+        if self.is_online(id, now) {
+            return Err(error::target_in_use(
+                id,
+                "it runs, and would register again at once",
+                "stop its daemon, wait a few seconds, then remove it",
+            ));
+        }
+        let changes = vec![Change::TargetRemoved(id), Change::Counters(self.next_generation())];
+        Ok(Decision { changes, reply: Reply::Done })
+    }
+
     /// When `newcomer` completes the expected targets, adds the default pool.
     fn add_default_pool(
         &self,

@@ -133,6 +133,11 @@ fn create(name: &str, bytes: u64) -> Command {
     Command::CreateVolume { name: name.into(), bytes, block_bytes: 4096, pool: String::new() }
 }
 
+/// For good.
+fn delete(volume: VolumeRef) -> Command {
+    Command::DeleteVolume { volume, purge_at_s: None }
+}
+
 fn named(name: &str) -> VolumeRef {
     VolumeRef::Name(name.into())
 }
@@ -227,7 +232,7 @@ fn a_volume_id_is_never_given_out_again_across_delete_purge_and_restart() {
         let id = mds.create("vol0", GIB).unwrap();
         assert!(given.insert(id), "{id} was given out before");
         mds.run(allocate(id, &[0])).unwrap();
-        mds.run(Command::DeleteVolume(named("vol0"))).unwrap();
+        mds.run(delete(named("vol0"))).unwrap();
         if round % 2 == 0 {
             mds = mds.restart();
         }
@@ -273,7 +278,7 @@ fn a_volume_does_not_grow_into_space_that_is_not_there() {
     mds.run(allocate(other, &[0])).unwrap();
     let resize = Command::ResizeVolume { volume: named("vol0"), bytes: GIB };
     assert_eq!(mds.refused(resize), ProblemKind::NoSpace);
-    mds.run(Command::DeleteVolume(named("vol0"))).unwrap();
+    mds.run(delete(named("vol0"))).unwrap();
     let resize = Command::ResizeVolume { volume: VolumeRef::Id(id), bytes: GIB / 2 };
     assert_eq!(mds.refused(resize), ProblemKind::NotFound);
 }
@@ -312,7 +317,7 @@ fn a_deleted_volume_is_kept_until_every_holder_freed_it() {
     let id = mds.create("vol0", GIB).unwrap();
     // A target that claims to have freed a live volume is not believed later either.
     mds.run(Command::Heartbeat(beat(3, &[id]))).unwrap();
-    mds.run(Command::DeleteVolume(named("vol0"))).unwrap();
+    mds.run(delete(named("vol0"))).unwrap();
     let deleted = mds.generation();
     assert!(mds.state.map.volumes[&id].deleted);
     assert_eq!(mds.refused(allocate(id, &[0])), ProblemKind::NotFound);
@@ -337,12 +342,12 @@ fn names_clash_only_among_volumes_that_live() {
     let mut mds = Mds::ready(100 * GIB);
     let first = mds.create("vol0", GIB).unwrap();
     assert_eq!(mds.refused(create("vol0", GIB)), ProblemKind::AlreadyExists);
-    mds.run(Command::DeleteVolume(named("vol0"))).unwrap();
+    mds.run(delete(named("vol0"))).unwrap();
     let second = mds.create("vol0", 2 * GIB).unwrap();
     assert_eq!(mds.state.find_volume(&named("vol0")).unwrap().0, second);
     mds = mds.restart();
     assert_eq!(mds.state.find_volume(&named("vol0")).unwrap().0, second);
-    assert_eq!(mds.run(Command::DeleteVolume(VolumeRef::Id(first))).unwrap(), Reply::Volume(first));
+    assert_eq!(mds.run(delete(VolumeRef::Id(first))).unwrap(), Reply::Volume(first));
     assert_eq!(mds.state.find_volume(&named("vol0")).unwrap().0, second, "the name stays with the second");
 }
 
@@ -355,14 +360,14 @@ fn an_exported_volume_cannot_be_deleted_under_its_hosts() {
             .unwrap();
     }
     assert_eq!(mds.state.map.exports.len(), 1);
-    assert_eq!(mds.refused(Command::DeleteVolume(VolumeRef::Id(id))), ProblemKind::InUse);
+    assert_eq!(mds.refused(delete(VolumeRef::Id(id))), ProblemKind::InUse);
     mds = mds.restart();
     assert_eq!(
         mds.refused(Command::RemoveExport(named("vol0"), ExportProtocol::Nvme)),
         ProblemKind::NotFound
     );
     mds.run(Command::RemoveExport(named("vol0"), ExportProtocol::Nbd)).unwrap();
-    mds.run(Command::DeleteVolume(VolumeRef::Id(id))).unwrap();
+    mds.run(delete(VolumeRef::Id(id))).unwrap();
     assert_eq!(
         mds.refused(Command::AddExport {
             volume: VolumeRef::Id(id),
@@ -415,7 +420,7 @@ fn a_full_pool_refuses_new_segments_and_takes_known_ones() {
     assert_eq!(mds.refused(allocate(b, &[0])), ProblemKind::NoSpace);
     assert_eq!(mds.run(allocate(a, &[1, 0])).unwrap(), Reply::Allocated(2 * GIB));
     // Space comes back when the chunks are freed, not before.
-    mds.run(Command::DeleteVolume(named("a"))).unwrap();
+    mds.run(delete(named("a"))).unwrap();
     assert_eq!(mds.refused(allocate(b, &[0])), ProblemKind::NoSpace);
     for target in 1..=3 {
         mds.run(Command::Heartbeat(beat(target, &[a]))).unwrap();
@@ -512,6 +517,7 @@ fn records_that_contradict_each_other_are_refused() {
         pool: 1,
         copysets: vec![CopysetId(1)],
         deleted: false,
+        purge_at_s: None,
     };
     let pool = PoolRecord { name: "p".into(), replicas: 1, copysets: vec![CopysetId(1)], targets: vec![] };
     let rows = [
@@ -545,7 +551,13 @@ fn any_command() -> impl Strategy<Value = Command> {
             copysets,
             targets: Vec::new()
         }),
-        volume().prop_map(Command::DeleteVolume),
+        volume().prop_map(delete),
+        (volume(), 0u64..50).prop_map(|(volume, at)| Command::DeleteVolume { volume, purge_at_s: Some(at) }),
+        (volume(), "[ab]?").prop_map(|(volume, name)| Command::UndeleteVolume { volume, name }),
+        (volume(), "[ab]").prop_map(|(volume, name)| Command::RenameVolume { volume, name }),
+        (0u64..50).prop_map(|unix_s| Command::Tick { unix_s }),
+        (1u32..6).prop_map(|id| Command::RemoveTarget(TargetId(id))),
+        (1u32..6, any::<bool>()).prop_map(|(id, draining)| Command::Drain { target: TargetId(id), draining }),
         (volume(), 0u64..6)
             .prop_map(|(volume, gib)| Command::ResizeVolume { volume, bytes: gib * GIB + 4096 }),
         (volume(), protocol(), proptest::option::of(0u8..3)).prop_map(|(volume, protocol, hosts)| {
@@ -603,4 +615,176 @@ fn a_target_drained_says_so_in_the_map_until_it_is_used_again() {
     assert!(!mds.state.map.is_draining(TargetId(2)));
     let stranger = Command::Drain { target: TargetId(9), draining: true };
     assert_eq!(mds.refused(stranger), ProblemKind::NotFound);
+}
+
+#[test]
+fn a_volume_in_the_bin_is_not_served_nor_freed_and_comes_back_with_all_it_held() {
+    let mut mds = Mds::ready(16 * GIB);
+    let id = mds.create("vol0", 4 * GIB).unwrap();
+    mds.run(allocate(id, &[0, 2])).unwrap();
+    mds.run(Command::DeleteVolume { volume: named("vol0"), purge_at_s: Some(1000) }).unwrap();
+    assert!(!mds.state.map.volumes.contains_key(&id), "neither served nor told to be freed");
+    assert_eq!(mds.refused(allocate(id, &[1])), ProblemKind::NotFound);
+    assert!(mds.state.pool_allocated(1) > 0, "it takes up space still");
+    // Its name is free meanwhile, and it can come back only under a free one.
+    let second = mds.create("vol0", GIB).unwrap();
+    let undelete = |name: &str| Command::UndeleteVolume { volume: named("vol0"), name: name.into() };
+    assert_eq!(mds.refused(undelete("")), ProblemKind::AlreadyExists);
+    let mut mds = mds.restart();
+    mds.run(Command::Tick { unix_s: 999 }).unwrap();
+    assert_eq!(mds.run(undelete("old")).unwrap(), Reply::Volume(id));
+    assert_eq!(mds.state.map.volumes[&id].name, "old");
+    assert_eq!(mds.state.allocation(id).count(), 2);
+    // And when its time is over it is freed.
+    mds.run(Command::DeleteVolume { volume: VolumeRef::Id(second), purge_at_s: Some(1000) }).unwrap();
+    mds.run(Command::Tick { unix_s: 1000 }).unwrap();
+    assert!(mds.state.map.volumes[&second].deleted);
+    assert_eq!(mds.refused(undelete("")), ProblemKind::NotFound);
+}
+
+#[test]
+fn a_volume_is_renamed_unless_hosts_know_it_by_its_name() {
+    let mut mds = Mds::ready(GIB);
+    let id = mds.create("a", GIB).unwrap();
+    mds.create("b", GIB).unwrap();
+    let rename = |from: &str, to: &str| Command::RenameVolume { volume: named(from), name: to.into() };
+    assert_eq!(mds.refused(rename("a", "b")), ProblemKind::AlreadyExists);
+    assert_eq!(mds.refused(rename("a", "/")), ProblemKind::Invalid);
+    mds.run(rename("a", "c")).unwrap();
+    assert_eq!(mds.state.map.volumes[&id].name, "c");
+    assert_eq!(mds.refused(rename("a", "d")), ProblemKind::NotFound);
+    mds.create("a", GIB).unwrap();
+    let export = Command::AddExport { volume: named("c"), protocol: ExportProtocol::Nbd, allowed: None };
+    mds.run(export).unwrap();
+    assert_eq!(mds.refused(rename("c", "d")), ProblemKind::InUse);
+}
+
+#[test]
+fn a_target_is_removed_only_when_it_is_away_and_holds_nothing() {
+    let mut mds = Mds::ready(GIB);
+    mds.run(Command::Register(target(4, GIB))).unwrap();
+    assert_eq!(mds.refused(Command::RemoveTarget(TargetId(9))), ProblemKind::NotFound);
+    assert_eq!(mds.refused(Command::RemoveTarget(TargetId(1))), ProblemKind::InUse, "it holds replicas");
+    assert_eq!(mds.refused(Command::RemoveTarget(TargetId(4))), ProblemKind::InUse, "it runs");
+    mds.now = mds.now + Span::ms(10_000);
+    mds.run(Command::RemoveTarget(TargetId(4))).unwrap();
+    let mds = mds.restart();
+    assert!(!mds.state.map.targets.contains_key(&TargetId(4)));
+}
+
+/// A heartbeat of a target that leads every copyset it is the first member of, by the map, and follows the rest.
+fn full_beat(mds: &Mds, id: u32) -> Heartbeat {
+    let mut replicas = Vec::new();
+    for (copyset, entry) in &mds.state.map.copysets {
+        let Some(member) = entry.members.iter().find(|m| m.target.0 == id) else { continue };
+        let leads = entry.members[0] == *member;
+        let voters = entry.members.clone();
+        let told = Membership { voters, learners: vec![], settled: true, lags: vec![], busy: true };
+        let role = if leads { pb::ReplicaRole::Leader } else { pb::ReplicaRole::Follower };
+        replicas.push(Replica {
+            copyset: *copyset,
+            shard: member.shard,
+            term: Term(1),
+            role: role.into(),
+            leader: Some(entry.members[0].target),
+            commit: LogIndex(9),
+            applied: LogIndex(9),
+            health: 1,
+            membership: leads.then_some(told),
+        });
+    }
+    let usage = Usage { capacity: GIB, used: 0, formatted: 0 };
+    Heartbeat { replicas, usage, ..beat(id, &[]) }
+}
+
+/// Lets time pass, with heartbeats of these targets only.
+fn pass(mds: &mut Mds, seconds: u64, alive: &[u32]) {
+    for _ in 0..seconds {
+        mds.now = mds.now + Span::ms(1000);
+        for id in alive {
+            mds.run(Command::Heartbeat(full_beat(mds, *id))).unwrap();
+        }
+        mds.run(Command::Tick { unix_s: 0 }).unwrap();
+    }
+}
+
+#[test]
+fn what_a_lost_target_held_is_built_elsewhere_after_a_while_and_no_more_at_once_than_allowed() {
+    let mut mds = Mds::new(Policy { targets_expected: 4, ..Policy::default() });
+    (1..=4).for_each(|id| drop(mds.run(Command::Register(target(id, GIB))).unwrap()));
+    pass(&mut mds, 30, &[1, 2, 3, 4]);
+    assert_eq!(mds.state.tasks().count(), 0);
+    pass(&mut mds, 50, &[1, 2, 3]);
+    assert_eq!(mds.state.presence(TargetId(4), mds.now), schedule::Presence::Unstable);
+    assert_eq!(mds.state.tasks().count(), 0, "it is waited for");
+    pass(&mut mds, 20, &[1, 2, 3]);
+    assert_eq!(mds.state.presence(TargetId(4), mds.now), schedule::Presence::Offline);
+    assert!(mds.state.tasks().count() > 0);
+    let mut filled: BTreeMap<TargetId, u32> = BTreeMap::new();
+    for (_, task) in mds.state.tasks() {
+        assert_eq!((task.why, task.from), (schedule::Why::Recover, Some(TargetId(4))));
+        *filled.entry(task.to.unwrap().target).or_default() += 1;
+    }
+    assert!(filled.values().all(|tasks| *tasks <= Policy::default().tasks_a_target), "{filled:?}");
+    // The leader is told of the goal only when the newcomer is there.
+    let (id, task) = mds.state.tasks().map(|(id, task)| (id, task.clone())).next().unwrap();
+    let place = task.to.unwrap();
+    let told = |mds: &mut Mds, target: u32| match mds.run(Command::Heartbeat(full_beat(mds, target))).unwrap()
+    {
+        Reply::Orders(orders) => {
+            orders.into_iter().filter(|o| o.copyset == id.0).filter_map(|o| o.what).collect()
+        }
+        other => panic!("{other:?}"),
+    };
+    let orders: Vec<pb::order::What> = told(&mut mds, place.target.0);
+    assert_eq!(orders, [pb::order::What::HostOnShard(place.shard.into())]);
+}
+
+#[test]
+fn an_mds_that_hears_of_few_targets_begins_nothing() {
+    let mut mds = Mds::new(Policy { targets_expected: 5, ..Policy::default() });
+    (1..=5).for_each(|id| drop(mds.run(Command::Register(target(id, GIB))).unwrap()));
+    pass(&mut mds, 10, &[1, 2, 3, 4, 5]);
+    pass(&mut mds, 120, &[1, 2]);
+    assert!(mds.state.most_are_silent(mds.now));
+    assert_eq!(mds.state.tasks().count(), 0);
+    pass(&mut mds, 5, &[1, 2, 3]);
+    assert!(mds.state.tasks().count() > 0, "three of five are enough to believe that two are lost");
+}
+
+#[test]
+fn the_report_of_a_deposed_leader_changes_nothing_that_a_later_one_told() {
+    let mut mds = Mds::new(Policy { targets_expected: 4, ..Policy::default() });
+    (1..=4).for_each(|id| drop(mds.run(Command::Register(target(id, GIB))).unwrap()));
+    let (id, entry) = mds.state.map.copysets.iter().next().map(|(id, e)| (*id, e.clone())).unwrap();
+    let members = entry.members;
+    let spare = (1..=4).map(TargetId).find(|t| !members.iter().any(|m| m.target == *t)).unwrap();
+    let newer = vec![members[0], members[1], ShardAddr { target: spare, shard: 0 }];
+    let report = |leader: ShardAddr, term: u64, voters: &[ShardAddr], settled: bool| {
+        let told =
+            Membership { voters: voters.to_vec(), learners: vec![], settled, lags: vec![], busy: false };
+        let replica = Replica {
+            copyset: id,
+            shard: 0,
+            term: Term(term),
+            role: pb::ReplicaRole::Leader.into(),
+            leader: Some(leader.target),
+            commit: LogIndex(10 * term),
+            applied: LogIndex(1),
+            health: 1,
+            membership: Some(told),
+        };
+        Command::Heartbeat(Heartbeat { replicas: vec![replica], ..beat(leader.target.0, &[]) })
+    };
+    mds.run(report(members[0], 5, &newer, false)).unwrap();
+    assert_eq!(mds.state.map.copysets[&id].members, members, "it could still be taken back");
+    mds.run(report(members[0], 5, &newer, true)).unwrap();
+    assert_eq!(
+        (mds.state.map.copysets[&id].members.clone(), mds.state.map.copysets[&id].epoch),
+        (newer.clone(), 1)
+    );
+    mds.run(report(members[2], 4, &members, true)).unwrap();
+    let mut mds = mds.restart();
+    mds.run(report(members[2], 4, &members, true)).unwrap();
+    assert_eq!(mds.state.map.copysets[&id].members, newer);
 }

@@ -14,11 +14,8 @@ impl State {
         block_bytes: u32,
         pool: &str,
     ) -> Result<Decision, Problem> {
-        check_name("volume", &name)?;
+        self.check_free("volume", &name)?;
         check_volume_size(bytes, block_bytes)?;
-        if let Some(id) = self.names.get(&name) {
-            return Err(error::name_taken("volume", &name, id.0));
-        }
         let (pool, record) = self.find_pool(pool)?;
         if self.volumes.len() >= limits::VOLUMES_MAX || self.counters.next_volume == u32::MAX {
             return Err(error::limit(format!("volume {name:?} refused"), limits::VOLUMES_MAX));
@@ -27,7 +24,8 @@ impl State {
         let id = VolumeId(counters.next_volume);
         counters.next_volume += 1;
         let copysets = copysets_for(id, record);
-        let record = VolumeRecord { name, bytes, block_bytes, pool, copysets, deleted: false };
+        let (deleted, purge_at_s) = (false, None);
+        let record = VolumeRecord { name, bytes, block_bytes, pool, copysets, deleted, purge_at_s };
         let changes = vec![Change::Volume(id, record), Change::Counters(counters)];
         Ok(Decision { changes, reply: Reply::Volume(id) })
     }
@@ -65,17 +63,73 @@ impl State {
         Ok(Decision { changes, reply: Reply::Volume(id) })
     }
 
-    pub(super) fn delete_volume(&self, volume: &VolumeRef) -> Result<Decision, Problem> {
+    pub(super) fn delete_volume(
+        &self,
+        volume: &VolumeRef,
+        purge_at_s: Option<u64>,
+    ) -> Result<Decision, Problem> {
         let (id, record) = self.find_volume(volume)?;
-        if record.deleted {
+        if record.deleted || (purge_at_s.is_some() && purge_at_s == record.purge_at_s) {
             return Ok(Decision::unchanged(Reply::Volume(id)));
         }
         if self.exports.keys().any(|(exported, _)| *exported == id) {
             return Err(error::exported(id, &record.name));
         }
-        let record = VolumeRecord { deleted: true, ..record.clone() };
+        let record = VolumeRecord { deleted: purge_at_s.is_none(), purge_at_s, ..record.clone() };
+        Ok(self.volume_changed(id, record))
+    }
+
+    fn volume_changed(&self, id: VolumeId, record: VolumeRecord) -> Decision {
         let changes = vec![Change::Volume(id, record), Change::Counters(self.next_generation())];
-        Ok(Decision { changes, reply: Reply::Volume(id) })
+        Decision { changes, reply: Reply::Volume(id) }
+    }
+
+    /// Deletes what is due in the bin.
+    pub(super) fn purge(&self, unix_s: u64) -> Vec<Change> {
+        let due =
+            self.volumes.iter().filter(|(_, v)| !v.deleted && v.purge_at_s.is_some_and(|at| at <= unix_s));
+        let deleted =
+            |record: &VolumeRecord| VolumeRecord { deleted: true, purge_at_s: None, ..record.clone() };
+        let mut changes: Vec<Change> = due.map(|(id, record)| Change::Volume(*id, deleted(record))).collect();
+        if !changes.is_empty() {
+            changes.push(Change::Counters(self.next_generation()));
+        }
+        changes
+    }
+
+    pub(super) fn undelete_volume(&self, volume: &VolumeRef, name: String) -> Result<Decision, Problem> {
+        let binned =
+            |(_, record): &(&VolumeId, &VolumeRecord)| !record.deleted && record.purge_at_s.is_some();
+        let meant = |(id, record): &(&VolumeId, &VolumeRecord)| match volume {
+            VolumeRef::Id(wanted) => *id == wanted,
+            VolumeRef::Name(wanted) => record.name == *wanted,
+        };
+        let found = self.volumes.iter().filter(binned).filter(meant);
+        let Some((id, record)) = found.max_by_key(|(id, record)| (record.purge_at_s, **id)) else {
+            return Err(error::not_in_bin(volume));
+        };
+        let name = if name.is_empty() { record.name.clone() } else { name };
+        self.check_free("volume", &name)?;
+        Ok(self.volume_changed(*id, VolumeRecord { name, purge_at_s: None, ..record.clone() }))
+    }
+
+    pub(super) fn rename_volume(&self, volume: &VolumeRef, name: String) -> Result<Decision, Problem> {
+        let (id, record) = self.find_live(volume)?;
+        if record.name == name {
+            return Ok(Decision::unchanged(Reply::Volume(id)));
+        }
+        self.check_free("volume", &name)?;
+        // Hosts find it by its name, which is part of the subsystem's over NVMe.
+        if self.exports.keys().any(|(exported, _)| *exported == id) {
+            return Err(error::exported(id, &record.name));
+        }
+        Ok(self.volume_changed(id, VolumeRecord { name, ..record.clone() }))
+    }
+
+    /// Whether a volume may be called so.
+    fn check_free(&self, noun: &str, name: &str) -> Result<(), Problem> {
+        check_name(noun, name)?;
+        self.names.get(name).map_or(Ok(()), |id| Err(error::name_taken(noun, name, id.0)))
     }
 
     pub(super) fn allocate(&self, id: VolumeId, segments: &[u32]) -> Result<Decision, Problem> {
@@ -152,7 +206,7 @@ impl State {
 
     fn find_live(&self, volume: &VolumeRef) -> Result<(VolumeId, &VolumeRecord), Problem> {
         let (id, record) = self.find_volume(volume)?;
-        if record.deleted { Err(error::no_volume(volume)) } else { Ok((id, record)) }
+        if record.is_live() { Ok((id, record)) } else { Err(error::no_volume(volume)) }
     }
 }
 

@@ -187,6 +187,8 @@ pub struct Membership {
     pub settled: bool,
     /// Of everybody else.
     pub lags: Vec<Lag>,
+    /// IO came lately.
+    pub busy: bool,
 }
 
 /// One shard; see the module.
@@ -502,6 +504,7 @@ impl Shard {
                 members: *h.replica.members(),
                 settled: h.replica.members_settled(),
                 lags: h.replica.lags().collect(),
+                busy: h.affinity.is_counting(),
             }),
         };
         self.hosted.iter().map(standing).collect()

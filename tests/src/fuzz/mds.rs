@@ -90,7 +90,7 @@ fn command(kind: u8, bytes: &[u8]) -> Result<Command, Problem> {
         2 => intake::allocate(get(bytes))?,
         3 => intake::create_pool(get(bytes))?,
         4 => intake::create_volume(get(bytes)),
-        5 => Command::DeleteVolume(intake::volume_ref(get::<pb::DeleteVolumeRequest>(bytes).volume)?),
+        5 => intake::delete_volume(get(bytes), 1 << 30)?,
         6 => intake::add_export(get(bytes))?,
         8 => intake::resize_volume(get(bytes))?,
         _ => {
@@ -126,7 +126,7 @@ fn requests(dice: &mut Dice) -> Vec<u8> {
                 let (block_bytes, pool) = (dice.pick(&[0, 512, 4096, 7]), String::new());
                 put(&mut out, 4, &pb::CreateVolumeRequest { name: volume.name, bytes, block_bytes, pool });
             }
-            5 => put(&mut out, 5, &pb::DeleteVolumeRequest { volume: Some(volume) }),
+            5 => put(&mut out, 5, &pb::DeleteVolumeRequest { volume: Some(volume), keep_s: 0 }),
             6 => {
                 let bytes = if dice.percent(70) { (1 + dice.below(9) as u64) << 30 } else { dice.odd() };
                 put(&mut out, 8, &pb::ResizeVolumeRequest { volume: Some(volume), bytes });
