@@ -4,7 +4,7 @@
 //! parts of blocks, requests at and beyond every limit.
 
 use anyhow::{Context, ensure};
-use ashlar_tests::cluster::{DevCluster, with_cluster};
+use ashlar_tests::cluster::{DevCluster, binary, scratch_dir, with_cluster};
 use ashlar_tests::tools::{LONG_LIMIT, Run, by_length, fio_verify, have, script};
 use bench::dev::DevVolume;
 use serde_json::Value;
@@ -243,6 +243,19 @@ fn a_volume_of_512_byte_blocks_takes_every_size() {
 }
 
 #[test]
+fn the_search_for_settings_tries_a_cluster_of_its_own_to_the_end() -> anyhow::Result<()> {
+    let scratch = tempfile::tempdir_in(scratch_dir())?;
+    let auto =
+        ["tune", "auto", "--trials", "6", "--minutes", "1", "--seconds", "1", "--size", "64M", "-o", "json"];
+    let found = json(Run::new(binary()?).args(auto).arg("--scratch").arg(scratch.path()).limit(LONG_LIMIT))?;
+    let trials = found["trials"].as_array().context("no trials")?;
+    ensure!(trials.iter().all(|trial| trial["score"].as_f64().is_some_and(|score| score > 0.0)), "{found}");
+    ensure!(!trials.is_empty() && found["best"]["spin_us_max"].is_u64(), "{found}");
+    ensure!(std::fs::read_dir(scratch.path())?.next().is_none(), "it left something behind");
+    Ok(())
+}
+
+#[test]
 fn the_benchmarks_measure_a_running_cluster_and_keep_their_results() {
     if !have(&["fio", "qemu-nbd"]) {
         return;
@@ -258,7 +271,7 @@ fn the_benchmarks_measure_a_running_cluster_and_keep_their_results() {
         ensure!(first["rows"].as_array().is_some_and(|rows| rows.len() == 12), "rows: {}", first["rows"]);
         ensure!(first["goals"].as_array().is_some_and(|goals| goals.len() == 3), "goals: {}", first["goals"]);
         let page = std::fs::read_to_string(page)?;
-        ensure!(page.contains("| randwrite QD1") && page.contains("volume, 3 replicas"), "{page}");
+        ensure!(page.contains("| randwrite 4K QD1") && page.contains("volume, 3 replicas"), "{page}");
         let idle = json(bench("idle"))?;
         ensure!(idle["processes"].as_array().is_some_and(|list| list.len() == 4), "{idle}");
         eprintln!("{}", idle["processes"]);

@@ -1,6 +1,6 @@
 //! Measuring: every subject under every load, in alternating rounds.
 //!
-//! Invariants: every subject meets the same IOs (same seed), A B A B; what a server still does after writes is over
+//! Invariants: every subject meets the same IOs (same seed), A B, B A, A B; what a server still does after writes is over
 //! before the next measurement begins.
 
 use super::job::{self, Tick, Times};
@@ -86,7 +86,9 @@ impl Plan<'_> {
         let mut all = Vec::new();
         for load in self.loads {
             for round in 0..self.rounds {
-                for subject in self.subjects {
+                // Nobody always comes first: A B, B A, A B.
+                for at in 0..self.subjects.len() {
+                    let subject = &self.subjects[(at + round as usize) % self.subjects.len()];
                     all.push(self.one(subject, load, round)?);
                 }
             }
@@ -195,9 +197,11 @@ pub fn used(pids: &[i32]) -> Vec<Used> {
 pub fn uses(pids: &[i32], before: &[Used], after: &[Used], ios: u64) -> Vec<ProcessUse> {
     let one = |((pid, before), after): ((&i32, &Used), &Used)| {
         let own = *pid == std::process::id().cast_signed();
-        let cpu_s = after.0 - before.0;
+        // One that was killed meanwhile has nothing to tell afterwards.
+        let cpu_s = (after.0 - before.0).max(0.0);
+        let name = Some(process::name(*pid)).filter(|name| !name.is_empty());
         ProcessUse {
-            name: if own { "client".into() } else { process::name(*pid) },
+            name: if own { "client".into() } else { name.unwrap_or_else(|| "(ended)".into()) },
             cpu_s,
             cpu_us_per_io: cpu_s * 1e6 / ios.max(1) as f64,
             rss_bytes: process::rss_bytes(*pid).unwrap_or(0),
