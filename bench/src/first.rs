@@ -56,8 +56,8 @@ fn measure(args: &FirstArgs, cluster: &Cluster, qemu_version: Option<String>) ->
     let (size, scratch) = (args.cluster.size, cluster.scratch.path());
     let file = cluster.file()?;
     ensure_size(file.volume(VOLUME)?, size)?;
-    let volume =
-        Subject { name: ON_VOLUME.into(), target: Target::of_dev("nbd+unix", &file)?, pids: file.pids() };
+    let (target, pids) = (Target::of_dev("nbd+unix", &file)?, file.pids());
+    let volume = Subject { name: ON_VOLUME.into(), target, pids, flushes: true };
     let mut subjects = vec![Subject::file(RAW, &scratch.join("raw.raw")), volume];
     subjects.iter().try_for_each(|subject| prepare(subject, size))?;
     let server = match &qemu_version {

@@ -92,7 +92,12 @@ fn times(seconds: u32) -> Times {
 /// Each target's export.
 fn exports(uris: &[String]) -> anyhow::Result<Vec<Subject>> {
     let subject = |(nth, uri): (usize, &String)| {
-        Ok(Subject { name: format!("target-{}", nth + 1), target: uri.parse()?, pids: Vec::new() })
+        Ok(Subject {
+            name: format!("target-{}", nth + 1),
+            target: uri.parse()?,
+            pids: Vec::new(),
+            flushes: false,
+        })
     };
     uris.iter().enumerate().map(subject).collect()
 }

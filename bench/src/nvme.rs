@@ -128,7 +128,8 @@ fn measure(args: &NvmeArgs, cluster: &Cluster) -> anyhow::Result<Report> {
 
 fn subject(file: &DevFile, protocol: Protocol) -> anyhow::Result<Subject> {
     let pids = file.targets.iter().map(|target| target.pid).collect();
-    Ok(Subject { name: protocol.name().into(), target: Target::of_dev(protocol.name(), file)?, pids })
+    let (name, target) = (protocol.name().into(), Target::of_dev(protocol.name(), file)?);
+    Ok(Subject { name, target, pids, flushes: true })
 }
 
 /// NVMe/TCP costs the targets no more CPU an IO than NBD; a twentieth is what two equal runs differ by.

@@ -81,8 +81,8 @@ fn measure(args: &PeersArgs, cluster: &Cluster, also: Vec<Peer>) -> anyhow::Resu
     let file = cluster.file()?;
     ensure_size(file.volume(VOLUME)?, size)?;
     let on_volume = |name: &str, protocol| {
-        let subject =
-            Subject { name: name.to_owned(), target: Target::of_dev(protocol, &file)?, pids: file.pids() };
+        let (target, pids) = (Target::of_dev(protocol, &file)?, file.pids());
+        let subject = Subject { name: name.to_owned(), target, pids, flushes: true };
         anyhow::Ok(Peer { subject, promises: "3 copies, each write synced on 2 of them".into() })
     };
     let raw = Peer {
@@ -174,7 +174,10 @@ fn also(targets: &[String], promises: &[String]) -> anyhow::Result<Vec<Peer>> {
         let promises = promise.with_context(|| {
             format!("what does {name} promise? Say --also-promises '{name}=3 copies, durable'")
         })?;
-        Ok(Peer { subject: Subject { name, target: target.parse()?, pids: Vec::new() }, promises })
+        Ok(Peer {
+            subject: Subject { name, target: target.parse()?, pids: Vec::new(), flushes: false },
+            promises,
+        })
     };
     let peers: Vec<Peer> = targets.iter().map(peer).collect::<anyhow::Result<_>>()?;
     let of_nobody = promises.iter().find(|(name, _)| peers.iter().all(|peer| peer.subject.name != *name));

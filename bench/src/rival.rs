@@ -160,7 +160,8 @@ impl Rival {
     /// The export, and the processes that serve it: nbd-server forks one a connection, later.
     pub fn subject(&self) -> Subject {
         let target = Target::NbdUnix { socket: self.socket.clone(), export: self.export().to_owned() };
-        Subject { name: self.server.name().to_owned(), target, pids: vec![self.pid()] }
+        let (name, pids) = (self.server.name().to_owned(), vec![self.pid()]);
+        Subject { name, target, pids, flushes: false }
     }
 
     /// nbdkit has one export, without a name.

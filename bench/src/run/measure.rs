@@ -26,12 +26,19 @@ pub struct Subject {
     pub target: Target,
     /// The processes that serve it, whose CPU time is counted.
     pub pids: Vec<i32>,
+    /// Whether they go on working after writes, and must come to rest before others are measured.
+    pub flushes: bool,
 }
 
 impl Subject {
     /// A file that nobody serves.
     pub fn file(name: &str, path: &std::path::Path) -> Self {
-        Self { name: name.to_owned(), target: Target::File(path.to_owned()), pids: Vec::new() }
+        Self {
+            name: name.to_owned(),
+            target: Target::File(path.to_owned()),
+            pids: Vec::new(),
+            flushes: false,
+        }
     }
 }
 
@@ -102,7 +109,7 @@ impl Plan<'_> {
     /// See [`Plan::measure`].
     pub fn one(&self, subject: &Subject, load: &Load, round: u32) -> anyhow::Result<Measured> {
         let measured = self.one_busy(subject, load, round)?;
-        if load.read_percent < 100 && !subject.pids.is_empty() {
+        if load.read_percent < 100 && subject.flushes {
             // What is still flushed must not be counted for the next one.
             process::settle(&subject.pids, SETTLE_MAX);
         }

@@ -229,7 +229,8 @@ fn subject(text: &str, dev: Option<&DevFile>, mds: Option<&str>, pids: &[i32]) -
     let name = named.map_or(target.kind(), |(name, _)| name).to_owned();
     // Nobody serves a file.
     let pids = if matches!(target, Target::File(_)) { Vec::new() } else { pids.to_vec() };
-    Ok(Subject { name, target, pids })
+    let flushes = !pids.is_empty();
+    Ok(Subject { name, target, pids, flushes })
 }
 
 /// Prepares, measures and keeps.
@@ -419,6 +420,40 @@ mod tests {
         assert!(std::fs::read_to_string(dir.path().join("report.html"))?.contains("</html>"));
         assert_eq!(Results::read(&args.keep.save)?.runs.len(), results.runs.len());
         assert!(dir.path().join("result.raw.hgrm").is_file());
+        Ok(())
+    }
+
+    #[test]
+    fn fio_measures_too_and_leaves_job_files_that_run_again() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR"))?;
+        let targets = [format!("raw=file:{}", dir.path().join("raw").display())];
+        let (subjects, args) = (subjects_of(&targets, &[])?, common(dir.path()));
+        let jobs = dir.path().join("jobs");
+        let fio = match Fio::probe(&jobs, subjects.iter().map(|subject| &subject.target)) {
+            Ok(fio) => fio,
+            Err(why) => {
+                println!("SKIPPED fio: {why:#}");
+                return Ok(());
+            }
+        };
+        let load = Load { verify: false, sizes: "4K:3,64K:1".parse()?, ..mixed() };
+        let results = measure(&subjects, std::slice::from_ref(&load), &args, &Client::Fio(fio))?;
+        assert!(results.client.starts_with("fio-"), "{}", results.client);
+        for run in &results.runs {
+            let (reads, writes) =
+                (run.reads.as_ref().context("reads")?, run.writes.as_ref().context("writes")?);
+            let ios = (reads.ios + writes.ios) as f64;
+            // fio divides by the time that it took, not by the time that it was given.
+            assert!((run.iops / (ios / 0.6) - 1.0).abs() < 0.5, "{} IOPS of {ios} IOs", run.iops);
+            assert!(reads.p50_us > 0.0 && reads.p50_us <= reads.p99_us);
+            assert!(run.processes[0].cpu_s > 0.0, "fio's own CPU is counted");
+        }
+        let job = std::fs::read_dir(&jobs)?.flatten().map(|entry| entry.path());
+        let job = job.filter(|path| path.extension().is_some_and(|end| end == "fio"));
+        for job in job.collect::<Vec<_>>() {
+            let status = std::process::Command::new("fio").arg("--parse-only").arg(&job).output()?.status;
+            assert!(status.success(), "{}", job.display());
+        }
         Ok(())
     }
 
