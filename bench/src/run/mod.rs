@@ -73,7 +73,7 @@ pub struct FioArgs {
 pub struct TargetArgs {
     /// What is measured: [NAME=]file:PATH, nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH,
     /// nvme://HOST[:PORT]/NQN, ashlar://VOLUME, or dev:nvme, dev:nbd, dev:nbd+unix, dev:ashlar with --dev.
-    /// Several are measured in turns: A B A B.
+    /// Several are measured in turns, A B, B A, A B.
     #[arg(value_name = "TARGET", required = true)]
     targets: Vec<String>,
     /// Processes of the servers, whose CPU time is counted.
@@ -399,7 +399,7 @@ mod tests {
         let names: Vec<_> = results.runs.iter().map(|run| run.subject.as_str()).collect();
         assert_eq!(
             names,
-            if server.is_some() { ["raw", "qemu", "raw", "qemu"].as_slice() } else { &["raw", "raw"] }
+            if server.is_some() { ["raw", "qemu", "qemu", "raw"].as_slice() } else { &["raw", "raw"] }
         );
         for run in &results.runs {
             let (reads, writes) =
