@@ -29,11 +29,11 @@ pub struct Cluster {
 /// The part of the bench's report that is the score.
 #[derive(Deserialize)]
 struct Report {
-    rows: Vec<Row>,
+    runs: Vec<Run>,
 }
 
 #[derive(Deserialize)]
-struct Row {
+struct Run {
     iops: f64,
 }
 
@@ -164,13 +164,13 @@ impl Drop for Cluster {
     }
 }
 
-/// The geometric mean of the IOPS of all rows of a bench's report.
+/// The geometric mean of the IOPS of all runs of a bench's result.
 ///
 /// # Errors
 /// It is no such report, or has no IOs.
 pub fn score(report: &str) -> anyhow::Result<f64> {
     let report: Report = serde_json::from_str(report).context("the bench's report is not understood")?;
-    let iops: Vec<f64> = report.rows.iter().map(|row| row.iops).collect();
+    let iops: Vec<f64> = report.runs.iter().map(|run| run.iops).collect();
     ensure!(!iops.is_empty() && iops.iter().all(|iops| *iops > 0.0), "the bench measured no IO");
     Ok((iops.iter().map(|iops| iops.ln()).sum::<f64>() / iops.len() as f64).exp())
 }
@@ -181,9 +181,9 @@ mod tests {
 
     #[test]
     fn the_score_is_the_mean_that_no_load_outweighs() -> anyhow::Result<()> {
-        let report = r#"{"rows": [{"iops": 100.0, "p50_us": 1}, {"iops": 400.0}], "goals": []}"#;
+        let report = r#"{"runs": [{"iops": 100.0, "p50_us": 1}, {"iops": 400.0}], "goals": []}"#;
         assert!((score(report)? - 200.0).abs() < 1e-6);
-        assert!(score(r#"{"rows": []}"#).is_err() && score(r#"{"rows": [{"iops": 0.0}]}"#).is_err());
+        assert!(score(r#"{"runs": []}"#).is_err() && score(r#"{"runs": [{"iops": 0.0}]}"#).is_err());
         Ok(())
     }
 }
