@@ -41,11 +41,19 @@ pub fn ensure() -> Result<Vec<&'static str>> {
         explain(&wanted);
         return Ok(wanted);
     }
-    println!("packages: installing {}", wanted.join(" "));
-    if let Err(error) = install(&wanted) {
-        println!("packages: {error:#}");
+    let mut left = wanted;
+    // Twice: a package of another release that was there already may have to make way for one
+    // that is installed, and what it held then lacks (seen with qemu-utils of the backports).
+    for _ in 0..2 {
+        if left.is_empty() {
+            break;
+        }
+        println!("packages: installing {}", left.join(" "));
+        if let Err(error) = install(&left) {
+            println!("packages: {error:#}");
+        }
+        left = missing(&is_there);
     }
-    let left = missing(&is_there);
     if !left.is_empty() {
         explain(&left);
     }
