@@ -1,6 +1,7 @@
 //! The gRPC service for operators and tests; see `protocol/proto/admin.proto`.
 
-use super::{Control, ShardHandle, ToShard, lock, usage_of};
+use super::agent::usage_of;
+use super::{Control, ShardHandle, ToShard, lock};
 use protocol::control::pb::target_admin_server::{TargetAdmin, TargetAdminServer};
 use protocol::control::{Problem, ProblemKind, pb};
 use protocol::types::{CopysetId, TargetId, VolumeId};
@@ -80,7 +81,7 @@ impl TargetAdmin for Admin {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             uptime_ms: control.process.started.elapsed().as_millis() as u64,
-            map_generation: state.map.as_ref().map_or(0, |map| map.generation),
+            map_generation: state.agent.map().map_or(0, |map| map.generation),
             mds_age_ms: age,
             endpoints: Some(control.endpoints()),
             usage: Some(usage_of(&shards, control.config.capacity_bytes)),

@@ -2,11 +2,11 @@
 //!
 //! Trouble is told once when it begins, once when its kind changes, once when it ends.
 
-use super::{Control, ToShard, lock, usage_of};
-use crate::shard::{Order, OrderKind};
+use super::{Control, ToShard, lock};
+use crate::shard::Order;
 use client::control::MapWatch;
-use protocol::control::{Problem, ProblemKind, pb, shard_from_pb};
-use protocol::types::{CopysetId, LogIndex, MEMBERS_MAX, Span, TargetId, Time};
+use protocol::control::{Problem, ProblemKind, pb};
+use protocol::types::Time;
 use reactor::clock::monotonic_now;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -90,44 +90,14 @@ fn registration(control: &Control) -> pb::RegisterTargetRequest {
 
 fn heartbeat(control: &Control) -> pb::HeartbeatRequest {
     let shards = control.shard_statuses();
-    let usage = usage_of(&shards, control.config.capacity_bytes);
-    let state = lock(&control.state);
-    let everywhere = control.ports.len();
-    let freed = state.freed.iter().filter(|(_, shards)| shards.len() == everywhere);
-    pb::HeartbeatRequest {
-        target: control.target().0,
-        disk_uuid: state.identity.disk.to_vec(),
-        known_generation: state.map.as_ref().map_or(0, |map| map.generation),
-        usage: Some(usage),
-        freed_volumes: freed.map(|(volume, _)| volume.0).collect(),
-        failed_shards: state.failed.keys().map(|shard| u32::from(*shard)).collect(),
-        replicas: shards.into_iter().flat_map(|shard| shard.replicas).collect(),
-    }
+    lock(&control.state).agent.heartbeat(shards, control.config.capacity_bytes)
 }
 
-/// Orders go to all shards, each of which knows what it holds. One that is lost comes again.
 fn pass_on(control: &Control, orders: &[pb::Order], sent: Time) {
-    let orders: Arc<[Order]> = orders.iter().filter_map(|wanted| order(wanted, sent)).collect();
+    let orders: Arc<[Order]> = lock(&control.state).agent.orders(orders, sent).into();
     if !orders.is_empty() {
         control.tell_all(|| ToShard::Orders(orders.clone()));
     }
-}
-
-/// `None` for one that makes no sense, or that this version does not know.
-fn order(wanted: &pb::Order, sent: Time) -> Option<Order> {
-    use pb::order::What;
-    let what = match wanted.what.as_ref()? {
-        What::HostOnShard(shard) => OrderKind::Host { shard: u16::try_from(*shard).ok()? },
-        What::Voters(voters) if voters.members.len() > MEMBERS_MAX => return None,
-        What::Voters(voters) => {
-            let members: Result<Vec<_>, _> = voters.members.iter().map(shard_from_pb).collect();
-            OrderKind::Voters(members.ok().filter(|members| !members.is_empty())?)
-        }
-        What::Lead(target) => OrderKind::Lead(TargetId(*target)),
-        What::DropAfter(index) => OrderKind::Drop { after: LogIndex(*index) },
-    };
-    let until = sent + Span::ms(wanted.valid_ms.into());
-    Some(Order { copyset: CopysetId(wanted.copyset), what, until })
 }
 
 /// What is wrong between the MDS and us, so that it is told once.

@@ -8,6 +8,7 @@
 //! Deliberately absent: decisions about data. This thread carries messages.
 
 mod admin;
+mod agent;
 mod map_cache;
 mod mds;
 mod queue;
@@ -16,6 +17,7 @@ mod segments;
 mod tests;
 mod web;
 
+pub use agent::Agent;
 pub use map_cache::FILE_NAME as MAP_CACHE_FILE;
 pub use queue::{
     ControlEnds, FROM_SHARDS_MAX, FromShard, ShardHandle, ShardPort, TO_SHARD_MAX, ToShard, shard_ports,
@@ -30,7 +32,6 @@ use protocol::control::{Problem, ProblemKind, pb};
 use protocol::map::ClusterMap;
 use protocol::types::{TargetId, VolumeId};
 use queue::{Report, lock};
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -88,13 +89,8 @@ pub fn start(start: Start) -> Result<ControlHandle, Problem> {
     let cached = cached_map(&start.identity);
     let patience = Patience::ONCE;
     let (stop, stopping) = watch::channel(false);
-    let state = State {
-        identity: start.identity,
-        map: None,
-        freed: BTreeMap::new(),
-        failed: BTreeMap::new(),
-        mds_heard: None,
-    };
+    let agent = Agent::new(start.config.target(), start.identity.disk, start.config.shards);
+    let state = State { identity: start.identity, agent, mds_heard: None };
     let mut control = Control {
         config: start.config,
         ports: start.ends.shards,
@@ -106,7 +102,7 @@ pub fn start(start: Start) -> Result<ControlHandle, Problem> {
         need_map: Notify::new(),
     };
     if let Some(map) = &cached {
-        control.adopt(map.clone());
+        control.adopt(map.clone(), true);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| cannot_start(&error))?;
@@ -141,10 +137,7 @@ struct Control {
 #[derive(Debug)]
 struct State {
     identity: Identity,
-    map: Option<Arc<ClusterMap>>,
-    /// By volume: the shards that freed it.
-    freed: BTreeMap<VolumeId, BTreeSet<u16>>,
-    failed: BTreeMap<u16, String>,
+    agent: Agent,
     mds_heard: Option<Instant>,
 }
 
@@ -163,25 +156,23 @@ impl Control {
     fn take_map(&self, map: ClusterMap) -> Result<(), Problem> {
         let mut state = lock(&self.state);
         state.identity.join(map.cluster)?;
-        if state.map.as_ref().is_some_and(|known| known.generation >= map.generation) {
+        if !state.agent.is_news(&map) {
             return Ok(());
         }
-        if let Err(problem) = map_cache::save(state.identity.dir(), &map) {
-            tracing::warn!(%problem, "the cluster map is not kept on disk");
+        let saved = map_cache::save(state.identity.dir(), &map);
+        if let Err(problem) = &saved {
+            tracing::warn!(%problem, "the cluster map is not kept on disk: no replica is freed here until one is");
         }
         drop(state);
         tracing::debug!(generation = map.generation, "new cluster map");
-        self.adopt(Arc::new(map));
+        self.adopt(Arc::new(map), saved.is_ok());
         Ok(())
     }
 
     /// Puts a map in force.
-    fn adopt(&self, map: Arc<ClusterMap>) {
+    fn adopt(&self, map: Arc<ClusterMap>, is_kept: bool) {
         self.process.map_generation.store(map.generation, Ordering::Relaxed);
-        let mut state = lock(&self.state);
-        state.freed.retain(|volume, _| map.volumes.contains_key(volume));
-        state.map = Some(map.clone());
-        drop(state);
+        lock(&self.state).agent.adopt(map.clone(), is_kept);
         self.tell_all(|| ToShard::Map(map.clone()));
     }
 
@@ -195,12 +186,12 @@ impl Control {
     }
 
     fn map(&self) -> Option<Arc<ClusterMap>> {
-        lock(&self.state).map.clone()
+        lock(&self.state).agent.map().cloned()
     }
 
     /// What shards posted last, with what they reported since.
     fn shard_statuses(&self) -> Vec<pb::ShardStatus> {
-        let failed = lock(&self.state).failed.clone();
+        let failed = lock(&self.state).agent.failed().clone();
         let with_failure = |(index, port): (usize, &ShardHandle)| {
             let mut status = port.status().unwrap_or_default();
             status.index = index as u32;
@@ -228,16 +219,6 @@ impl Control {
             nvme_tcp: self.config.nvme_advertised().map(|a| a.to_string()).unwrap_or_default(),
         }
     }
-}
-
-/// Space over all shards.
-fn usage_of(shards: &[pb::ShardStatus], capacity_bytes: u64) -> pb::Usage {
-    let mut sum = pb::Usage { capacity_bytes, ..pb::Usage::default() };
-    for usage in shards.iter().filter_map(|shard| shard.usage.as_ref()) {
-        sum.used_bytes += usage.used_bytes;
-        sum.formatted_bytes += usage.formatted_bytes;
-    }
-    sum
 }
 
 async fn run(
@@ -277,17 +258,15 @@ async fn take_reports(
     first_writes: mpsc::Sender<(VolumeId, u32)>,
 ) {
     while let Some((shard, report)) = reports.recv().await {
+        lock(&control.state).agent.note(shard, &report);
         match report {
             FromShard::FirstWrite { volume, segment } => {
                 // Its receiver never waits for this queue, so neither can block the other.
                 let _ = first_writes.send((volume, segment)).await;
             }
-            FromShard::Freed { volume } => {
-                lock(&control.state).freed.entry(volume).or_default().insert(shard);
-            }
+            FromShard::Freed { .. } => {}
             FromShard::Failed { why } => {
                 tracing::error!(shard, why, "a shard refuses work; its replicas on other targets serve");
-                lock(&control.state).failed.insert(shard, why);
             }
             FromShard::NeedMap => control.need_map.notify_one(),
         }

@@ -29,10 +29,10 @@ async fn metrics(State(control): State<Arc<Control>>) -> impl IntoResponse {
 /// 200 while every shard works and there is a map; else 503 and why.
 async fn health(State(control): State<Arc<Control>>) -> (StatusCode, String) {
     let state = lock(&control.state);
-    if let Some((shard, why)) = state.failed.first_key_value() {
+    if let Some((shard, why)) = state.agent.failed().first_key_value() {
         return (StatusCode::SERVICE_UNAVAILABLE, format!("shard {shard} failed: {why}\n"));
     }
-    if state.map.is_none() {
+    if state.agent.map().is_none() {
         return (StatusCode::SERVICE_UNAVAILABLE, "no cluster map yet: no MDS answered\n".into());
     }
     (StatusCode::OK, "ok\n".into())
