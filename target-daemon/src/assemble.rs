@@ -41,6 +41,8 @@ pub struct ShardPlan {
     pub hibernate_after: Span,
     /// How long a host's request may take; `None` for ever.
     pub io_timeout: Option<Span>,
+    /// How fast replicas catch up, in bytes a second; 0: no limit.
+    pub catch_up_bytes_s: u64,
 }
 
 /// Makes a shard's files, empty.
@@ -91,6 +93,7 @@ pub fn build_core<R: Reactor>(
         election_timeout: plan.election_timeout,
         heartbeat: plan.heartbeat,
         hibernate_after: plan.hibernate_after,
+        catch_up_bytes_s: plan.catch_up_bytes_s,
         seed,
     };
     let layout = store.layout();

@@ -51,6 +51,10 @@ pub struct TargetConfig {
     /// How long an idle shard polls before it sleeps, at most, in microseconds.
     #[serde(default = "default_spin")]
     pub spin_us_max: u32,
+    /// How fast replicas are filled on a shard, in bytes a second; 0: as fast as they can be, at the cost of
+    /// hosts' latency.
+    #[serde(default = "default_catch_up")]
+    pub catch_up_bytes_s: u64,
     /// Where it listens.
     pub listen: Listen,
     /// The write-ahead log of each shard.
@@ -162,6 +166,10 @@ fn default_arena() -> u64 {
 }
 fn default_spin() -> u32 {
     50
+}
+/// At this a TiB is filled in nine hours by one shard, by twenty in half an hour.
+fn default_catch_up() -> u64 {
+    32 << 20
 }
 
 impl Default for Log {

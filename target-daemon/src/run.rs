@@ -286,6 +286,7 @@ fn plan(config: &TargetConfig, identity: &Identity, shard: u16) -> ShardPlan {
         heartbeat: Span::ms(config.raft.heartbeat_ms.into()),
         hibernate_after: HIBERNATE_AFTER,
         io_timeout: config.export.io_timeout_s.map(|s| Span::ms(u64::from(s) * 1000)),
+        catch_up_bytes_s: config.catch_up_bytes_s,
     }
 }
 

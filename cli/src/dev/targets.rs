@@ -66,6 +66,7 @@ fn config(
         arena_bytes: 64 << 20,
         host: Host::default(),
         spin_us_max: 200,
+        catch_up_bytes_s: 32 << 20,
         listen,
         // Half of the default: a restart reads the log, and dev clusters are killed for fun.
         log: Log { segment_bytes: 32 << 20, ..Log::default() },

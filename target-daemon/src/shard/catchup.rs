@@ -16,8 +16,8 @@ use copyset::{Health, Replica, Role};
 use protocol::peer::{Fetch, Fetched};
 use protocol::raft::Members;
 use protocol::types::{
-    BlockRange, CHUNK_BLOCKS, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, ShardAddr, Span, Term, Time,
-    block_crc, crc_at_rest,
+    BLOCK_BYTES, BlockRange, CHUNK_BLOCKS, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, ShardAddr, Span,
+    Term, Time, block_crc, crc_at_rest,
 };
 use std::collections::VecDeque;
 
@@ -197,7 +197,15 @@ impl Shard {
             let chunk_id = chunk.id;
             let mut asks = Vec::new();
             while chunk.asked.len() < room {
-                let Some(range) = chunk.todo.pop_front() else { break };
+                let Some(range) = chunk.todo.front().copied() else { break };
+                if !self.pace.take(u64::from(range.count) * BLOCK_BYTES as u64, self.now) {
+                    // `go_on_catching_up` tries again. With nothing asked for, no answer is late meanwhile.
+                    if chunk.asked.is_empty() {
+                        catch_up.progress = self.now;
+                    }
+                    break;
+                }
+                chunk.todo.pop_front();
                 chunk.asked.push(range);
                 asks.push(range);
             }
@@ -211,6 +219,16 @@ impl Shard {
             }
         }
         self.next_chunk(id);
+    }
+
+    /// Those that waited for the pace may have some of it.
+    pub(super) fn go_on_catching_up(&mut self) {
+        let waiting = self.hosted.iter().filter(|(_, hosted)| hosted.catch_up.is_some());
+        let mut waiting: Vec<CopysetId> = waiting.map(|(id, _)| *id).collect();
+        // Each time another one comes first.
+        let turn = self.pace.turn(waiting.len());
+        waiting.rotate_left(turn);
+        waiting.into_iter().for_each(|id| self.catch_up_step(id));
     }
 
     fn next_chunk(&mut self, id: CopysetId) {

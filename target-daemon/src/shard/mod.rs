@@ -19,6 +19,7 @@ mod hosted;
 mod io;
 mod ordering;
 mod orders;
+mod pace;
 mod raft;
 mod repair;
 mod serve;
@@ -27,6 +28,7 @@ use crate::mem::{Mem, Mems};
 use chunkstore::{Event, Lsn, RecoveredCopyset, Store};
 use copyset::{Config, Health, Lag, Recovered, Replica, Role};
 use hosted::Hosted;
+use pace::Pace;
 use protocol::map::ClusterMap;
 use protocol::peer::{Fetch, PeerMessage};
 use protocol::raft::Members;
@@ -55,6 +57,8 @@ pub struct Settings {
     pub heartbeat: Span,
     /// How long a copyset is idle before it hibernates.
     pub hibernate_after: Span,
+    /// How fast replicas catch up, in bytes a second over all of the shard's; 0: no limit.
+    pub catch_up_bytes_s: u64,
     /// Different at every start.
     pub seed: u64,
 }
@@ -202,6 +206,8 @@ pub struct Shard {
     touched: VecDeque<CopysetId>,
     timers: BTreeSet<(Time, CopysetId)>,
     housekeeping_at: Time,
+    /// How fast replicas here catch up.
+    pace: Pace,
     work: Slab<Work>,
     requests: Slab<io::Request>,
     repairs: BTreeMap<(CopysetId, ChunkId, u16), repair::Repair>,
@@ -224,6 +230,7 @@ impl Shard {
         now: Time,
     ) -> Self {
         let mut shard = Self {
+            pace: Pace::new(settings.catch_up_bytes_s, now),
             settings,
             arena,
             store,
@@ -341,6 +348,9 @@ impl Shard {
                 self.touch(id);
             }
         }
+        if self.pace.is_due(now) {
+            self.go_on_catching_up();
+        }
         if now >= self.housekeeping_at {
             self.housekeeping_at = now + HOUSEKEEPING;
             self.housekeeping();
@@ -351,7 +361,7 @@ impl Shard {
     pub fn next_timeout(&self) -> Option<Time> {
         let replica = self.timers.first().map(|(at, _)| *at);
         let busy = self.is_busy().then_some(self.housekeeping_at);
-        [replica, busy, self.store.next_timeout()].into_iter().flatten().min()
+        [replica, busy, self.pace.due(), self.store.next_timeout()].into_iter().flatten().min()
     }
 
     /// Whether there is work that housekeeping moves on.

@@ -46,6 +46,7 @@ fn make(dice: &mut Dice) -> Vec<u8> {
         ("arena_bytes", &["67108864", "4194304"]),
         ("host", &["\"bare\"", "\"glommio\"", "\"smol\""]),
         ("spin_us_max", &["0", "50"]),
+        ("catch_up_bytes_s", &["0", "1048576"]),
         ("advertise", &["\"10.0.0.1\"", "\"::1\"", "\"host\""]),
     ] {
         if dice.percent(30) {

@@ -97,6 +97,7 @@ impl Fleet {
             heartbeat: Span(mix.election_timeout.0 / 5),
             hibernate_after: mix.hibernate_after,
             io_timeout: None,
+            catch_up_bytes_s: 64 << 20,
         };
         let nodes = (0..mix.targets * mix.shards).map(|node| Node { plan: plan(node), life: None });
         let mut fleet = Self {
