@@ -17,8 +17,8 @@ pub const MDS_VARIABLE: &str = "ASHLAR_MDS";
 /// How to find the cluster.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ClusterArgs {
-    /// The cluster's MDS [else: --dir, $ASHLAR_MDS, ./ashlar-dev]
-    #[arg(long, value_name = "HOST:PORT")]
+    /// The cluster's MDS, or all of them separated by commas [else: --dir, $ASHLAR_MDS, ./ashlar-dev]
+    #[arg(long, value_name = "HOST:PORT,...")]
     pub mds: Option<String>,
     /// The folder of a dev cluster (ashlar dev --dir).
     #[arg(long, value_name = "DIR", conflicts_with = "mds")]

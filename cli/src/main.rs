@@ -124,6 +124,10 @@ mod tests {
             "dev",
             "dev --dir d --targets 3 --size 4G --block-size 512 --advertise 10.0.2.2 --no-restart --shards 1",
             "mds run --listen 127.0.0.1:7000 --dir d",
+            "mds run --store etcd://a:2379,b:2379,c:2379/prod --advertise a:7400 --metrics 127.0.0.1:7480",
+            "mds snapshot f --mds a:7400,b:7400 -o json",
+            "mds restore f --dir d",
+            "mds restore f --store etcd://a:2379 --yes -o json",
             "target check --config target.toml",
             "target ls -o json",
             "target show 2 --mds 127.0.0.1:7000",
@@ -164,9 +168,16 @@ mod tests {
 
     #[test]
     fn nonsense_is_a_usage_error() {
-        for line in
-            ["", "volume", "volume create v", "dev --size 4X", "dev --targets 2", "dev --block-size 1000"]
-        {
+        for line in [
+            "",
+            "mds run",
+            "mds restore f",
+            "volume",
+            "volume create v",
+            "dev --size 4X",
+            "dev --targets 2",
+            "dev --block-size 1000",
+        ] {
             let words = std::iter::once("ashlar").chain(line.split_whitespace());
             let refusal =
                 Cli::try_parse_from(words).err().unwrap_or_else(|| panic!("ashlar {line} was taken"));

@@ -2,7 +2,7 @@
 
 use ashlar_client::control::{MapWatch, MdsClient, Patience, volume_ref};
 use mds_lite::state::Policy;
-use mds_lite::{Config, Server};
+use mds_lite::{Config, Server, StoreAt};
 use protocol::control::{Problem, ProblemKind, pb};
 use protocol::map::ExportProtocol;
 use protocol::types::ChunkId;
@@ -15,7 +15,8 @@ use tokio::task::JoinHandle;
 type Served = JoinHandle<Result<(), Problem>>;
 
 async fn start(dir: &Path, listen: SocketAddr) -> (SocketAddr, oneshot::Sender<()>, Served) {
-    let server = Server::start(Config { dir: dir.into(), listen, policy: Policy::default() }).await.unwrap();
+    let server =
+        Server::start(Config::new(StoreAt::Directory(dir.into()), listen, Policy::default())).await.unwrap();
     let address = server.address();
     let (stop, stopped) = oneshot::channel();
     (address, stop, tokio::spawn(server.serve(async move { drop(stopped.await) })))
@@ -77,4 +78,58 @@ async fn a_watch_outlives_a_restart_and_no_volume_is_lost() {
     assert_eq!(mds.volumes(false).await.unwrap().len(), 2);
     stop.send(()).unwrap();
     served.await.unwrap().unwrap();
+}
+
+#[path = "../../mds-lite/tests/etcd_server/mod.rs"]
+mod etcd_server;
+
+#[tokio::test]
+async fn a_client_of_several_mds_finds_who_leads_and_follows_when_that_changes() {
+    let Some(etcd) = etcd_server::EtcdServer::start() else { return };
+    let mut running = Vec::new();
+    for _ in 0..3 {
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let config = Config::new(etcd.url().parse().unwrap(), listen, Policy::default());
+        let server = Server::start(config).await.unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let address = server.address().to_string();
+        running.push((address, stop, tokio::spawn(server.serve(async move { drop(stopped.await) }))));
+    }
+    // One is given that is not there at all.
+    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let addresses: Vec<&str> =
+        std::iter::once(&gone).chain(running.iter().map(|r| &r.0)).map(|a| &**a).collect();
+    let mds = MdsClient::new(&addresses.join(","), Patience::default()).unwrap();
+    for id in 1..=3 {
+        mds.register(target(id)).await.unwrap();
+    }
+    // A call that may take effect twice goes to who leads, and is carried out once.
+    mds.create_volume("vol0", 1 << 30, 512, "").await.unwrap();
+    let mut watch = MapWatch::new(mds.clone(), None);
+    assert_eq!(watch.next().await.unwrap().volumes.len(), 1);
+    let leader = mds.address();
+    let at = running.iter().position(|(address, ..)| *address == leader).expect("it is one of them");
+    // A client that knows a standby alone is sent on.
+    let standby = &running[(at + 1) % 3].0;
+    let sent_on = MdsClient::new(standby, Patience::default()).unwrap();
+    assert_eq!(sent_on.volumes(false).await.unwrap().len(), 1);
+    assert_eq!(sent_on.address(), leader);
+
+    let (_, stop, served) = running.swap_remove(at);
+    stop.send(()).unwrap();
+    served.await.unwrap().unwrap();
+    mds.create_volume("vol1", 1 << 30, 512, "").await.expect("the next leader is found within patience");
+    assert_ne!(mds.address(), leader);
+    let newer = tokio::time::timeout(Duration::from_secs(20), async {
+        loop {
+            if let Ok(map) = watch.next().await {
+                return map;
+            }
+        }
+    });
+    assert_eq!(newer.await.expect("the watch goes on at another MDS").volumes.len(), 2);
+    for (_, stop, served) in running {
+        stop.send(()).unwrap();
+        served.await.unwrap().unwrap();
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! service (tonic, intake) -> owner (one thread) -> state (pure: command -> changes + reply)
-//!                                       -> store (redb: the changes, one synced transaction)
+//!    ^ gate (who may call)              -> store (the changes, all or none: redb, or etcd)
+//!    ^ seat (who answers) <- election (of several processes on etcd one leads)
 //! ```
 //!
 //! A command is decided by [`state::State`], its changes are made durable by [`store::Store`],
@@ -10,17 +11,27 @@
 //! a restart. What only heartbeats tell (who is online, who leads) is kept in memory and comes
 //! back with the next heartbeats. docs/format-mds.md draws the tables.
 //!
-//! Deliberately absent: anything that IO waits for. Several MDS processes on etcd come later.
+//! Deliberately absent: anything that IO waits for.
 
 pub mod durability;
+mod election;
+mod etcd;
+#[cfg(test)]
+#[path = "../tests/etcd_server/mod.rs"]
+mod etcd_server;
+pub mod gate;
 pub mod intake;
+mod metrics;
 mod owner;
 pub mod placement;
 pub mod record;
+mod seat;
 mod server;
 mod service;
+pub mod snapshot;
 pub mod state;
 pub mod store;
 mod view;
 
-pub use server::{Args, Config, Server, run};
+pub use etcd::EtcdAt;
+pub use server::{Args, Config, Server, StoreArgs, StoreAt, run};

@@ -1,6 +1,8 @@
 //! The one thread that owns the state and the store, so that commands are decided one after the
 //! other and a slow sync never holds up the sockets' thread.
 
+use crate::election::Tenure;
+use crate::snapshot::Snapshot;
 use crate::state::{Command, Reply, State};
 use crate::store::Store;
 use protocol::control::{Problem, ProblemKind, map_to_pb, pb};
@@ -24,16 +26,22 @@ pub(crate) struct Handle {
 
 pub(crate) struct Owner {
     state: State,
-    store: Store,
+    store: Box<dyn Store>,
     map: watch::Sender<Arc<pb::ClusterMap>>,
     started: Instant,
+    /// Of one of several MDS processes: how long it leads.
+    tenure: Option<Tenure>,
 }
 
 /// Starts the thread; it ends when the last handle is dropped.
-pub(crate) fn start(state: State, store: Store) -> Result<(Handle, JoinHandle<()>), Problem> {
+pub(crate) fn start(
+    state: State,
+    store: Box<dyn Store>,
+    tenure: Option<Tenure>,
+) -> Result<(Handle, JoinHandle<()>), Problem> {
     let (jobs, inbox) = mpsc::channel(JOBS_MAX);
     let (publish, map) = watch::channel(Arc::new(map_to_pb(state.map())));
-    let owner = Owner { state, store, map: publish, started: Instant::now() };
+    let owner = Owner { state, store, map: publish, started: Instant::now(), tenure };
     let thread = std::thread::Builder::new().name("mds-owner".into()).spawn(move || owner.run(inbox));
     let thread = thread.map_err(|error| {
         Problem::new(
@@ -55,6 +63,16 @@ impl Owner {
 
     fn now(&self) -> Time {
         Time(u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// Whether this process is still the one to answer. What came in before its lease ended may go out after:
+    /// an order is good only so long after the heartbeat that it answers was sent, and whoever leads next
+    /// waits for that.
+    fn leads(&self) -> Result<(), Problem> {
+        match &self.tenure {
+            Some(tenure) if !tenure.holds() => Err(Problem::not_leader(None)),
+            _ => Ok(()),
+        }
     }
 
     fn execute(&mut self, command: Command) -> Result<Reply, Problem> {
@@ -103,12 +121,21 @@ impl Handle {
         self.run(move |owner| view(&owner.state, owner.now())).await
     }
 
+    /// All records at one moment.
+    pub(crate) async fn snapshot(&self) -> Result<Snapshot, Problem> {
+        self.run(|owner| {
+            let changes = owner.store.load()?;
+            Ok(Snapshot { cluster: owner.store.cluster(), changes })
+        })
+        .await
+    }
+
     async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Owner) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, Problem> {
         let (answer, answered) = oneshot::channel();
-        let work: Work = Box::new(move |owner| drop(answer.send(work(owner))));
+        let work: Work = Box::new(move |owner| drop(answer.send(owner.leads().and_then(|()| work(owner)))));
         self.jobs.send(work).await.map_err(|_| stopping())?;
         answered.await.map_err(|_| stopping())?
     }

@@ -1,6 +1,7 @@
 //! The gRPC service: what is asked is checked (`intake`), decided by the owner and answered.
 
 use crate::owner::Handle;
+use crate::seat::Seat;
 use crate::state::{Command, Reply};
 use crate::{intake, view};
 use protocol::control::pb::mds_server::Mds;
@@ -15,26 +16,34 @@ use tonic::{Request, Response, Status};
 /// The longest that GetMap waits.
 const MAP_WAIT_MAX: Duration = Duration::from_secs(30);
 
+/// Of a snapshot, a message.
+const PIECE_BYTES: usize = 1 << 20;
+
 pub(crate) struct Service {
-    owner: Handle,
+    seat: watch::Receiver<Seat>,
     /// Turns true when the server stops: whoever waits for a map is let go.
     stopping: watch::Receiver<bool>,
 }
 
 impl Service {
-    pub(crate) fn new(owner: Handle, stopping: watch::Receiver<bool>) -> Self {
-        Self { owner, stopping }
+    pub(crate) fn new(seat: watch::Receiver<Seat>, stopping: watch::Receiver<bool>) -> Self {
+        Self { seat, stopping }
     }
 
-    /// The map if newer than known.
-    fn newer(&self, known: u64) -> Option<pb::ClusterMap> {
-        newer(&self.owner.map(), known).map(|map| (*map).clone())
+    /// The way to the state, where this process leads.
+    fn owner(&self) -> Result<Handle, Problem> {
+        self.seat.borrow().owner()
     }
 
     async fn volume_id(&self, volume: Option<pb::VolumeRef>) -> Result<VolumeId, Problem> {
         let volume = intake::volume_ref(volume)?;
-        self.owner.query(move |state, _| state.find_volume(&volume).map(|(id, _)| id)).await
+        self.owner()?.query(move |state, _| state.find_volume(&volume).map(|(id, _)| id)).await
     }
+}
+
+/// The map if newer than known.
+fn newer_than(owner: &Handle, known: u64) -> Option<pb::ClusterMap> {
+    newer(&owner.map(), known).map(|map| (*map).clone())
 }
 
 fn newer(map: &watch::Receiver<Arc<pb::ClusterMap>>, known: u64) -> Option<Arc<pb::ClusterMap>> {
@@ -55,33 +64,34 @@ impl Mds for Service {
         request: Request<pb::RegisterTargetRequest>,
     ) -> Answer<pb::RegisterTargetResponse> {
         let registration = intake::registration(request.into_inner())?;
-        let id = registration.id;
+        let (id, owner) = (registration.id, self.owner()?);
         let command = Command::Register(registration);
-        let cluster = self.owner.command(command, |_, state, _| Ok(state.cluster())).await;
+        let cluster = owner.command(command, |_, state, _| Ok(state.cluster())).await;
         let cluster = cluster
             .inspect_err(|problem| tracing::warn!(target_id = id.0, %problem, "registration refused"))?;
         tracing::info!(target_id = id.0, "target registered");
-        answer(pb::RegisterTargetResponse { cluster: cluster.0.to_vec(), map: self.newer(0) })
+        answer(pb::RegisterTargetResponse { cluster: cluster.0.to_vec(), map: newer_than(&owner, 0) })
     }
 
     async fn heartbeat(&self, request: Request<pb::HeartbeatRequest>) -> Answer<pb::HeartbeatResponse> {
         let beat = intake::heartbeat(request.into_inner())?;
-        let known = beat.known_generation;
+        let (known, owner) = (beat.known_generation, self.owner()?);
         let told = |reply, state: &crate::state::State, now| match reply {
             Reply::Orders(orders) => {
                 Ok((state.policy().heartbeat.0 / 1_000_000, view::away(state, now), orders))
             }
             other => unreachable!("a heartbeat is answered by orders, not {other:?}"),
         };
-        let (interval_ms, away, orders) = self.owner.command(Command::Heartbeat(beat), told).await?;
+        let (interval_ms, away, orders) = owner.command(Command::Heartbeat(beat), told).await?;
         let interval_ms = interval_ms as u32;
-        answer(pb::HeartbeatResponse { map: self.newer(known), interval_ms, away, orders })
+        answer(pb::HeartbeatResponse { map: newer_than(&owner, known), interval_ms, away, orders })
     }
 
     async fn get_map(&self, request: Request<pb::GetMapRequest>) -> Answer<pb::GetMapResponse> {
         let pb::GetMapRequest { known_generation: known, wait_ms } = request.into_inner();
         let wait = Duration::from_millis(wait_ms.into()).min(MAP_WAIT_MAX);
-        let (mut map, mut stopping) = (self.owner.map(), self.stopping.clone());
+        let owner = self.owner()?;
+        let (mut map, mut stopping) = (owner.map(), self.stopping.clone());
         if !wait.is_zero() && known != 0 {
             tokio::select! {
                 _ = map.wait_for(|map| map.generation > known) => {}
@@ -89,8 +99,8 @@ impl Mds for Service {
                 () = tokio::time::sleep(wait) => {}
             }
         }
-        let leaders = self.owner.query(|state, now| Ok(view::leaders(state, now))).await?;
-        answer(pb::GetMapResponse { map: self.newer(known), leaders })
+        let leaders = owner.query(|state, now| Ok(view::leaders(state, now))).await?;
+        answer(pb::GetMapResponse { map: newer_than(&owner, known), leaders })
     }
 
     type WatchMapStream = ReceiverStream<Result<pb::ClusterMap, Status>>;
@@ -98,14 +108,14 @@ impl Mds for Service {
     async fn watch_map(&self, request: Request<pb::WatchMapRequest>) -> Answer<Self::WatchMapStream> {
         let known = request.into_inner().known_generation;
         let (send, receive) = mpsc::channel(1);
-        tokio::spawn(feed(self.owner.map(), self.stopping.clone(), known, send));
+        tokio::spawn(feed(self.owner()?.map(), self.stopping.clone(), known, send));
         answer(ReceiverStream::new(receive))
     }
 
     async fn get_route(&self, request: Request<pb::GetRouteRequest>) -> Answer<pb::GetRouteResponse> {
         let pb::GetRouteRequest { volume, chunk } = request.into_inner();
         let chunk = ChunkId { volume: VolumeId(volume), index: chunk };
-        answer(self.owner.query(move |state, now| view::route(state, now, chunk)).await?)
+        answer(self.owner()?.query(move |state, now| view::route(state, now, chunk)).await?)
     }
 
     async fn allocate_segments(
@@ -117,7 +127,7 @@ impl Mds for Service {
             Reply::Allocated(bytes) => Ok(bytes),
             other => unreachable!("an allocation is answered by its bytes, not {other:?}"),
         };
-        let allocated_bytes = self.owner.command(command, bytes).await?;
+        let allocated_bytes = self.owner()?.command(command, bytes).await?;
         answer(pb::AllocateSegmentsResponse { allocated_bytes })
     }
 
@@ -127,7 +137,7 @@ impl Mds for Service {
             Reply::Pool(id) => Ok(view::pool(state, id)),
             other => unreachable!("a pool is answered by its id, not {other:?}"),
         };
-        answer(pb::CreatePoolResponse { pool: Some(self.owner.command(command, view).await?) })
+        answer(pb::CreatePoolResponse { pool: Some(self.owner()?.command(command, view).await?) })
     }
 
     async fn create_volume(
@@ -136,7 +146,7 @@ impl Mds for Service {
     ) -> Answer<pb::CreateVolumeResponse> {
         let command = intake::create_volume(request.into_inner());
         let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
-        answer(pb::CreateVolumeResponse { volume: Some(self.owner.command(command, view).await?) })
+        answer(pb::CreateVolumeResponse { volume: Some(self.owner()?.command(command, view).await?) })
     }
 
     async fn list_volumes(
@@ -144,13 +154,13 @@ impl Mds for Service {
         request: Request<pb::ListVolumesRequest>,
     ) -> Answer<pb::ListVolumesResponse> {
         let deleting = request.into_inner().deleting;
-        let volumes = self.owner.query(move |state, _| Ok(view::volumes(state, deleting))).await?;
+        let volumes = self.owner()?.query(move |state, _| Ok(view::volumes(state, deleting))).await?;
         answer(pb::ListVolumesResponse { volumes })
     }
 
     async fn stat_volume(&self, request: Request<pb::StatVolumeRequest>) -> Answer<pb::StatVolumeResponse> {
         let id = self.volume_id(request.into_inner().volume).await?;
-        answer(self.owner.query(move |state, _| view::stat(state, id)).await?)
+        answer(self.owner()?.query(move |state, _| view::stat(state, id)).await?)
     }
 
     async fn resize_volume(
@@ -159,7 +169,7 @@ impl Mds for Service {
     ) -> Answer<pb::ResizeVolumeResponse> {
         let command = intake::resize_volume(request.into_inner())?;
         let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
-        answer(pb::ResizeVolumeResponse { volume: Some(self.owner.command(command, view).await?) })
+        answer(pb::ResizeVolumeResponse { volume: Some(self.owner()?.command(command, view).await?) })
     }
 
     async fn delete_volume(
@@ -167,7 +177,7 @@ impl Mds for Service {
         request: Request<pb::DeleteVolumeRequest>,
     ) -> Answer<pb::DeleteVolumeResponse> {
         let command = intake::delete_volume(request.into_inner(), unix_s())?;
-        let id = self.owner.command(command, |reply, _, _| Ok(volume_in(&reply))).await?;
+        let id = self.owner()?.command(command, |reply, _, _| Ok(volume_in(&reply))).await?;
         answer(pb::DeleteVolumeResponse { id: id.0 })
     }
 
@@ -177,7 +187,7 @@ impl Mds for Service {
     ) -> Answer<pb::UndeleteVolumeResponse> {
         let command = intake::undelete_volume(request.into_inner())?;
         let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
-        answer(pb::UndeleteVolumeResponse { volume: Some(self.owner.command(command, view).await?) })
+        answer(pb::UndeleteVolumeResponse { volume: Some(self.owner()?.command(command, view).await?) })
     }
 
     async fn rename_volume(
@@ -186,7 +196,7 @@ impl Mds for Service {
     ) -> Answer<pb::RenameVolumeResponse> {
         let command = intake::rename_volume(request.into_inner())?;
         let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
-        answer(pb::RenameVolumeResponse { volume: Some(self.owner.command(command, view).await?) })
+        answer(pb::RenameVolumeResponse { volume: Some(self.owner()?.command(command, view).await?) })
     }
 
     async fn remove_target(
@@ -194,7 +204,7 @@ impl Mds for Service {
         request: Request<pb::RemoveTargetRequest>,
     ) -> Answer<pb::RemoveTargetResponse> {
         let target = TargetId(request.into_inner().target);
-        self.owner.command(Command::RemoveTarget(target), |_, _, _| Ok(())).await?;
+        self.owner()?.command(Command::RemoveTarget(target), |_, _, _| Ok(())).await?;
         tracing::info!(target_id = target.0, "target removed");
         answer(pb::RemoveTargetResponse {})
     }
@@ -204,7 +214,7 @@ impl Mds for Service {
         let protocol = protocol_from_pb(request.protocol)?;
         let command = intake::add_export(request)?;
         let view = move |reply, state: &_, now| view::export(state, now, volume_in(&reply), protocol);
-        answer(pb::AddExportResponse { export: Some(self.owner.command(command, view).await?) })
+        answer(pb::AddExportResponse { export: Some(self.owner()?.command(command, view).await?) })
     }
 
     async fn remove_export(
@@ -213,7 +223,7 @@ impl Mds for Service {
     ) -> Answer<pb::RemoveExportResponse> {
         let pb::RemoveExportRequest { volume, protocol } = request.into_inner();
         let command = Command::RemoveExport(intake::volume_ref(volume)?, protocol_from_pb(protocol)?);
-        self.owner.command(command, |_, _, _| Ok(())).await?;
+        self.owner()?.command(command, |_, _, _| Ok(())).await?;
         answer(pb::RemoveExportResponse {})
     }
 
@@ -225,7 +235,7 @@ impl Mds for Service {
             None => None,
             volume => Some(self.volume_id(volume).await?),
         };
-        let exports = self.owner.query(move |state, now| view::exports(state, now, of)).await?;
+        let exports = self.owner()?.query(move |state, now| view::exports(state, now, of)).await?;
         answer(pb::ListExportsResponse { exports })
     }
 
@@ -237,13 +247,28 @@ impl Mds for Service {
         let target = TargetId(target);
         let command = Command::Drain { target, draining };
         let view = move |_, state: &_, now| Ok(view::target_of(state, now, target));
-        let shown = self.owner.command(command, view).await?;
+        let shown = self.owner()?.command(command, view).await?;
         tracing::info!(target_id = target.0, draining, "drain");
         answer(pb::DrainTargetResponse { target: shown })
     }
 
+    type SnapshotStream = ReceiverStream<Result<pb::SnapshotPiece, Status>>;
+
+    async fn snapshot(&self, _: Request<pb::SnapshotRequest>) -> Answer<Self::SnapshotStream> {
+        let snapshot = self.owner()?.snapshot().await?;
+        let (send, receive) = mpsc::channel(2);
+        tokio::spawn(async move {
+            for piece in snapshot.encode().chunks(PIECE_BYTES) {
+                if send.send(Ok(pb::SnapshotPiece { bytes: piece.to_vec() })).await.is_err() {
+                    return;
+                }
+            }
+        });
+        answer(ReceiverStream::new(receive))
+    }
+
     async fn status(&self, _: Request<pb::StatusRequest>) -> Answer<pb::StatusResponse> {
-        answer(self.owner.query(|state, now| Ok(view::status(state, now))).await?)
+        answer(self.owner()?.query(|state, now| Ok(view::status(state, now))).await?)
     }
 }
 

@@ -3,8 +3,9 @@
 //! records spelt out as they were then, on purpose only.
 
 use ashlar_mds_lite::record::Uuid;
+use ashlar_mds_lite::snapshot::Snapshot;
 use ashlar_mds_lite::state::{Change, Command, Policy, State, VolumeRef};
-use ashlar_mds_lite::store::{FILE, SCHEMA, Store};
+use ashlar_mds_lite::store::{FILE, RedbStore, SCHEMA, Store};
 use protocol::map::ExportProtocol;
 use protocol::types::{CopysetId, SEGMENT_BYTES, TargetId, Time, VolumeId};
 use redb::{Database, ReadableDatabase, TableDefinition};
@@ -86,8 +87,8 @@ fn copy_of(name: &str, allow_lists: bool) -> TempDir {
     dir
 }
 
-fn open(dir: &Path) -> (Store, State) {
-    let store = Store::open(dir).unwrap();
+fn open(dir: &Path) -> (RedbStore, State) {
+    let mut store = RedbStore::open(dir).unwrap();
     let state = State::restore(Policy::default(), store.cluster(), store.load().unwrap()).unwrap();
     (store, state)
 }
@@ -141,4 +142,30 @@ fn an_older_database_is_marked_so_that_an_older_mds_refuses_it_from_then_on() {
     let meta = db.begin_read().unwrap().open_table(META).unwrap();
     let schema = meta.get("schema").unwrap().unwrap();
     assert_eq!(schema.value(), SCHEMA.to_le_bytes().as_slice());
+}
+
+/// A snapshot of version 1 with the records of schema 1, byte for byte: what was backed up long ago must be read.
+#[test]
+fn a_snapshot_of_an_older_version_is_read_and_a_damaged_one_refused() {
+    let file = path("snapshot1.bin");
+    if std::env::var_os("BLESS").is_some() {
+        let dir = copy_of(OLD[1].0, OLD[1].1);
+        let mut store = RedbStore::open(dir.path()).unwrap();
+        let (cluster, changes) = (store.cluster(), store.load().unwrap());
+        std::fs::write(&file, Snapshot { cluster, changes }.encode()).unwrap();
+    }
+    let bytes = std::fs::read(&file).unwrap();
+    let snapshot = Snapshot::decode(&bytes).unwrap();
+    let state = State::restore(Policy::default(), snapshot.cluster, snapshot.changes.clone()).unwrap();
+    assert_eq!((state.cluster(), state.map().generation), (Uuid(CLUSTER), 9));
+    assert_eq!((state.map().targets.len(), state.map().volumes.len(), state.map().exports.len()), (3, 2, 2));
+    assert_eq!(snapshot.encode(), bytes, "what is written today is the same");
+    for length in 0..bytes.len() {
+        assert!(Snapshot::decode(&bytes[..length]).is_err(), "cut to {length}");
+    }
+    for bit in 0..bytes.len() * 8 {
+        let mut bytes = bytes.clone();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        assert!(Snapshot::decode(&bytes).is_err(), "bit {bit}");
+    }
 }

@@ -6,7 +6,7 @@ use ashlar_mds_lite::record::{Counters, Endpoints, Uuid, VolumeRecord};
 use ashlar_mds_lite::state::{
     Change, Command, Heartbeat, Membership, Policy, Registration, Replica, Reply, State, Usage,
 };
-use ashlar_mds_lite::store::Store;
+use ashlar_mds_lite::store::{RedbStore, Store};
 use protocol::control::{map_to_pb, pb};
 use protocol::types::{CopysetId, LogIndex, Span, TargetId, Term, Time, VolumeId};
 use std::collections::BTreeMap;
@@ -108,7 +108,7 @@ fn a_large_cluster_is_placed_started_and_listened_to() {
     );
 
     let dir = tempfile::TempDir::new().unwrap();
-    let mut store = Store::open(dir.path()).unwrap();
+    let mut store = RedbStore::open(dir.path()).unwrap();
     let heartbeat = Span::ms(10_000);
     let policy = Policy {
         copysets: 0,
@@ -118,7 +118,7 @@ fn a_large_cluster_is_placed_started_and_listened_to() {
         ..Policy::default()
     };
     let mut state = State::restore(policy, store.cluster(), store.load().unwrap()).unwrap();
-    let run = |store: &mut Store, state: &mut State, now: u64, command: Command| {
+    let run = |store: &mut RedbStore, state: &mut State, now: u64, command: Command| {
         let decision = state.decide(Time(now), command).unwrap();
         if !decision.changes.is_empty() {
             store.commit(&decision.changes).unwrap();

@@ -1,7 +1,8 @@
 //! The service over loopback, as targets, operators and strangers meet it.
 
+use ashlar_mds_lite::gate::{Caller, Gate};
 use ashlar_mds_lite::state::Policy;
-use ashlar_mds_lite::{Config, Server};
+use ashlar_mds_lite::{Config, Server, StoreAt};
 use protocol::control::pb::mds_client::MdsClient;
 use protocol::control::{Problem, ProblemKind, limits, map_from_pb, pb};
 use std::future::Future;
@@ -26,8 +27,9 @@ struct Running {
 impl Running {
     async fn start(dir: &Path) -> Self {
         let listen = "127.0.0.1:0".parse().unwrap();
-        let server =
-            Server::start(Config { dir: dir.into(), listen, policy: Policy::default() }).await.unwrap();
+        let server = Server::start(Config::new(StoreAt::Directory(dir.into()), listen, Policy::default()))
+            .await
+            .unwrap();
         let address = server.address();
         let (stop, stopped) = oneshot::channel();
         let served = tokio::spawn(server.serve(async move { drop(stopped.await) }));
@@ -250,12 +252,12 @@ fn a_bad_configuration_is_refused_with_its_range() {
             [(0, 1, 3), (8, 1, 8), (3, 1, 2), (3, limits::COPYSETS_MAX as u32 + 1, 3)]
         {
             let policy = Policy { replicas, copysets, targets_expected, ..Policy::default() };
-            let config = Config { dir: dir.path().into(), listen, policy };
+            let config = Config::new(StoreAt::Directory(dir.path().into()), listen, policy);
             assert_eq!(Server::start(config).await.unwrap_err().kind, ProblemKind::Invalid);
         }
         let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let listen = taken.local_addr().unwrap();
-        let config = Config { dir: dir.path().into(), listen, policy: Policy::default() };
+        let config = Config::new(StoreAt::Directory(dir.path().into()), listen, Policy::default());
         assert_eq!(Server::start(config).await.unwrap_err().kind, ProblemKind::InUse);
     });
 }
@@ -283,4 +285,73 @@ async fn health_is_told_and_services_are_described_to_whoever_asks() {
     let names: Vec<&str> = listed.service.iter().map(|service| service.name.as_str()).collect();
     assert!(names.contains(&"ashlar.v1.Mds") && names.contains(&"grpc.health.v1.Health"), "{names:?}");
     mds.stop().await;
+}
+
+/// Lets everybody read, and those change something who bring a token.
+#[derive(Debug)]
+struct Token;
+
+impl Gate for Token {
+    fn admit(&self, caller: &Caller<'_>) -> Result<(), Problem> {
+        assert!(caller.peer.is_some_and(|peer| peer.ip().is_loopback()), "{caller:?}");
+        if !caller.call.contains("Create") || caller.authorization == Some("Bearer open") {
+            return Ok(());
+        }
+        let what = format!("{} refused", caller.call);
+        Err(Problem::new(ProblemKind::Refused, what, "there was no token", "bring one"))
+    }
+}
+
+#[tokio::test]
+async fn a_gate_sees_who_calls_what_and_its_refusal_arrives_typed() {
+    let dir = TempDir::new().unwrap();
+    let listen = "127.0.0.1:0".parse().unwrap();
+    let mut config = Config::new(StoreAt::Directory(dir.path().into()), listen, Policy::default());
+    config.gate = std::sync::Arc::new(Token);
+    let server = Server::start(config).await.unwrap();
+    let channel = Endpoint::from_shared(format!("http://{}", server.address())).unwrap().connect_lazy();
+    let mut client = MdsClient::new(channel);
+    let served = tokio::spawn(server.serve(std::future::pending()));
+    client.status(pb::StatusRequest {}).await.expect("reading needs no token");
+    for id in 1..=3 {
+        client.register_target(target(id)).await.unwrap();
+    }
+    let refused = Problem::from_status(&client.create_volume(volume("v")).await.unwrap_err());
+    assert_eq!((refused.kind, refused.fix.as_str()), (ProblemKind::Refused, "bring one"));
+    let mut request = tonic::Request::new(volume("v"));
+    request.metadata_mut().insert("authorization", "Bearer open".parse().unwrap());
+    client.create_volume(request).await.expect("with the token");
+    served.abort();
+}
+
+#[tokio::test]
+async fn metrics_tell_what_an_operator_watches() {
+    let dir = TempDir::new().unwrap();
+    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let listen = "127.0.0.1:0".parse().unwrap();
+    let mut config = Config::new(StoreAt::Directory(dir.path().into()), listen, Policy::default());
+    config.metrics = Some(free);
+    let server = Server::start(config).await.unwrap();
+    let channel = Endpoint::from_shared(format!("http://{}", server.address())).unwrap().connect_lazy();
+    let mut client = MdsClient::new(channel);
+    let served = tokio::spawn(server.serve(std::future::pending()));
+    for id in 1..=3 {
+        client.register_target(target(id)).await.unwrap();
+    }
+    let mut socket = tokio::net::TcpStream::connect(free).await.unwrap();
+    socket.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut page = String::new();
+    socket.read_to_string(&mut page).await.unwrap();
+    for line in [
+        "ashlar_mds_leads 1",
+        "ashlar_mds_targets{presence=\"online\"} 3",
+        "ashlar_mds_copysets{which=\"all\"} 12",
+        "ashlar_mds_copysets{which=\"degraded\"} 12",
+        "ashlar_mds_moves{why=\"recover\"} 0",
+        "ashlar_mds_moves_outstanding 0",
+        "ashlar_mds_pool_capacity_bytes{pool=\"default\"}",
+    ] {
+        assert!(page.contains(line), "{line} is not in\n{page}");
+    }
+    served.abort();
 }

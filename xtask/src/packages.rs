@@ -26,6 +26,7 @@ const NEEDED: &[(Probe, &str)] = &[
     (Probe::Program("nft"), "nftables"),
     (Probe::Program("ip"), "iproute2"),
     (Probe::Program("qemu-system-x86_64"), "qemu-system-x86"),
+    (Probe::Program("etcd"), "etcd-server"),
     (Probe::Program("cpio"), "cpio"),
     (Probe::Program("xz"), "xz-utils"),
 ];

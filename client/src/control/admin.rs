@@ -26,13 +26,13 @@ impl AdminClient {
 
     /// What the target is and does.
     pub async fn status(&self) -> Result<pb::AdminStatusResponse, Problem> {
-        self.link.repeat(|c| async move { stub(c).status(pb::AdminStatusRequest {}).await }).await
+        self.link.repeat(async |c| stub(c).status(pb::AdminStatusRequest {}).await).await
     }
 
     /// The checksums of every chunk of a volume that the target holds; `verify` reads the blocks too.
     pub async fn chunk_checksums(&self, volume: VolumeId, verify: bool) -> Result<ChecksumStream, Problem> {
         let request = pb::ChunkChecksumsRequest { volume: volume.0, verify };
-        let stream = self.link.repeat(|c| async move { stub(c).chunk_checksums(request).await }).await?;
+        let stream = self.link.repeat(async |c| stub(c).chunk_checksums(request).await).await?;
         Ok(ChecksumStream { link: self.link.clone(), stream })
     }
 
@@ -42,21 +42,20 @@ impl AdminClient {
     /// `NotReady` when the copyset is not led from here.
     pub async fn transfer_leader(&self, copyset: CopysetId, to: TargetId) -> Result<(), Problem> {
         let request = pb::TransferLeaderRequest { copyset: copyset.0, to: to.0 };
-        let mut stub = stub(self.link.channel.clone());
-        self.link.once(self.link.patience.call, stub.transfer_leader(request)).await?;
+        self.link.single(async |c| stub(c).transfer_leader(request).await).await?;
         Ok(())
     }
 
     /// The hosts attached through this target.
     pub async fn connections(&self) -> Result<Vec<pb::Connection>, Problem> {
         let request = pb::ListConnectionsRequest {};
-        Ok(self.link.repeat(|c| async move { stub(c).list_connections(request).await }).await?.connections)
+        Ok(self.link.repeat(async |c| stub(c).list_connections(request).await).await?.connections)
     }
 
     /// Starts a scrub of one volume, or of all.
     pub async fn start_scrub(&self, volume: Option<VolumeId>) -> Result<(), Problem> {
         let request = pb::StartScrubRequest { volume: volume.map_or(0, |v| v.0) };
-        self.link.repeat(|c| async move { stub(c).start_scrub(request).await }).await?;
+        self.link.repeat(async |c| stub(c).start_scrub(request).await).await?;
         Ok(())
     }
 }
@@ -77,8 +76,8 @@ impl ChecksumStream {
         let limit = self.link.patience.call;
         let record = match timeout(limit, self.stream.message()).await {
             Ok(Ok(record)) => record,
-            Ok(Err(status)) => return Err(self.link.problem(&status)),
-            Err(_) => return Err(self.link.timed_out(limit)),
+            Ok(Err(status)) => return Err(self.link.problem(&self.link.here().1.address, &status)),
+            Err(_) => return Err(self.link.timed_out(&self.link.here().1.address, limit)),
         };
         if record.is_some_and(|r| !plausible(&r)) {
             return Err(self.link.nonsense("a checksum record of an impossible chunk"));

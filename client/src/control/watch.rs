@@ -58,7 +58,7 @@ impl MapWatch {
                 Some(stream) => stream,
                 none => none.insert(self.client.watch(self.known).await?),
             };
-            let message = stream.message().await.map_err(|status| self.client.problem(&status))?;
+            let message = stream.message().await.map_err(|status| self.client.ended_with(&status))?;
             let Some(message) = message else { return Err(self.ended()) };
             let map = map_from_pb(&message)?;
             self.same_cluster(&map)?;

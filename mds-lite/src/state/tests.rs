@@ -2,7 +2,7 @@
 //! that forgets.
 
 use super::*;
-use crate::store::Store;
+use crate::store::{RedbStore, Store};
 use proptest::prelude::*;
 use protocol::control::ProblemKind;
 use protocol::types::{ChunkId, SEGMENT_BYTES};
@@ -13,7 +13,7 @@ const GIB: u64 = SEGMENT_BYTES;
 /// A state on a real store.
 struct Mds {
     state: State,
-    store: Store,
+    store: RedbStore,
     policy: Policy,
     now: Time,
     dir: TempDir,
@@ -32,7 +32,7 @@ type Durable = (
 impl Mds {
     fn new(policy: Policy) -> Self {
         let dir = TempDir::new().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let mut store = RedbStore::open(dir.path()).unwrap();
         let state = State::restore(policy, store.cluster(), store.load().unwrap()).unwrap();
         Self { state, store, policy, now: Time::default(), dir }
     }
@@ -54,7 +54,7 @@ impl Mds {
     fn restart(self) -> Self {
         let Self { store, policy, now, dir, .. } = self;
         drop(store);
-        let store = Store::open(dir.path()).unwrap();
+        let mut store = RedbStore::open(dir.path()).unwrap();
         let state = State::restore(policy, store.cluster(), store.load().unwrap()).unwrap();
         Self { state, store, policy, now, dir }
     }
@@ -499,13 +499,13 @@ fn volumes_start_on_different_copysets() {
 #[test]
 fn a_second_mds_on_the_directory_and_a_foreign_file_are_refused() {
     let mds = Mds::ready(GIB);
-    assert_eq!(Store::open(mds.dir.path()).unwrap_err().kind, ProblemKind::InUse);
+    assert_eq!(RedbStore::open(mds.dir.path()).unwrap_err().kind, ProblemKind::InUse);
     let other = TempDir::new().unwrap();
     std::fs::write(other.path().join(crate::store::FILE), vec![b'x'; 8192]).unwrap();
-    assert_eq!(Store::open(other.path()).unwrap_err().kind, ProblemKind::Storage);
+    assert_eq!(RedbStore::open(other.path()).unwrap_err().kind, ProblemKind::Storage);
     let file = other.path().join("file");
     std::fs::write(&file, b"").unwrap();
-    assert_eq!(Store::open(&file).unwrap_err().kind, ProblemKind::Storage);
+    assert_eq!(RedbStore::open(&file).unwrap_err().kind, ProblemKind::Storage);
 }
 
 #[test]

@@ -21,6 +21,8 @@ pub struct Problem {
     pub cause: String,
     /// What to do.
     pub fix: String,
+    /// Of `NotLeader`: the address of who leads, if anybody does.
+    pub leader: Option<String>,
 }
 
 macro_rules! kinds {
@@ -68,6 +70,10 @@ kinds! {
     Limit, "limit", ResourceExhausted;
     /// Not yet: too few targets registered, or the copyset is not led from here.
     NotReady, "not-ready", FailedPrecondition;
+    /// This MDS stands by: another one leads, or none does yet. Nothing was done.
+    NotLeader, "not-leader", Unavailable;
+    /// Who asks may not do this.
+    Refused, "refused", PermissionDenied;
     /// Nobody answers there.
     Unreachable, "unreachable", Unavailable;
     /// No answer within the time allowed; it may or may not have been done.
@@ -86,7 +92,22 @@ impl Problem {
         cause: impl Into<String>,
         fix: impl Into<String>,
     ) -> Self {
-        Self { kind, what: line(what.into()), cause: line(cause.into()), fix: line(fix.into()) }
+        let (what, cause, fix) = (line(what.into()), line(cause.into()), line(fix.into()));
+        Self { kind, what, cause, fix, leader: None }
+    }
+
+    /// What an MDS that does not lead answers to everything.
+    pub fn not_leader(leader: Option<&str>) -> Self {
+        let what = match leader {
+            Some(leader) => format!("this MDS stands by; the leader is {leader}"),
+            None => "this MDS stands by; no MDS leads at the moment".to_owned(),
+        };
+        let cause = "several MDS processes run, one of which leads, or an election is under way";
+        let fix = "name all of them (--mds A,B,C): commands and targets then find the leader by themselves";
+        Self {
+            leader: leader.map(|leader| line(leader.to_owned())),
+            ..Self::new(ProblemKind::NotLeader, what, cause, fix)
+        }
     }
 
     /// What a gRPC status says: the problem that the other end sent, or one made from its code.
@@ -97,6 +118,7 @@ impl Problem {
                 Code::NotFound => ProblemKind::NotFound,
                 Code::AlreadyExists => ProblemKind::AlreadyExists,
                 Code::Unavailable => ProblemKind::Unreachable,
+                Code::PermissionDenied | Code::Unauthenticated => ProblemKind::Refused,
                 Code::DeadlineExceeded | Code::Cancelled => ProblemKind::TimedOut,
                 Code::ResourceExhausted => ProblemKind::Limit,
                 _ => ProblemKind::Protocol,
@@ -117,7 +139,9 @@ impl Problem {
         }
         let detail = pb::ErrorDetail::decode(details).ok()?;
         let kind = ProblemKind::from_word(&detail.kind)?;
-        Some(Self::new(kind, detail.what, detail.cause, detail.fix))
+        let leader =
+            (kind == ProblemKind::NotLeader && !detail.leader.is_empty()).then(|| line(detail.leader));
+        Some(Self { leader, ..Self::new(kind, detail.what, detail.cause, detail.fix) })
     }
 }
 
@@ -149,6 +173,7 @@ impl From<Problem> for Status {
             what: problem.what.clone(),
             cause: problem.cause.clone(),
             fix: problem.fix.clone(),
+            leader: problem.leader.clone().unwrap_or_default(),
         };
         Status::with_details(problem.kind.code(), problem.to_string(), detail.encode_to_vec().into())
     }
@@ -164,6 +189,15 @@ mod tests {
             let problem = Problem::new(*kind, "what \"x\"", "cause", "fix");
             let back = Problem::from_status(&Status::from(problem.clone()));
             assert_eq!(back, problem);
+        }
+    }
+
+    #[test]
+    fn who_leads_is_told_on_the_way_or_that_nobody_does() {
+        for leader in [None, Some("storage1:7400")] {
+            let problem = Problem::not_leader(leader);
+            let back = Problem::from_status(&Status::from(problem.clone()));
+            assert_eq!((back.leader.as_deref(), &back), (leader, &problem));
         }
     }
 

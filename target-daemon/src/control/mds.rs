@@ -29,7 +29,6 @@ pub(super) async fn keep_in_touch(control: &Control) {
         if problem.kind != ProblemKind::UnknownTarget {
             trouble.begins(control, &problem);
             pause = if trouble.is_new { RETRY_MIN } else { (pause * 2).min(RETRY_MAX) };
-            control.mds_at.fetch_add(1, Ordering::Relaxed);
         }
         sleep(pause).await;
     }
@@ -37,11 +36,11 @@ pub(super) async fn keep_in_touch(control: &Control) {
 
 /// From registration until trouble.
 async fn session(control: &Control, trouble: &mut Trouble) -> Result<std::convert::Infallible, Problem> {
-    let client = control.mds().clone();
+    let client = control.mds.clone();
     let registered = client.register(registration(control)).await?;
     control.take_map(registered.map)?;
     heard(control);
-    trouble.ends(client.address());
+    trouble.ends(&client.address());
     let mut watch = MapWatch::new(client.clone(), control.map().as_deref());
     // At once, so that the MDS learns of leaders and space without a second's wait.
     let (mut last, mut next) = (Instant::now(), Instant::now());

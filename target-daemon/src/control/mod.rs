@@ -33,7 +33,7 @@ use protocol::map::ClusterMap;
 use protocol::types::{TargetId, VolumeId};
 use queue::{Report, lock};
 use std::net::{SocketAddr, TcpListener};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -91,29 +91,26 @@ pub fn start(start: Start) -> Result<ControlHandle, Problem> {
     let (stop, stopping) = watch::channel(false);
     let agent = Agent::new(start.config.target(), start.identity.disk, start.config.shards);
     let state = State { identity: start.identity, agent, mds_heard: None };
-    let mut control = Control {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| cannot_start(&error))?;
+    let mds = {
+        // A channel to the MDS is made within the runtime that will drive it.
+        let _inside = runtime.enter();
+        MdsClient::new(&start.config.mds.join(","), patience)?
+    };
+    let control = Control {
         config: start.config,
         ports: start.ends.shards,
         subsystems: start.ends.subsystems,
         process: ProcessGauges::default(),
         state: Mutex::new(state),
-        mds: Vec::new(),
-        mds_at: AtomicUsize::new(0),
+        mds,
         need_map: Notify::new(),
     };
     if let Some(map) = &cached {
         control.adopt(map.clone(), true);
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| cannot_start(&error))?;
     let reports = start.ends.reports;
-    {
-        // A channel to the MDS is made within the runtime that will drive it.
-        let _inside = runtime.enter();
-        for address in &control.config.mds {
-            control.mds.push(MdsClient::new(address, patience)?);
-        }
-    }
     let control = Arc::new(control);
     let body = move || runtime.block_on(run(control, reports, admin, metrics, stopping));
     let thread = std::thread::Builder::new().name("control".into()).spawn(body);
@@ -128,9 +125,8 @@ struct Control {
     subsystems: Arc<Subsystems>,
     process: ProcessGauges,
     state: Mutex<State>,
-    mds: Vec<MdsClient>,
-    /// The one that answered last.
-    mds_at: AtomicUsize,
+    /// Whichever MDS leads.
+    mds: MdsClient,
     need_map: Notify,
 }
 
@@ -144,11 +140,6 @@ struct State {
 impl Control {
     fn target(&self) -> TargetId {
         self.config.target()
-    }
-
-    /// The MDS that answered last.
-    fn mds(&self) -> &MdsClient {
-        &self.mds[self.mds_at.load(Ordering::Relaxed) % self.mds.len()]
     }
 
     /// Takes a map that the MDS sent: joins its cluster or refuses it, keeps it on disk, then

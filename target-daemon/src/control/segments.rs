@@ -3,7 +3,7 @@
 
 use super::{Control, ToShard};
 use client::control::MdsClient;
-use protocol::control::ProblemKind;
+use protocol::control::{Problem, ProblemKind};
 use protocol::types::VolumeId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -47,7 +47,7 @@ async fn tell(
     waiting: &mut BTreeMap<VolumeId, BTreeSet<u32>>,
     refused: &mut BTreeSet<(VolumeId, u32)>,
 ) -> bool {
-    let client = control.mds().clone();
+    let client = control.mds.clone();
     while let Some((&volume, segments)) = waiting.first_key_value() {
         let batch: Vec<u32> = segments.iter().copied().take(BATCH_MAX).collect();
         let Some(answers) = ask(&client, volume, &batch).await else { return false };
@@ -79,7 +79,10 @@ async fn ask(client: &MdsClient, volume: VolumeId, segments: &[u32]) -> Option<V
             tracing::warn!(%volume, segment = segments[0], %problem, "new data is refused with no-space");
             Some(vec![(segments[0], false)])
         }
-        Err(problem) if matches!(problem.kind, ProblemKind::Unreachable | ProblemKind::TimedOut) => None,
+        Err(Problem {
+            kind: ProblemKind::Unreachable | ProblemKind::TimedOut | ProblemKind::NotLeader,
+            ..
+        }) => None,
         Err(problem) => {
             // A volume deleted meanwhile, mostly. Accounting is not worth failing a write for.
             tracing::warn!(%volume, %problem, "segments are not accounted for");

@@ -17,7 +17,7 @@ impl Mds {
     fn start(dir: &Path, listen: SocketAddr) -> Self {
         let policy =
             mds_lite::state::Policy { replicas: 1, copysets: 2, targets_expected: 1, ..Default::default() };
-        let config = mds_lite::Config { dir: dir.to_owned(), listen, policy };
+        let config = mds_lite::Config::new(mds_lite::StoreAt::Directory(dir.to_owned()), listen, policy);
         let (stop, mut stopping) = watch::channel(false);
         let (tell, told) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
