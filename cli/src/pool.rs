@@ -74,8 +74,9 @@ pub struct ListArgs {
     output: OutputArgs,
 }
 
+/// A pool as printed.
 #[derive(Serialize)]
-struct Shown {
+pub struct Shown {
     id: u32,
     name: String,
     replicas: u32,
@@ -199,18 +200,21 @@ async fn create(args: CreateArgs) -> Outcome {
 async fn list(args: ListArgs) -> Outcome {
     let status = args.cluster.connect()?.status().await?;
     let shown: Vec<_> = status.pools.iter().map(Shown::from).collect();
-    args.output.print(&shown, |shown| {
-        let rows = shown.iter().map(|pool| {
-            vec![
-                pool.name.clone(),
-                pool.replicas.to_string(),
-                pool.copysets.to_string(),
-                pool.failure_domain.clone(),
-                Size(pool.allocated_bytes).to_string(),
-                Size(pool.capacity_bytes).to_string(),
-            ]
-        });
-        table(&["POOL", "REPLICAS", "COPYSETS", "APART BY", "ALLOCATED", "CAPACITY"], rows)
-    })?;
+    args.output.print(&shown, |shown| listing(shown))?;
     Ok(Exit::Ok)
+}
+
+/// Pools, one a line.
+pub fn listing(pools: &[Shown]) -> String {
+    let rows = pools.iter().map(|pool| {
+        vec![
+            pool.name.clone(),
+            pool.replicas.to_string(),
+            pool.copysets.to_string(),
+            pool.failure_domain.clone(),
+            Size(pool.allocated_bytes).to_string(),
+            Size(pool.capacity_bytes).to_string(),
+        ]
+    });
+    table(&["POOL", "REPLICAS", "COPYSETS", "APART BY", "ALLOCATED", "CAPACITY"], rows)
 }

@@ -3,6 +3,7 @@
 
 use crate::cluster::ClusterArgs;
 use crate::output::{OutputArgs, table};
+use crate::pool;
 use crate::problem::{Exit, Outcome};
 use crate::size::Size;
 use crate::volume;
@@ -25,8 +26,14 @@ struct Shown {
     cluster: String,
     generation: u64,
     version: String,
+    /// "well", "degraded" (a copyset has too few whole replicas) or "unavailable" (one cannot serve).
+    health: &'static str,
+    /// Chunk slots of the targets that are online.
+    capacity_bytes: u64,
+    used_bytes: u64,
     targets: Vec<TargetShown>,
     copysets: Vec<CopysetShown>,
+    pools: Vec<pool::Shown>,
     volumes: Vec<volume::Shown>,
     tasks: Vec<TaskShown>,
     /// Replicas that are to be moved, built or taken away.
@@ -116,7 +123,17 @@ pub async fn run(args: StatusArgs) -> Outcome {
 }
 
 fn shown(status: &pb::StatusResponse) -> Shown {
+    let usage = status.usage.unwrap_or_default();
+    let any = |wanted: fn(&pb::CopysetStatus) -> bool| status.copysets.iter().any(wanted);
     Shown {
+        health: match (any(|c| c.unavailable), any(|c| c.degraded)) {
+            (true, _) => "unavailable",
+            (false, true) => "degraded",
+            (false, false) => "well",
+        },
+        capacity_bytes: usage.capacity_bytes,
+        used_bytes: usage.used_bytes,
+        pools: status.pools.iter().map(pool::Shown::from).collect(),
         cluster: status.cluster.iter().map(|byte| format!("{byte:02x}")).collect(),
         generation: status.generation,
         version: status.version.clone(),
@@ -260,17 +277,57 @@ fn replica(member: &pb::MemberStatus) -> ReplicaShown {
     }
 }
 
+/// More targets or volumes than this are counted rather than listed, so that it stays one screen.
+const LISTED_MAX: usize = 16;
+
 fn text(status: &Shown) -> String {
-    let targets = targets_table(&status.targets);
-    let volumes = volume::listing(&status.volumes);
-    let (health, moves) = (health(&status.copysets), moves(status));
-    format!("{targets}\n{health}\n{moves}\n{volumes}{}", warnings(&status.warnings))
+    let (headline, copysets, moves) = (headline(status), health(&status.copysets), moves(status));
+    let pools = match status.pools.is_empty() {
+        true => String::new(),
+        false => format!("{}\n", pool::listing(&status.pools)),
+    };
+    let (targets, volumes) = (few_targets(&status.targets), few_volumes(&status.volumes));
+    format!("{headline}\n{copysets}\n{moves}\n{targets}\n{pools}{volumes}{}", warnings(&status.warnings))
+}
+
+/// All that matters when all is well.
+fn headline(status: &Shown) -> String {
+    let online = status.targets.iter().filter(|target| target.online).count();
+    let health = if status.health == "well" { "well".to_owned() } else { status.health.to_uppercase() };
+    format!(
+        "{health}: {online} of {} targets online, {} of {} used ({})",
+        status.targets.len(),
+        Size(status.used_bytes),
+        Size(status.capacity_bytes),
+        percent(status.used_bytes, status.capacity_bytes)
+    )
+}
+
+/// All targets, or those of many that want attention.
+fn few_targets(targets: &[TargetShown]) -> String {
+    if targets.len() <= LISTED_MAX {
+        return targets_table(targets);
+    }
+    let (odd, well): (Vec<&TargetShown>, Vec<&TargetShown>) =
+        targets.iter().partition(|target| !target.online || target.draining);
+    let listed = odd.len().min(LISTED_MAX);
+    let more = odd.len() - listed;
+    let more = if more > 0 { format!("{more} more of these, ") } else { String::new() };
+    let rest = format!("{more}{} targets are online (`ashlar target ls`)\n", well.len());
+    if listed == 0 { rest } else { targets_table(odd[..listed].iter().copied()) + &rest }
+}
+
+fn few_volumes(volumes: &[volume::Shown]) -> String {
+    match volumes.len() {
+        0..=LISTED_MAX => volume::listing(volumes),
+        many => format!("{many} volumes (`ashlar volume ls`)"),
+    }
 }
 
 /// Targets, one a line.
-pub fn targets_table(targets: &[TargetShown]) -> String {
+pub fn targets_table<'a>(targets: impl IntoIterator<Item = &'a TargetShown>) -> String {
     let header = ["TARGET", "STATE", "USED", "CAPACITY", "FORMATTED", "REPLICAS", "LEADERS", "ADMIN"];
-    let rows = targets.iter().map(|target| {
+    let rows = targets.into_iter().map(|target| {
         vec![
             target.id.to_string(),
             target.state(),
@@ -343,6 +400,30 @@ mod tests {
         };
         let all = [copyset(false, false), copyset(true, false), copyset(true, true), copyset(false, true)];
         assert_eq!(health(&all), "4 copysets: 1 well, 1 degraded, 2 unavailable");
+    }
+
+    #[test]
+    fn a_thousand_targets_are_one_screen_and_the_one_that_is_away_is_on_it() {
+        let target = |id| pb::TargetStatus {
+            id,
+            online: id != 77,
+            presence: 1 + 2 * i32::from(id == 77),
+            ..Default::default()
+        };
+        let status = pb::StatusResponse {
+            targets: (1..=1000).map(target).collect(),
+            volumes: vec![pb::Volume::default(); 500],
+            usage: Some(pb::Usage { capacity_bytes: 4 << 30, used_bytes: 1 << 30, formatted_bytes: 0 }),
+            ..Default::default()
+        };
+        let printed = text(&shown(&status));
+        assert!(printed.lines().count() < 24, "{printed}");
+        for part in ["well: 999 of 1000 targets online", "(25 %)", "OFFLINE", "500 volumes"] {
+            assert!(printed.contains(part), "{part}: {printed}");
+        }
+        let well = vec![pb::TargetStatus { online: true, ..Default::default() }; 20];
+        let printed = text(&shown(&pb::StatusResponse { targets: well, ..Default::default() }));
+        assert!(printed.contains("20 targets are online") && !printed.contains("TARGET "), "{printed}");
     }
 
     #[test]
