@@ -7,9 +7,9 @@
 //! IO only: `bench run --rate`) and verification (`bench run --verify`).
 
 use crate::run::job::{self, Times};
-use crate::run::load::{Load, Order};
+use crate::run::load::{self, Load, Order, Sizes};
 use crate::run::measure::{Measured, Subject, used, uses};
-use crate::run::result::{Latency, ProcessUse, Run};
+use crate::run::result::{Intervals, Latency, ProcessUse, Run};
 use crate::run::target::Target;
 use anyhow::{Context, bail, ensure};
 use hdrhistogram::Histogram;
@@ -67,11 +67,12 @@ impl Fio {
         let path = self.dir.join(format!("{name}.fio"));
         if !times.warm_up.is_zero() {
             // A run of its own, so that the CPU time of the servers is that of the measured IOs only.
-            let job = job_file(&subject.target, load, times.warm_up)?;
-            self.run(&self.dir.join("warm-up.fio"), &job)?;
+            let job = job_file(&subject.target, load, Some(times.warm_up))?;
+            self.run(&self.dir.join("warm-up.fio"), &job, &subject.target)?;
         }
         let before = (used(&subject.pids), children_cpu_s());
-        let text = self.run(&path, &job_file(&subject.target, load, times.measured)?)?;
+        let text =
+            self.run(&path, &job_file(&subject.target, load, Some(times.measured))?, &subject.target)?;
         let after = (used(&subject.pids), children_cpu_s());
         let outcome = parse(&text)?;
         let json = path.with_extension(format!("{}.json", round + 1));
@@ -100,17 +101,35 @@ impl Fio {
             timeline: Vec::new(),
             processes: std::iter::once(client).chain(servers).collect(),
         };
-        Ok((run, all))
+        // fio tells one distribution, of the whole.
+        let mut intervals = Intervals::new(round);
+        intervals.add(0.0, times.measured.as_secs_f64(), &all)?;
+        Ok(Measured { run, times: all, intervals })
+    }
+
+    /// Writes every byte of a target once, in order.
+    ///
+    /// # Errors
+    /// See [`Fio::measure`].
+    pub fn fill(&self, target: &Target, bytes: u64) -> anyhow::Result<()> {
+        let sizes = Sizes(vec![(load::IO_BYTES_MAX, 1.0)]);
+        let load = Load { order: Order::Sequential, sizes, dsync: false, ..Load::random_4k(0, 8, bytes) };
+        let job = job_file(target, &load, None)?;
+        parse(&self.run(&self.dir.join("fill.fio"), &job, target)?).map(drop)
     }
 
     /// Runs a job file.
     ///
     /// # Errors
     /// fio cannot run, or fails; the message has its words.
-    fn run(&self, path: &Path, job: &str) -> anyhow::Result<String> {
+    fn run(&self, path: &Path, job: &str, target: &Target) -> anyhow::Result<String> {
         crate::report::write(path, job)?;
-        let output = Command::new("fio").arg("--output-format=json+").arg(path).stdin(Stdio::null()).output();
-        let output = output.context(MISSING)?;
+        let mut fio = Command::new("fio");
+        fio.arg("--output-format=json+").arg(path).stdin(Stdio::null());
+        if let Target::Rbd(rbd) = target {
+            fio.env("CEPH_CONF", &rbd.conf);
+        }
+        let output = fio.output().context(MISSING)?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         if !output.status.success() {
             let words = String::from_utf8_lossy(&output.stderr);
@@ -131,6 +150,7 @@ fn has_engine(engines: &str, target: &Target) -> anyhow::Result<()> {
     let (engine, library) = match target {
         Target::File(_) => ("io_uring", "liburing"),
         Target::NbdTcp { .. } | Target::NbdUnix { .. } => ("nbd", "libnbd"),
+        Target::Rbd(_) => ("rbd", "librbd"),
         Target::Nvme { .. } | Target::Volume { .. } => bail!(
             "fio has no engine for {} targets: measure them with `ashlar bench run`, attach the volume with \
              `nvme connect` and give its device as file:/dev/nvmeXnY, or use its NBD export",
@@ -151,11 +171,11 @@ fn children_cpu_s() -> f64 {
     seconds(usage.user_time()) + seconds(usage.system_time())
 }
 
-/// A job file for a load.
+/// A job file for a load, over so much time, or over every byte once.
 ///
 /// # Errors
 /// fio cannot do this load as we mean it.
-pub fn job_file(target: &Target, load: &Load, time: Duration) -> anyhow::Result<String> {
+pub fn job_file(target: &Target, load: &Load, time: Option<Duration>) -> anyhow::Result<String> {
     if load.rate.is_some() {
         bail!(
             "fio counts a latency from when an IO was issued, so that an open loop hides stalls: use \
@@ -179,6 +199,12 @@ pub fn job_file(target: &Target, load: &Load, time: Duration) -> anyhow::Result<
             if load.dsync && load.read_percent < 100 {
                 line("sync", "dsync");
             }
+        }
+        Target::Rbd(rbd) => {
+            line("ioengine", "rbd");
+            line("clientname", "admin");
+            line("pool", &rbd.pool);
+            line("rbdname", &rbd.image);
         }
         other => {
             line("ioengine", "nbd");
@@ -216,8 +242,10 @@ pub fn job_file(target: &Target, load: &Load, time: Duration) -> anyhow::Result<
     line("iodepth", &load.depth.to_string());
     line("size", &part.to_string());
     line("randseed", &load.seed.to_string());
-    line("runtime", &format!("{}ms", time.as_millis()));
-    line("time_based", "1");
+    if let Some(time) = time {
+        line("runtime", &format!("{}ms", time.as_millis()));
+        line("time_based", "1");
+    }
     line("lat_percentiles", "1");
     line("clat_percentiles", "0");
     line("group_reporting", "1");
@@ -358,7 +386,7 @@ mod tests {
 
     fn job(target: &str, load: &Load) -> String {
         let target: Target = target.parse().expect("a target");
-        job_file(&target, load, Duration::from_millis(1500)).expect("fio can do that")
+        job_file(&target, load, Some(Duration::from_millis(1500))).expect("fio can do that")
     }
 
     #[test]
@@ -397,7 +425,7 @@ mod tests {
     fn what_fio_cannot_do_is_refused_with_what_can() {
         let load = Load { rate: Some(10.0), ..Load::random_4k(100, 1, 1 << 20) };
         let file: Target = "file:/x".parse().expect("a target");
-        let error = job_file(&file, &load, Duration::from_secs(1)).expect_err("an open loop");
+        let error = job_file(&file, &load, Some(Duration::from_secs(1))).expect_err("an open loop");
         assert!(error.to_string().contains("bench run --rate"), "{error}");
         let nvme: Target = "nvme://127.0.0.1/n".parse().expect("a target");
         assert!(has_engine("\tio_uring\n\tnbd\n", &nvme).is_err_and(|e| e.to_string().contains("bench run")));

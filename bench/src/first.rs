@@ -73,7 +73,7 @@ fn measure(args: &FirstArgs, cluster: &Cluster, qemu_version: Option<String>) ->
     let (client, rounds) = (Client::Fio(fio), args.rounds);
     let seconds = args.seconds.into();
     let plan = Plan { client: &client, subjects: &subjects, loads: &loads, seconds, warm_up: 0.0, rounds };
-    let runs = plan.measure()?.into_iter().map(|(run, _)| run).collect();
+    let runs = plan.measure()?.into_iter().map(|one| one.run).collect();
     let results = results(&plan, environment, runs);
     let rows = summary::rows(&results);
     let goals = goals(&rows, size);

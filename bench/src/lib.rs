@@ -7,6 +7,7 @@
 //! There are two clients: fio, which knows nothing of Ashlar, and our own in [`run`], on the reactor, which speaks
 //! NVMe/TCP and the native protocol, has an open loop, and counts what fio cannot.
 
+pub mod ceph;
 pub mod cluster;
 pub mod dev;
 pub mod environment;

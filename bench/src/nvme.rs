@@ -30,8 +30,8 @@ pub struct NvmeArgs {
     /// How often each measurement is repeated; the median counts.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     pub rounds: u32,
-    /// IOs in flight, one measurement each. The NVMe queue takes 127.
-    #[arg(long, value_delimiter = ',', default_value = "1,32,127", value_parser = depth)]
+    /// IOs in flight, one measurement each.
+    #[arg(long, value_delimiter = ',', default_value = "1,32,128", value_parser = depth)]
     pub depths: Vec<u32>,
     /// Only this load, such as `--only read` beneath a profiler.
     #[arg(long, value_enum)]
@@ -110,7 +110,7 @@ fn measure(args: &NvmeArgs, cluster: &Cluster) -> anyhow::Result<Report> {
     let (client, rounds, seconds) = (Client::Own, args.rounds, args.seconds.into());
     // The first IOs find leaders and fill pools.
     let plan = Plan { client: &client, subjects: &subjects, loads: &loads, seconds, warm_up: 0.5, rounds };
-    let runs = plan.measure()?.into_iter().map(|(run, _)| run).collect();
+    let runs = plan.measure()?.into_iter().map(|one| one.run).collect();
     let environment = Environment::read(cluster.scratch.path(), String::new(), String::new());
     let results = results(&plan, environment, runs);
     let rows = summary::rows(&results);

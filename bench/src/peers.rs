@@ -4,15 +4,18 @@
 //! an acknowledged write is worth there.
 
 use crate::ClusterArgs;
+use crate::ceph::{self, Ceph};
 use crate::cluster::{Cluster, VOLUME, ensure_size, wait_settled};
 use crate::environment::Environment;
-use crate::report::Report;
+use crate::fio::Fio;
+use crate::report::{Goal, Report};
 use crate::rival::{Rival, Server};
 use crate::run::load::Load;
 use crate::run::measure::{Client, Plan, Subject, prepare};
 use crate::run::result::Results;
+use crate::run::results;
+use crate::run::summary::{self, Row, find};
 use crate::run::target::Target;
-use crate::run::{results, summary};
 use anyhow::{Context, ensure};
 use clap::Args;
 use std::path::PathBuf;
@@ -21,9 +24,10 @@ use std::process::ExitCode;
 /// Arguments of `ashlar bench peers`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Servers that are not installed are left out and named. Others can be added, such as Ceph RBD\n\
-    through its own NBD server:\n  \
-    ashlar bench peers --also 'rbd=nbd+unix:///img?socket=/run/rbd.sock' --also-promises 'rbd=3 copies, durable'\n\n\
+    after_help = "Servers that are not installed are left out and named. Where Ceph's packages are there (ceph-mon,\n\
+    ceph-mgr, ceph-osd, ceph-common), a cluster of three OSDs is started for the run, without its services, and\n\
+    measured by fio's engine rbd. Others can be added:\n  \
+    ashlar bench peers --also 'other=nbd+unix:///img?socket=/run/o.sock' --also-promises 'other=3 copies, durable'\n\n\
     nbdkit and nbd-server go through the page cache: their reads cost no disk at all while the file fits memory."
 )]
 pub struct PeersArgs {
@@ -37,8 +41,11 @@ pub struct PeersArgs {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     pub rounds: u32,
     /// IOs in flight, one measurement each.
-    #[arg(long, value_delimiter = ',', default_value = "1,32", value_parser = clap::value_parser!(u32).range(1..=127))]
+    #[arg(long, value_delimiter = ',', default_value = "1,32", value_parser = clap::value_parser!(u32).range(1..=255))]
     pub depths: Vec<u32>,
+    /// Start no Ceph cluster, though its packages are there.
+    #[arg(long)]
+    pub no_ceph: bool,
     /// A further peer, NAME=TARGET as `bench run` takes it; its server is running already.
     #[arg(long, value_name = "NAME=TARGET")]
     pub also: Vec<String>,
@@ -54,6 +61,7 @@ pub struct PeersArgs {
 }
 
 const RAW: &str = "raw";
+const NVME: &str = "ashlar NVMe/TCP";
 
 /// A peer and what it promises.
 struct Peer {
@@ -89,7 +97,7 @@ fn measure(args: &PeersArgs, cluster: &Cluster, also: Vec<Peer>) -> anyhow::Resu
         subject: Subject::file(RAW, &scratch.join("raw.raw")),
         promises: "1 copy; each write synced (O_DSYNC)".into(),
     };
-    let mut peers = vec![raw, on_volume("ashlar NVMe/TCP", "nvme")?, on_volume("ashlar NBD", "nbd+unix")?];
+    let mut peers = vec![raw, on_volume(NVME, "nvme")?, on_volume("ashlar NBD", "nbd+unix")?];
     // The second is the same volume.
     prepare(&peers[0].subject, size)?;
     prepare(&peers[1].subject, size)?;
@@ -104,8 +112,24 @@ fn measure(args: &PeersArgs, cluster: &Cluster, also: Vec<Peer>) -> anyhow::Resu
         peers.push(Peer { subject: rival.subject(), promises: server.guarantee().into() });
         servers.push(rival);
     }
-    if !also.iter().any(|peer| peer.subject.name.contains("rbd")) {
-        missing.push(ceph());
+    let fio = Fio::probe(&scratch.join("fio"), [&ceph::target(scratch)]);
+    let ceph = match (args.no_ceph, ceph::missing(), &fio) {
+        (true, ..) => Err("left out by --no-ceph".to_owned()),
+        (_, Some(why), _) => Err(why),
+        (.., Err(why)) => Err(format!("{why:#}")),
+        _ => Ok(Ceph::start(scratch, size)?),
+    };
+    match &ceph {
+        Ok(ceph) => {
+            let (subject, promises) = (ceph.subject(), ceph::PROMISE.into());
+            eprintln!("writing {} MiB of {}", size >> 20, subject.name);
+            fio.as_ref().map_or(Ok(()), |fio| fio.fill(&subject.target, size))?;
+            peers.push(Peer { subject, promises });
+        }
+        Err(why) => {
+            eprintln!("note: {}: not measured: {why}", ceph::NAME);
+            missing.push(format!("{}: not measured: {why}.", ceph::NAME));
+        }
     }
     for peer in &also {
         prepare(&peer.subject, size)?;
@@ -118,47 +142,80 @@ fn measure(args: &PeersArgs, cluster: &Cluster, also: Vec<Peer>) -> anyhow::Resu
         .flat_map(|reads| args.depths.iter().map(|depth| Load::random_4k(*reads, *depth, size)))
         .collect();
     let subjects: Vec<Subject> = peers.iter().map(|peer| peer.subject.clone()).collect();
-    let (client, rounds, seconds) = (Client::Own, args.rounds, args.seconds.into());
+    let client = fio.map_or(Client::Own, Client::OwnOr);
+    let (rounds, seconds) = (args.rounds, args.seconds.into());
     let plan = Plan { client: &client, subjects: &subjects, loads: &loads, seconds, warm_up: 0.5, rounds };
-    let runs = plan.measure()?.into_iter().map(|(run, _)| run).collect();
+    let runs = plan.measure()?.into_iter().map(|one| one.run).collect();
     let results = results(&plan, environment, runs);
     Ok(report(results, &peers, &missing))
 }
 
 fn report(results: Results, peers: &[Peer], missing: &[String]) -> Report {
+    let rows = summary::rows(&results);
     let promises = peers.iter().map(|peer| format!("| {} | {} |\n", peer.subject.name, peer.promises));
+    let ceph = peers.iter().any(|peer| peer.subject.name == ceph::NAME);
+    let by_fio = if ceph {
+        "Ceph RBD's client is fio's engine rbd, whose librbd does what ours leaves to the targets: its client's CPU is \
+         not counted in the goals.\n"
+    } else {
+        ""
+    };
     let missing = missing.iter().map(|line| format!("- {line}\n")).collect::<String>();
     Report {
         title: "What a user would pick instead",
         command: "ashlar bench peers --write-markdown",
         about: "4 KiB random IO; servers on one machine with the client and one disk, over Unix sockets or loopback.".into(),
-        bases: vec![RAW, Server::QemuNbd.name()],
+        bases: vec![RAW, Server::QemuNbd.name(), ceph::NAME],
         notes: format!(
-            "## What an acknowledged write is worth\n\n| subject | promise |\n|---|---|\n{}\n{missing}",
+            "## What an acknowledged write is worth\n\n| subject | promise |\n|---|---|\n{}\n{by_fio}{missing}",
             promises.collect::<String>()
         )
         .trim_end()
         .to_owned(),
-        rows: summary::rows(&results),
-        goals: Vec::new(),
+        goals: goals(&rows),
+        rows,
         results,
     }
 }
 
-fn versions() -> String {
-    let known = Server::ALL.into_iter().filter_map(Server::version);
-    known.collect::<Vec<_>>().join(", ")
+/// Against Ceph, where it was measured.
+fn goals(rows: &[Row]) -> Vec<Goal> {
+    if rows.iter().all(|row| row.subject != ceph::NAME) {
+        return Vec::new();
+    }
+    let both = |row: &Row| {
+        let ours = find(rows, NVME, &row.load)?;
+        Some((row.load.clone(), ours.iops / row.iops, ours.server_us_per_io? / row.server_us_per_io?))
+    };
+    let pairs: Vec<(Load, f64, f64)> =
+        rows.iter().filter(|row| row.subject == ceph::NAME).filter_map(both).collect();
+    let faster = |depth| {
+        let writes = |(load, ..): &&(Load, f64, f64)| load.read_percent == 0 && load.depth == depth;
+        pairs.iter().find(writes).map(|(_, times, _)| *times)
+    };
+    let cpu = |reads| {
+        let of = pairs.iter().filter(|(load, ..)| load.read_percent == reads);
+        of.map(|(.., part)| *part).reduce(f64::max)
+    };
+    vec![
+        Goal::new("write QD1, IOPS at least 6 times Ceph's", faster(1), |times| times >= 6.0),
+        Goal::new("write QD32, IOPS at least 12 times Ceph's", faster(32), |times| times >= 12.0),
+        Goal::new(
+            "servers' CPU a write, at the depth where it is most, at most 0.1 of Ceph's",
+            cpu(0),
+            |part| part <= 0.1,
+        ),
+        Goal::new(
+            "servers' CPU a read, at the depth where it is most, at most 0.1 of Ceph's",
+            cpu(100),
+            |part| part <= 0.1,
+        ),
+    ]
 }
 
-/// Why Ceph is not among them.
-fn ceph() -> String {
-    let here = std::process::Command::new("ceph-osd").arg("--version").output().is_ok();
-    let why = if here {
-        "its packages are here, but this command starts no Ceph cluster: map an image and name it by --also"
-    } else {
-        "ceph-osd cannot be run (apt-get install ceph-osd ceph-mon rbd-nbd), and its image is to be named by --also"
-    };
-    format!("Ceph RBD: not measured: {why}.")
+fn versions() -> String {
+    let known = Server::ALL.into_iter().filter_map(Server::version).chain(ceph::version());
+    known.collect::<Vec<_>>().join(", ")
 }
 
 /// The further peers of the command line.
@@ -216,8 +273,38 @@ mod tests {
     fn the_page_tells_promises_and_who_was_not_there() -> anyhow::Result<()> {
         let results = Results::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/result-1.json"))?;
         let peers = [Peer { subject: Subject::file("a", Path::new("/x")), promises: "nothing".into() }];
-        let page = report(results, &peers, &[ceph()]).markdown();
+        let report = report(results, &peers, &["Ceph RBD: not measured".into()]);
+        let page = report.markdown();
         assert!(page.contains("| a | nothing |") && page.contains("- Ceph RBD: not measured"), "{page}");
+        assert!(
+            report.goals.is_empty() && !page.contains("x Ceph"),
+            "nothing is compared with who is not there"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn ceph_is_beaten_at_each_depth_and_by_cpu_at_the_worst() -> anyhow::Result<()> {
+        let results = Results::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/result-1.json"))?;
+        let model = summary::rows(&results)[0].clone();
+        let row = |subject: &str, reads, depth, iops, cpu| Row {
+            subject: subject.into(),
+            load: Load::random_4k(reads, depth, 1 << 20),
+            iops,
+            server_us_per_io: Some(cpu),
+            ..model.clone()
+        };
+        let mut rows = Vec::new();
+        for (reads, depth, theirs, ours) in
+            [(0, 1, 500.0, 3100.0), (0, 32, 1000.0, 11_900.0), (100, 1, 2000.0, 9000.0)]
+        {
+            rows.push(row(ceph::NAME, reads, depth, theirs, 1000.0));
+            rows.push(row(NVME, reads, depth, ours, if depth == 32 { 101.0 } else { 50.0 }));
+        }
+        let found = goals(&rows);
+        assert_eq!(found.iter().map(|goal| goal.met).collect::<Vec<_>>(), [true, false, false, true]);
+        assert_eq!(found[2].found, Some(0.101));
+        assert!(goals(&rows[1..2]).is_empty());
         Ok(())
     }
 }

@@ -34,7 +34,7 @@ svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft);
   body { font-size: 10pt; margin: 0; padding: 0; max-width: none; } h2 { break-after: avoid; } .key { break-after: avoid; }
   .wide { overflow: visible; } table { font-size: 7.5pt; } tr { break-inside: avoid; }
   th, td { padding: .12rem .3rem; } th { white-space: normal; }
-  .plots { grid-template-columns: 1fr 1fr; } figcaption { font-size: 8.5pt; } svg text, svg text.name { font-size: 15px; } }";
+  .plots { grid-template-columns: 1fr 1fr; } figcaption { font-size: 8.5pt; } .plots svg text { font-size: 15px; } svg.bars text { font-size: 13.5px; } }";
 
 /// The page.
 pub fn page(results: &Results) -> String {
@@ -168,22 +168,8 @@ fn medians(rows: &[Row], subjects: &[&str]) -> String {
 }
 
 fn processes(results: &Results) -> String {
-    let mut rows = Vec::new();
-    for run in results.runs.iter().filter(|run| run.round == 0) {
-        for one in &run.processes {
-            rows.push(vec![
-                run.load.label(),
-                run.subject.clone(),
-                one.name.clone(),
-                format!("{:.2}", one.cpu_s),
-                format!("{:.1}", one.cpu_us_per_io),
-                if one.rss_bytes > 0 { (one.rss_bytes >> 20).to_string() } else { "-".into() },
-                one.switches.to_string(),
-            ]);
-        }
-    }
-    let header = ["load", "subject", "process", "CPU s", "us/IO", "MiB", "context switches"];
-    "<p>Of the first round.</p>\n".to_owned() + &html_table(&header, 3, &rows)
+    let rows = summary::processes(results);
+    "<p>Of the first round.</p>\n".to_owned() + &html_table(&summary::PROCESS_HEADER, 3, &rows)
 }
 
 /// The loads that differ in nothing but their depth, by what they have in common.
@@ -224,11 +210,11 @@ fn against_depth(pattern: &str, loads: &[Load], rows: &[Row], subjects: &[&str])
         "IOPS against depth",
         &line(&|row| Some(row.iops), "", false),
         &x,
-        &axis("IOPS", Scale::Linear),
+        &axis("IOs a second", Scale::Linear),
     );
     let mut latencies = line(&|row| row.p50_us, ", p50", false);
     latencies.extend(line(&|row| row.p99_us, ", p99", true));
-    let latency = lines("latency against depth", &latencies, &x, &axis("us", Scale::Log10));
+    let latency = lines("latency against depth", &latencies, &x, &axis("latency, us", Scale::Log10));
     figure(&format!("{pattern}: IOs a second"), &iops)
         + &figure(&format!("{pattern}: latency, p50 solid, p99 dashed"), &latency)
 }
@@ -291,8 +277,9 @@ fn percentiles(results: &Results, load: &Load, subjects: &[&str]) -> String {
     });
     let most = series.iter().flat_map(|one| &one.points).map(|(part, _)| *part).fold(0.99, f64::max);
     let nines = [0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999].into_iter().filter(|part| *part <= most);
-    let x = Axis { label: "part of all IOs".into(), scale: Scale::Nines, ticks: nines.collect() };
-    let y = Axis { label: "us".into(), scale: Scale::Log10, ticks: Vec::new() };
+    let x =
+        Axis { label: "part of all IOs that took less".into(), scale: Scale::Nines, ticks: nines.collect() };
+    let y = Axis { label: "latency, us".into(), scale: Scale::Log10, ticks: Vec::new() };
     lines("latency by percentile", &series, &x, &y)
 }
 
@@ -301,8 +288,8 @@ fn timeline(results: &Results, load: &Load, subjects: &[&str]) -> String {
         let points: Vec<_> = run.timeline.iter().map(|moment| (moment.s, moment.iops)).collect();
         (!points.is_empty()).then_some(points)
     });
-    let x = Axis { label: "seconds".into(), scale: Scale::Linear, ticks: Vec::new() };
-    let y = Axis { label: "IOPS".into(), scale: Scale::Linear, ticks: Vec::new() };
+    let x = Axis { label: "time, s".into(), scale: Scale::Linear, ticks: Vec::new() };
+    let y = Axis { label: "IOs a second".into(), scale: Scale::Linear, ticks: Vec::new() };
     lines("IOs a second over time", &series, &x, &y)
 }
 
@@ -327,6 +314,110 @@ mod tests {
         let curves = page(&results);
         assert!(curves.contains("against depth</h2>") && curves.ends_with("</html>\n"));
         assert!(!curves.contains("NaN"));
+    }
+
+    /// A page with curves, bars, percentiles and time lines of two subjects.
+    fn full() -> String {
+        let mut results = results();
+        let mut deeper = results.runs.clone();
+        deeper.iter_mut().for_each(|run| run.load.depth = 128);
+        results.runs.extend(deeper);
+        page(&results)
+    }
+
+    #[test]
+    fn a_page_has_its_sections_in_order_and_needs_nothing_beside_it() {
+        let page = full();
+        let sections = [
+            "Medians of the rounds",
+            "IOs a second and latency against depth",
+            "Latency by percentile",
+            "Time line",
+            "Processor time for each IO",
+            "Processes",
+            "Environment",
+        ];
+        let places: Vec<_> =
+            sections.iter().map(|name| page.find(&format!("<h2>{name}")).expect(name)).collect();
+        assert!(places.is_sorted(), "{places:?}");
+        for outside in ["http:", "https:", "src=", "href=", "<script", "@import", "url(", "<img", "<link"] {
+            assert!(!page.contains(outside), "{outside}");
+        }
+        for query in ["prefers-color-scheme: dark", "@media print"] {
+            assert!(page.contains(query), "{query}");
+        }
+    }
+
+    #[test]
+    fn every_tag_is_closed_and_every_plot_has_a_legend_axes_and_units() {
+        let page = full();
+        let body = &page[page.find("<h1>").expect("a heading")..page.rfind("</html>").expect("an end")];
+        let mut open: Vec<&str> = Vec::new();
+        for tag in body.split('<').skip(1) {
+            let (tag, _) = tag.split_once('>').expect("a tag ends");
+            match tag.strip_prefix('/') {
+                Some(name) => assert_eq!(open.pop(), Some(name), "{open:?}"),
+                // HTML lets these go unclosed; this page closes them nevertheless.
+                None if tag.ends_with('/') => {}
+                None => open.push(tag.split(' ').next().unwrap_or_default()),
+            }
+        }
+        assert!(open.is_empty(), "{open:?}");
+        let plots: Vec<&str> = page.split("<svg").skip(1).filter(|svg| svg.contains("<polyline")).collect();
+        assert!(plots.len() >= 6, "{}", plots.len());
+        for plot in plots {
+            let svg = plot.split("</svg>").next().unwrap_or_default();
+            assert_eq!(svg.matches("class=\"name\"").count(), 2, "both axes say what they are: {svg}");
+            assert!(svg.contains("aria-label=") && svg.contains("class=\"grid\""), "{svg}");
+        }
+        for section in ["against depth", "by percentile", "Time line"] {
+            let from = page.find(section).expect(section);
+            let plots = page[from..].find("<svg").expect("a plot") + from;
+            for subject in 0..2 {
+                assert!(page[from..plots].contains(&format!("--s{subject})")), "no legend: {section}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_drawn_outside_of_its_picture() {
+        let page = full();
+        for svg in page.split("<svg").skip(1) {
+            let svg = svg.split("</svg>").next().unwrap_or_default();
+            let numbers = |text: &str| -> Vec<f64> {
+                text.split([' ', ',']).filter_map(|word| word.parse().ok()).collect()
+            };
+            let attribute = |part: &str, name: &str| -> Vec<f64> {
+                let value =
+                    part.split_once(&format!(" {name}=\"")).and_then(|(_, rest)| rest.split_once('"'));
+                value.map_or(Vec::new(), |(value, _)| numbers(value))
+            };
+            let view = attribute(svg, "viewBox");
+            let (width, height) = (view[2], view[3]);
+            for part in svg.split('<').skip(1) {
+                let (x, y) = (attribute(part, "x"), attribute(part, "y"));
+                assert!(x.iter().all(|x| (0.0..=width).contains(x)), "{part}");
+                assert!(y.iter().all(|y| (0.0..=height).contains(y)), "{part}");
+                let widths = attribute(part, "width");
+                assert!(x.iter().zip(&widths).all(|(x, wide)| x + wide <= width), "{part}");
+                for point in attribute(part, "points").chunks(2) {
+                    let within = (0.0..=width).contains(&point[0]) && (0.0..=height).contains(&point[1]);
+                    assert!(within, "{point:?} of {part}");
+                }
+                // A bar's name ends at its x, and what is behind it begins there.
+                if let Some((tag, words)) = part.split_once('>').filter(|(tag, _)| tag.starts_with("text")) {
+                    let wide = words.chars().count() as f64 * 7.5;
+                    let x = x.first().copied().unwrap_or(width / 2.0);
+                    let left_of = match tag {
+                        end if end.contains("\"end\"") => wide,
+                        middle if middle.contains("\"middle\"") => wide / 2.0,
+                        _ => 0.0,
+                    };
+                    let (from, to) = (x - left_of, x - left_of + wide);
+                    assert!(from >= -1.0 && to <= width + 1.0, "{words} from {from} to {to} of {width}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use super::driver::{Done, Driver, FileDriver, NbdDriver, NvmeDriver, VolumeDriver};
 use super::load::{BLOCK_BYTES, Io, Ios, Load};
 use super::target::Target;
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use hdrhistogram::Histogram;
 use protocol::types::{Span, Time};
 use reactor::ring::{Ring, RingConfig};
@@ -53,6 +53,7 @@ pub fn histogram() -> Histogram<u64> {
 pub fn connect(ring: &mut Ring, target: &Target, load: &Load, job: u32) -> anyhow::Result<Box<dyn Driver>> {
     let read_only = load.read_percent == 100;
     Ok(match target {
+        Target::Rbd(_) => bail!("RBD is spoken by fio only"),
         Target::File(path) => Box::new(FileDriver::open(ring, path, load.dsync, read_only)?),
         Target::NbdTcp { addr, export } => {
             Box::new(NbdDriver::open(ring, Addr::Tcp(*addr), export, read_only)?)

@@ -5,7 +5,7 @@
 
 use super::job::{self, Tick, Times};
 use super::load::{self, BLOCK_BYTES, Io, Load};
-use super::result::{Latency, Moment, ProcessUse, Run};
+use super::result::{Intervals, Latency, Moment, ProcessUse, Run};
 use super::target::Target;
 use crate::{fio, process};
 use anyhow::{Context, ensure};
@@ -49,13 +49,15 @@ pub enum Client {
     Own,
     /// Stock fio.
     Fio(fio::Fio),
+    /// Our own, and fio for what ours does not speak.
+    OwnOr(fio::Fio),
 }
 
 impl Client {
     /// As results name it.
     pub fn name(&self) -> String {
         match self {
-            Self::Own => "ashlar".to_owned(),
+            Self::Own | Self::OwnOr(_) => "ashlar".to_owned(),
             Self::Fio(fio) => fio.version.clone(),
         }
     }
@@ -79,7 +81,15 @@ pub struct Plan<'a> {
 }
 
 /// A measurement with all its latencies in nanoseconds.
-pub type Measured = (Run, Histogram<u64>);
+#[derive(Debug)]
+pub struct Measured {
+    /// What results keep of it.
+    pub run: Run,
+    /// All of its latencies.
+    pub times: Histogram<u64>,
+    /// The same by moments, as lines of a histogram log.
+    pub intervals: Intervals,
+}
 
 /// How long a server may go on writing after a measurement of writes.
 const SETTLE_MAX: Duration = Duration::from_secs(15);
@@ -90,13 +100,21 @@ impl Plan<'_> {
     /// # Errors
     /// A target that cannot be reached, an IO that fails, or data that is not what was written.
     pub fn measure(&self) -> anyhow::Result<Vec<Measured>> {
+        self.measure_settling(SETTLE_MAX)
+    }
+
+    /// The same, waiting for no longer than this until servers that were written to are at rest.
+    ///
+    /// # Errors
+    /// See [`Plan::measure`].
+    pub fn measure_settling(&self, settle_max: Duration) -> anyhow::Result<Vec<Measured>> {
         let mut all = Vec::new();
         for load in self.loads {
             for round in 0..self.rounds {
                 // Nobody always comes first: A B, B A, A B.
                 for at in 0..self.subjects.len() {
                     let subject = &self.subjects[(at + round as usize) % self.subjects.len()];
-                    all.push(self.one(subject, load, round)?);
+                    all.push(self.one(subject, load, round, settle_max)?);
                 }
             }
         }
@@ -104,14 +122,17 @@ impl Plan<'_> {
     }
 
     /// Measures one subject under one load, and waits until its servers are at rest again.
-    ///
-    /// # Errors
-    /// See [`Plan::measure`].
-    pub fn one(&self, subject: &Subject, load: &Load, round: u32) -> anyhow::Result<Measured> {
+    fn one(
+        &self,
+        subject: &Subject,
+        load: &Load,
+        round: u32,
+        settle_max: Duration,
+    ) -> anyhow::Result<Measured> {
         let measured = self.one_busy(subject, load, round)?;
         if load.read_percent < 100 && subject.flushes {
             // What is still flushed must not be counted for the next one.
-            process::settle(&subject.pids, SETTLE_MAX);
+            process::settle(&subject.pids, settle_max);
         }
         Ok(measured)
     }
@@ -124,12 +145,15 @@ impl Plan<'_> {
         let secs = Duration::from_secs_f64;
         let times = Times { warm_up: secs(self.warm_up), measured: secs(self.seconds) };
         let measured = match self.client {
-            Client::Own => by_us(subject, load, times, round),
             Client::Fio(fio) => fio.measure(subject, load, times, round),
+            Client::OwnOr(fio) if matches!(subject.target, Target::Rbd(_)) => {
+                fio.measure(subject, load, times, round)
+            }
+            Client::Own | Client::OwnOr(_) => by_us(subject, load, times, round),
         };
-        let (run, latencies) = measured.with_context(|| subject.name.clone())?;
-        eprintln!("{}", run.line());
-        Ok((run, latencies))
+        let measured = measured.with_context(|| subject.name.clone())?;
+        eprintln!("{}", measured.run.line());
+        Ok(measured)
     }
 }
 
@@ -222,7 +246,7 @@ fn by_us(subject: &Subject, load: &Load, times: Times, round: u32) -> anyhow::Re
     let pids: Vec<i32> =
         std::iter::once(std::process::id().cast_signed()).chain(subject.pids.iter().copied()).collect();
     let (tell, ticks) = mpsc::channel();
-    let mut watch = Watch::new(&format!("{} #{}", subject.name, round + 1), times);
+    let mut watch = Watch::new(&format!("{} #{}", subject.name, round + 1), round, times);
     let (before, after) = std::thread::scope(|scope| {
         let jobs: Vec<_> = (0..load.jobs)
             .map(|job| {
@@ -258,7 +282,7 @@ fn by_us(subject: &Subject, load: &Load, times: Times, round: u32) -> anyhow::Re
         processes: uses(&pids, &before, &after, all.len()),
         timeline: watch.timeline,
     };
-    Ok((run, all))
+    Ok(Measured { run, times: all, intervals: watch.intervals })
 }
 
 /// What the jobs tell, summed up, and shown while it happens.
@@ -275,6 +299,7 @@ struct Watch {
     moment_bytes: u64,
     moment_from: f64,
     timeline: Vec<Moment>,
+    intervals: Intervals,
     bar: ProgressBar,
 }
 
@@ -282,7 +307,7 @@ struct Watch {
 const MOMENT_S: f64 = 0.5;
 
 impl Watch {
-    fn new(name: &str, times: Times) -> Self {
+    fn new(name: &str, round: u32, times: Times) -> Self {
         let bar = ProgressBar::new((times.warm_up + times.measured).as_millis() as u64);
         let style = ProgressStyle::with_template("{prefix} {wide_bar} {msg}").expect("a fixed template");
         bar.set_style(style);
@@ -301,6 +326,7 @@ impl Watch {
             moment_bytes: 0,
             moment_from: 0.0,
             timeline,
+            intervals: Intervals::new(round),
             bar,
         }
     }
@@ -320,6 +346,10 @@ impl Watch {
         while let Ok(tick) = ticks.recv() {
             self.take(tick)?;
         }
+        if !self.moment.is_empty() {
+            // The rest of the last moment: too short for the time line, but the log has every IO.
+            self.intervals.add(self.moment_from, self.since_start() - self.moment_from, &self.moment)?;
+        }
         self.bar.finish_and_clear();
         Ok(())
     }
@@ -336,14 +366,16 @@ impl Watch {
         self.bytes += tick.bytes;
         self.moment_bytes += tick.bytes;
         self.unserved += tick.unserved;
-        let now = self.started.elapsed().as_secs_f64() - self.times.warm_up.as_secs_f64();
-        if now - self.moment_from >= MOMENT_S {
-            self.end_moment(now);
-        }
-        Ok(())
+        let now = self.since_start();
+        if now - self.moment_from >= MOMENT_S { self.end_moment(now) } else { Ok(()) }
     }
 
-    fn end_moment(&mut self, now: f64) {
+    /// Seconds since the measurement began.
+    fn since_start(&self) -> f64 {
+        self.started.elapsed().as_secs_f64() - self.times.warm_up.as_secs_f64()
+    }
+
+    fn end_moment(&mut self, now: f64) -> anyhow::Result<()> {
         let length = now - self.moment_from;
         let us = |part| self.moment.value_at_quantile(part) as f64 / 1000.0;
         let (iops, p99_us) = (self.moment.len() as f64 / length, us(0.99));
@@ -355,7 +387,9 @@ impl Watch {
             us(0.999)
         ));
         self.timeline.push(Moment { s: now, iops, p99_us });
+        self.intervals.add(self.moment_from, length, &self.moment)?;
         self.moment.reset();
         (self.moment_bytes, self.moment_from) = (0, now);
+        Ok(())
     }
 }

@@ -4,7 +4,7 @@
 //! Invariant: figures are worked out once, in [`result`] and [`summary`], and printed, compared and plotted from there.
 
 pub mod compare;
-mod driver;
+pub(crate) mod driver;
 pub mod html;
 pub mod job;
 pub mod load;
@@ -21,7 +21,7 @@ use crate::dev::DevFile;
 use crate::environment::{self, Environment};
 use crate::fio::Fio;
 use crate::{Output, parse_bytes, process, report};
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::Args;
 use comfy_table::presets;
 use load::{Load, Order, Sizes};
@@ -144,7 +144,7 @@ pub struct CommonArgs {
 /// Where results go.
 #[derive(Args, Debug)]
 pub struct KeepArgs {
-    /// Where the result goes; beside it, the distributions as .hgrm files.
+    /// Where the result goes; beside it, the distributions as .hgrm and .hlog files.
     #[arg(long, value_name = "FILE", default_value = "result.json")]
     save: PathBuf,
     /// Also a report as one HTML page.
@@ -156,6 +156,18 @@ pub struct KeepArgs {
     /// How to print.
     #[arg(long, short, value_enum, default_value_t)]
     output: Output,
+}
+
+impl KeepArgs {
+    /// Makes the folders of what is kept, before anything is measured for it.
+    fn make_folders(&self) -> anyhow::Result<()> {
+        let files = [Some(&self.save), self.html.as_ref(), self.write_markdown.as_ref()];
+        for folder in files.into_iter().flatten().filter_map(|file| file.parent()) {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("{} cannot be made", folder.display()))?;
+        }
+        Ok(())
+    }
 }
 
 /// Runs `bench run`.
@@ -240,6 +252,7 @@ fn measure(
     args: &CommonArgs,
     client: &Client,
 ) -> anyhow::Result<Results> {
+    args.keep.make_folders()?;
     if args.prepare {
         let bytes = loads.iter().map(|load| load.bytes).max().unwrap_or(0);
         subjects.iter().try_for_each(|subject| prepare(subject, bytes))?;
@@ -260,7 +273,7 @@ fn settle(subjects: &[Subject]) {
     }
 }
 
-/// Writes the result, and a distribution for each subject and load.
+/// Writes the result, and for each subject and load a distribution and a log of its moments.
 fn keep(plan: &Plan<'_>, measured: Vec<Measured>, args: &KeepArgs) -> anyhow::Result<Results> {
     let scratch = args.save.parent().filter(|folder| folder.is_dir()).unwrap_or(Path::new("."));
     let environment = Environment::read(scratch, String::new(), String::new());
@@ -268,21 +281,23 @@ fn keep(plan: &Plan<'_>, measured: Vec<Measured>, args: &KeepArgs) -> anyhow::Re
     for subject in plan.subjects {
         for load in plan.loads {
             let mut sum = job::histogram();
-            for (run, times) in &measured {
-                if run.subject == subject.name && run.load == *load {
-                    sum.add(times)?;
-                }
+            let mut log = result::HLOG_HEAD.to_owned();
+            let of_both = |one: &&Measured| one.run.subject == subject.name && one.run.load == *load;
+            for one in measured.iter().filter(of_both) {
+                sum.add(&one.times)?;
+                log += one.intervals.lines();
             }
             let which = if loads > 1 {
                 format!(".{}", load.label().replace([' ', ',', '/'], "_"))
             } else {
                 String::new()
             };
-            let name = format!("{}{which}.hgrm", subject.name);
-            report::write(&args.save.with_extension(name), &result::hgrm(&sum))?;
+            let beside = |end: &str| args.save.with_extension(format!("{}{which}.{end}", subject.name));
+            report::write(&beside("hgrm"), &result::hgrm(&sum))?;
+            report::write(&beside("hlog"), &log)?;
         }
     }
-    let results = results(plan, environment, measured.into_iter().map(|(run, _)| run).collect());
+    let results = results(plan, environment, measured.into_iter().map(|one| one.run).collect());
     results.write(&args.save)?;
     Ok(results)
 }
@@ -325,7 +340,11 @@ fn show(results: &Results, args: &KeepArgs, command: &str) -> anyhow::Result<()>
         Output::Json => println!("{}", serde_json::to_string_pretty(results)?),
         Output::Text => {
             let table = table(presets::UTF8_FULL_CONDENSED);
-            println!("{line}\n{setting}\n{table}\n\nkept in {}", args.save.display());
+            // Of a grid, this is for the page.
+            let lone = results.loads().len() == 1;
+            let processes =
+                if lone { format!("\n{}", summary::process_table(results)) } else { String::new() };
+            println!("{line}\n{setting}\n{table}{processes}\n\nkept in {}", args.save.display());
         }
     }
     Ok(())
@@ -349,10 +368,9 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
 mod tests {
     use super::*;
     use crate::rival::{Rival, Server};
-    use anyhow::Context;
 
     fn common(dir: &Path) -> CommonArgs {
-        let (save, html) = (dir.join("result.json"), Some(dir.join("report.html")));
+        let (save, html) = (dir.join("result.json"), Some(dir.join("made/report.html")));
         let (write_markdown, output) = (Some(dir.join("page.md")), Output::Json);
         let keep = KeepArgs { save, html, write_markdown, output };
         CommonArgs { seconds: 0.6, warm_up: 0.1, rounds: 2, prepare: true, keep }
@@ -417,9 +435,13 @@ mod tests {
         }
         show(&results, &args.keep, "ashlar bench run")?;
         assert!(std::fs::read_to_string(dir.path().join("page.md"))?.contains("| zipfrw 60 % reads"));
-        assert!(std::fs::read_to_string(dir.path().join("report.html"))?.contains("</html>"));
+        assert!(std::fs::read_to_string(dir.path().join("made/report.html"))?.contains("</html>"));
         assert_eq!(Results::read(&args.keep.save)?.runs.len(), results.runs.len());
         assert!(dir.path().join("result.raw.hgrm").is_file());
+        let log = std::fs::read(dir.path().join("result.raw.hlog"))?;
+        let raw = results.runs.iter().filter(|run| run.subject == "raw");
+        let ios: u64 = raw.flat_map(|run| [&run.reads, &run.writes]).flatten().map(|one| one.ios).sum();
+        assert_eq!(result::hlog_ios(&log)?, ios, "the log has every IO of both rounds");
         Ok(())
     }
 

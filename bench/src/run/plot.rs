@@ -79,9 +79,13 @@ pub fn short(value: f64) -> String {
         format!("{}{unit}", text.strip_suffix(".0").unwrap_or(&text))
     };
     match value.abs() {
+        tiny if tiny > 0.0 && tiny < 0.001 => format!("{value}"),
+        part if part < 10.0 && (value * 10.0).fract() != 0.0 => {
+            let text = format!("{value:.3}");
+            text.trim_end_matches('0').trim_end_matches('.').to_owned()
+        }
         big if big >= 1e6 => trimmed(value / 1e6, "M"),
         some if some >= 1e3 => trimmed(value / 1e3, "K"),
-        small if small > 0.0 && small < 0.1 => format!("{value}"),
         _ => trimmed(value, ""),
     }
 }
@@ -229,16 +233,22 @@ pub struct Bar {
     pub text: String,
 }
 
+/// Width of a character beside a bar, at the size of the page's style on paper, where it is larger than on a screen.
+const CHAR_WIDTH: f64 = 8.0;
+
 /// Bars from zero on, one below the other.
 pub fn bars(about: &str, bars: &[Bar]) -> String {
     const ROW: usize = 26;
     let sum = |bar: &Bar| bar.parts.iter().map(|(_, value)| value).sum::<f64>();
     let most = bars.iter().map(sum).fold(f64::MIN_POSITIVE, f64::max);
-    let names = bars.iter().map(|bar| bar.name.chars().count()).max().unwrap_or(0) as f64 * 6.7 + 14.0;
-    let texts = bars.iter().map(|bar| bar.text.chars().count()).max().unwrap_or(0) as f64 * 6.7 + 14.0;
+    let longest = |text: fn(&Bar) -> &String| {
+        let most = bars.iter().map(|bar| text(bar).chars().count()).max().unwrap_or(0);
+        most as f64 * CHAR_WIDTH + 14.0
+    };
+    let (names, texts) = (longest(|bar| &bar.name), longest(|bar| &bar.text));
     let (width, room) = (960.0, (960.0 - names - texts).max(100.0));
     let mut svg = format!(
-        "<svg viewBox=\"0 0 {width} {}\" role=\"img\" aria-label=\"{}\">",
+        "<svg class=\"bars\" viewBox=\"0 0 {width} {}\" role=\"img\" aria-label=\"{}\">",
         bars.len() * ROW + 4,
         escaped(about)
     );
@@ -303,8 +313,8 @@ mod tests {
         assert_eq!(round_ticks(1.2), [0.0, 0.25, 0.5, 0.75, 1.0]);
         assert_eq!(power_ticks(Scale::Log2, -0.1, 7.2), [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]);
         assert_eq!(power_ticks(Scale::Log10, 1.9, 3.1), [100.0, 200.0, 500.0, 1000.0]);
-        let shown = [0.0, 50.0, 1500.0, 20_000.0, 2_500_000.0].map(short);
-        assert_eq!(shown, ["0", "50", "1.5K", "20K", "2.5M"]);
+        let shown = [0.0, 0.25, 0.5, 2.5, 50.0, 1500.0, 20_000.0, 2_500_000.0].map(short);
+        assert_eq!(shown, ["0", "0.25", "0.5", "2.5", "50", "1.5K", "20K", "2.5M"]);
         assert_eq!(label(Scale::Nines, 0.999), "99.9 %");
     }
 

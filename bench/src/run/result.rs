@@ -6,9 +6,12 @@ use crate::environment::Environment;
 use crate::run::load::Load;
 use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
+use hdrhistogram::serialization::V2DeflateSerializer;
+use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
 use std::path::Path;
+use std::time::Duration;
 
 /// The schema's name and version. A change of meaning counts it up.
 pub const SCHEMA: &str = "ashlar-bench-result/2";
@@ -249,6 +252,61 @@ pub fn hgrm(times: &Histogram<u64>) -> String {
         times.len()
     );
     text
+}
+
+/// The first lines of a histogram log; what follows are [`Intervals`] of one or more rounds.
+pub const HLOG_HEAD: &str = "#[Histogram log format version 1.3]\n\
+    #[Nanoseconds; each round has its tag and begins at 0]\n\
+    \"StartTimestamp\",\"Interval_Length\",\"Interval_Max\",\"Interval_Compressed_Histogram\"\n";
+
+/// Moments of one measurement as lines of a histogram log, for HdrHistogram's own tools.
+#[derive(Clone, Debug)]
+pub struct Intervals {
+    tag: String,
+    lines: String,
+}
+
+impl Intervals {
+    /// Of a round.
+    pub fn new(round: u32) -> Self {
+        Self { tag: format!("round-{}", round + 1), lines: String::new() }
+    }
+
+    /// A moment's latencies in nanoseconds; both times in seconds.
+    ///
+    /// # Errors
+    /// The distribution cannot be encoded.
+    pub fn add(&mut self, start_s: f64, length_s: f64, times: &Histogram<u64>) -> anyhow::Result<()> {
+        let seconds = |s: f64| Duration::from_secs_f64(s.max(0.0));
+        let (mut line, mut serializer) = (Vec::new(), V2DeflateSerializer::new());
+        let mut writer = IntervalLogWriterBuilder::new().begin_log_with(&mut line, &mut serializer)?;
+        writer.write_histogram(times, seconds(start_s), seconds(length_s), Tag::new(&self.tag))?;
+        self.lines += std::str::from_utf8(&line)?;
+        Ok(())
+    }
+
+    /// All that was added.
+    pub fn lines(&self) -> &str {
+        &self.lines
+    }
+}
+
+/// The IOs in a histogram log.
+#[cfg(test)]
+pub(crate) fn hlog_ios(log: &[u8]) -> anyhow::Result<u64> {
+    use base64::Engine;
+    use hdrhistogram::serialization::Deserializer;
+    use hdrhistogram::serialization::interval_log::{IntervalLogIterator, LogEntry};
+    let mut ios = 0;
+    for entry in IntervalLogIterator::new(log) {
+        let entry = entry.map_err(|error| anyhow::anyhow!("{error:?}"))?;
+        if let LogEntry::Interval(interval) = entry {
+            let bytes = base64::engine::general_purpose::STANDARD.decode(interval.encoded_histogram())?;
+            let times: Histogram<u64> = Deserializer::new().deserialize(&mut bytes.as_slice())?;
+            ios += times.len();
+        }
+    }
+    Ok(ios)
 }
 
 #[cfg(test)]

@@ -89,6 +89,7 @@ pub fn run(args: &SteadyArgs) -> anyhow::Result<ExitCode> {
     let loads = std::slice::from_ref(&load);
     let client = Client::Own;
     let (mut measured, mut judged) = (Vec::new(), Vec::new());
+    args.common.keep.make_folders()?;
     for subject in &subjects {
         for _ in 0..args.passes {
             prepare(subject, load.bytes)?;
@@ -130,7 +131,7 @@ fn until_steady(
     let (mut rounds, mut iops, mut verdict) = (Vec::new(), Vec::new(), None);
     for nth in 0..rounds_max {
         let measured = round(nth)?;
-        iops.push(measured.0.iops);
+        iops.push(measured.run.iops);
         rounds.push(measured);
         verdict = judge(&iops);
         if verdict.as_ref().is_some_and(|verdict| verdict.steady) {
@@ -190,7 +191,8 @@ mod tests {
             let mut one = json["runs"][0].clone();
             one["load"] = serde_json::to_value(Load::random_4k(0, 1, 4096)).expect("plain");
             one["iops"] = iops.into();
-            (serde_json::from_value(one).expect("a run"), crate::run::job::histogram())
+            let (run, times) = (serde_json::from_value(one).expect("a run"), crate::run::job::histogram());
+            Measured { run, times, intervals: crate::run::result::Intervals::new(0) }
         };
         let falling = |nth: u32| Ok(run(if nth < 3 { 1000.0 / f64::from(nth + 1) } else { 100.0 }));
         let (rounds, verdict) = until_steady(25, falling)?;

@@ -90,7 +90,8 @@ pub fn table(rows: &[Row], bases: &[&str], preset: &str) -> Table {
     table.load_preset(preset);
     let mut header: Vec<String> =
         ["load", "subject", "IOPS", "MB/s", "p50 us", "p99 us", "p99.9 us"].map(str::to_owned).into();
-    let measured = |base: &&&str| rows.iter().any(|row| row.subject != **base);
+    let of = |base: &str| rows.iter().filter(|row| row.subject == base).count();
+    let measured = |base: &&&str| (1..rows.len()).contains(&of(base));
     let bases: Vec<&str> = bases.iter().filter(measured).copied().collect();
     header.extend(bases.iter().map(|base| format!("x {base}")));
     header.extend(["client us/IO", "server us/IO"].map(str::to_owned));
@@ -114,6 +115,47 @@ pub fn table(rows: &[Row], bases: &[&str], preset: &str) -> Table {
         table.add_row(cells);
     }
     for column in table.column_iter_mut().skip(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// What [`processes`] tells.
+pub const PROCESS_HEADER: [&str; 8] =
+    ["load", "subject", "process", "CPU s", "us/IO", "RSS MiB", "switches/IO", "enters/IO"];
+
+/// What each process used in the first round: the client, whose calls of io_uring_enter are counted, then the servers.
+pub fn processes(results: &Results) -> Vec<Vec<String>> {
+    let mut rows = Vec::new();
+    for run in results.runs.iter().filter(|run| run.round == 0) {
+        let ios =
+            [&run.reads, &run.writes].into_iter().flatten().map(|latency| latency.ios).sum::<u64>().max(1);
+        for (nth, one) in run.processes.iter().enumerate() {
+            let enters = (nth == 0 && run.enters > 0).then(|| run.enters as f64 / ios as f64);
+            rows.push(vec![
+                run.load.label(),
+                run.subject.clone(),
+                one.name.clone(),
+                format!("{:.2}", one.cpu_s),
+                format!("{:.1}", one.cpu_us_per_io),
+                if one.rss_bytes > 0 { (one.rss_bytes >> 20).to_string() } else { "-".into() },
+                format!("{:.2}", one.switches as f64 / ios as f64),
+                shown(enters, 2),
+            ]);
+        }
+    }
+    rows
+}
+
+/// The same for a terminal.
+pub fn process_table(results: &Results) -> Table {
+    let mut table = Table::new();
+    table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
+    table.set_header(PROCESS_HEADER);
+    processes(results).into_iter().for_each(|row| {
+        table.add_row(row);
+    });
+    for column in table.column_iter_mut().skip(3) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table

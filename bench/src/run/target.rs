@@ -38,6 +38,8 @@ pub enum Target {
         /// The subsystem's name.
         nqn: String,
     },
+    /// A Ceph image, by fio's engine: only `bench peers` has one.
+    Rbd(Rbd),
     /// A volume by the native client.
     Volume {
         /// Host and port of the MDS; named beside the target.
@@ -45,6 +47,17 @@ pub enum Target {
         /// The volume's name.
         name: String,
     },
+}
+
+/// An image of a Ceph cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rbd {
+    /// The cluster's configuration.
+    pub conf: PathBuf,
+    /// Its pool.
+    pub pool: String,
+    /// Its name.
+    pub image: String,
 }
 
 impl Target {
@@ -56,6 +69,7 @@ impl Target {
             Self::NbdUnix { .. } => "nbd+unix",
             Self::Nvme { .. } => "nvme",
             Self::Volume { .. } => "ashlar",
+            Self::Rbd(_) => "rbd",
         }
     }
 

@@ -198,8 +198,8 @@ pub const MDTS: u8 = 8;
 pub const TRANSFER_BYTES_MAX: u32 = 4096 << MDTS;
 /// Most data of one H2CData PDU, and of one R2T.
 pub const H2C_DATA_MAX: u32 = TRANSFER_BYTES_MAX;
-/// Entries of the largest queue.
-pub const QUEUE_ENTRIES_MAX: u16 = 128;
+/// Entries of the largest queue. One of them stays free, so that 128 would not do for 128 commands.
+pub const QUEUE_ENTRIES_MAX: u16 = 256;
 /// Most IO queues of a controller.
 pub const IO_QUEUES_MAX: u16 = 128;
 /// Bytes of the data of Connect.
