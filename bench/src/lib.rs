@@ -13,8 +13,10 @@ pub mod dev;
 pub mod environment;
 pub mod fio;
 pub mod first;
+pub mod goals;
 pub mod idle;
 pub mod micro;
+pub mod model;
 pub mod nvme;
 pub mod peers;
 pub mod process;
@@ -46,8 +48,12 @@ pub enum BenchCommand {
     Steady(run::steady::SteadyArgs),
     /// The same workload on what a user would pick instead, with what each of them promises.
     Peers(peers::PeersArgs),
+    /// Every target of the project that this machine can show, in one run.
+    Goals(goals::GoalsArgs),
     /// Single steps of the data path, by the criterion benches of the source tree.
     Micro(micro::MicroArgs),
+    /// What more cores and targets would give, from what `bench micro` and `bench goals` measured.
+    Model(model::ModelArgs),
     /// Ratios of what `bench run` kept; exit code 3 when something got slower.
     Compare(run::compare::CompareArgs),
     /// Run a baseline's workload again, and compare; exit code 3 when something got slower.
@@ -102,7 +108,9 @@ pub fn run(command: BenchCommand) -> anyhow::Result<ExitCode> {
         BenchCommand::Sweep(args) => run::sweep::run(&args),
         BenchCommand::Steady(args) => run::steady::run(&args),
         BenchCommand::Peers(args) => peers::run(&args),
+        BenchCommand::Goals(args) => goals::run(&args),
         BenchCommand::Micro(args) => micro::run(&args),
+        BenchCommand::Model(args) => model::run(&args),
         BenchCommand::Compare(args) => run::compare::run(&args),
         BenchCommand::Ci(args) => run::compare::ci(&args),
         BenchCommand::Idle(args) => idle::run(&args),

@@ -29,6 +29,9 @@ pub struct MicroArgs {
     /// Write the table as a Markdown page to this file.
     #[arg(long, value_name = "FILE")]
     pub write_markdown: Option<PathBuf>,
+    /// Keep the result as JSON in this file, for `bench model`.
+    #[arg(long, value_name = "FILE")]
+    pub save: Option<PathBuf>,
     /// How results are printed.
     #[arg(long, short, value_enum, default_value_t)]
     pub output: Output,
@@ -38,7 +41,7 @@ pub struct MicroArgs {
 const BENCH: &str = "tests/benches/micro.rs";
 
 /// The median of one bench.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Micro {
     /// As in `crc/crc32c 4K`.
     pub name: String,
@@ -65,15 +68,30 @@ struct MicroReport {
 /// # Errors
 /// No source tree, no cargo, or a bench that fails.
 pub fn run(args: &MicroArgs) -> anyhow::Result<ExitCode> {
-    let source = match &args.source {
-        Some(dir) => dir.clone(),
-        None => above(&std::env::current_dir()?)?,
-    };
+    let source = source(args.source.as_deref())?;
+    let rows = measure(Some(&source), args.filter.as_deref())?;
+    let report = MicroReport { environment: Environment::read(&source, String::new(), String::new()), rows };
+    publish(args, &report)
+}
+
+fn source(named: Option<&Path>) -> anyhow::Result<PathBuf> {
+    match named {
+        Some(dir) => Ok(dir.to_owned()),
+        None => above(&std::env::current_dir()?),
+    }
+}
+
+/// Runs the benches of a source tree, here or above where none is named.
+///
+/// # Errors
+/// See [`run`].
+pub fn measure(tree: Option<&Path>, filter: Option<&str>) -> anyhow::Result<Vec<Micro>> {
+    let source = source(tree)?;
     ensure!(source.join(BENCH).is_file(), "{} has no {BENCH}: is it the source tree?", source.display());
     let home = tempfile::tempdir()?;
     let mut cargo = Command::new("cargo");
     cargo.args(["bench", "-p", "ashlar-tests", "--bench", "micro"]).current_dir(&source);
-    if let Some(filter) = &args.filter {
+    if let Some(filter) = filter {
         cargo.arg("--").arg(filter);
     }
     // What criterion prints is for whoever watches; the result is the table.
@@ -81,9 +99,23 @@ pub fn run(args: &MicroArgs) -> anyhow::Result<ExitCode> {
     let status = cargo.status().context("cargo cannot be run; install it: https://rustup.rs")?;
     ensure!(status.success(), "cargo bench failed with {status}");
     let rows = read_all(home.path())?;
-    ensure!(!rows.is_empty(), "no bench has `{}` in its name", args.filter.as_deref().unwrap_or_default());
-    let report = MicroReport { environment: Environment::read(&source, String::new(), String::new()), rows };
-    publish(args, &report)
+    ensure!(!rows.is_empty(), "no bench has `{}` in its name", filter.unwrap_or_default());
+    Ok(rows)
+}
+
+/// Reads what `bench micro` kept, or printed as JSON.
+///
+/// # Errors
+/// It is not there, or something else.
+pub fn read(path: &Path) -> anyhow::Result<Vec<Micro>> {
+    #[derive(Deserialize)]
+    struct Kept {
+        rows: Vec<Micro>,
+    }
+    let text = std::fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
+    let kept: Kept = serde_json::from_slice(&text)
+        .with_context(|| format!("{} is nothing that `bench micro` kept", path.display()))?;
+    Ok(kept.rows)
 }
 
 /// The source tree that a folder lies in.
@@ -184,6 +216,9 @@ fn table(rows: &[Micro], preset: &str) -> Table {
 
 fn publish(args: &MicroArgs, report: &MicroReport) -> anyhow::Result<ExitCode> {
     let line = report.environment.line();
+    if let Some(path) = &args.save {
+        write(path, &serde_json::to_string_pretty(report)?)?;
+    }
     match args.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(report)?),
         Output::Text => println!("{line}\n{}", table(&report.rows, presets::UTF8_FULL_CONDENSED)),

@@ -18,6 +18,7 @@ use protocol::types::{
     BLOCK_BYTES, BlockRange, ChunkId, CopysetId, LogIndex, ShardAddr, TargetId, Term, Time, VolumeId,
     block_crc,
 };
+use reactor::mailbox::mailbox;
 use reactor::ring::{Ring, RingConfig};
 use reactor::{Addr, IoBuf, Output, Reactor, Socket};
 use std::collections::VecDeque;
@@ -287,6 +288,16 @@ fn turn(c: &mut Criterion) {
     group.bench_function("turn with nothing to do", |b| {
         b.iter(|| ring.turn(Some(Time(0)), &mut completions));
     });
+    let (mut sender, mut receiver) = mailbox::<[u64; 8]>(64, ring.waker());
+    group.bench_function("mailbox hop", |b| {
+        b.iter(|| {
+            // As siblings do it: a batch is posted quietly, and its receiver is awake.
+            sender.post_quietly(black_box([7; 8])).expect("room");
+            receiver.take()
+        });
+    });
+    let (from, mut to) = (vec![7_u8; 4096], vec![0_u8; 4096]);
+    group.bench_function("copy 4K", |b| b.iter(|| black_box(&mut to).copy_from_slice(black_box(&from))));
     let (here, there) = pair(&mut ring);
     let mut spare = ring.arena().alloc(1);
     group.bench_function("send and receive 64 bytes", |b| {

@@ -276,6 +276,18 @@ fn the_benchmarks_measure_a_running_cluster_and_keep_their_results() {
         ensure!(idle["processes"].as_array().is_some_and(|list| list.len() == 4), "{idle}");
         eprintln!("{}", idle["processes"]);
         ensure!(std::fs::read_dir(&results)?.count() == 2, "not both results were kept");
+        let goals = Run::new(binary()?)
+            .args(["bench", "goals", "--quick", "--size", "64M", "--only", "idle", "-o", "json"]);
+        let goals = json(
+            goals.arg("--scratch").arg(cluster.scratch()).arg("--results").arg(&results).limit(LONG_LIMIT),
+        )?;
+        let lines = goals["lines"].as_array().context("no lines")?;
+        let shown = lines.iter().filter(|line| line["verdict"] != "not-shown").count();
+        ensure!(
+            lines.len() == 30 && shown == 2,
+            "{shown} of {} lines are of the part asked for",
+            lines.len()
+        );
         Ok(())
     });
 }
