@@ -2,7 +2,8 @@
 //! on the same disk.
 //!
 //! Invariants: the file is really written before it is measured, so that a read is a read and a write does not
-//! allocate; a server ends with its guard, by its pid, and with us even when we are killed.
+//! allocate; a server ends with its guard, by its pid, and with us even when we are killed (but for nbd-server, which
+//! serves one connection only unless it goes into the background, away from us).
 
 use crate::process::{self, with_us};
 use crate::run::measure::{Subject, prepare};
@@ -93,7 +94,7 @@ impl Server {
                     file.display()
                 );
                 std::fs::write(&config, text)?;
-                command.arg("-d").arg("-C").arg(config);
+                command.arg("-C").arg(config).arg("-p").arg(socket.with_extension("pid"));
             }
         }
         Ok(command)
@@ -110,6 +111,8 @@ const START_MAX: Duration = Duration::from_secs(10);
 pub struct Rival {
     server: Server,
     child: Child,
+    /// Of one that went into the background.
+    background: Option<i32>,
     socket: PathBuf,
 }
 
@@ -127,7 +130,7 @@ impl Rival {
         let mut command = server.command(&file, &socket)?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let child = command.spawn().with_context(|| server.missing())?;
-        let mut rival = Self { server, child, socket };
+        let mut rival = Self { server, child, background: None, socket };
         let started = rival.wait_socket();
         started.with_context(|| format!("{} says: {}", server.name(), crate::dev::tail(&log, 3).trim()))?;
         Ok(rival)
@@ -135,8 +138,11 @@ impl Rival {
 
     fn wait_socket(&mut self) -> anyhow::Result<()> {
         let (started, name) = (Instant::now(), self.server.name());
-        while !self.socket.exists() {
-            if let Some(status) = self.child.try_wait()? {
+        let in_background = self.server == Server::NbdServer;
+        while !self.socket.exists() || (in_background && self.background.is_none()) {
+            self.background = background(&self.socket);
+            let ended = self.child.try_wait()?;
+            if let Some(status) = ended.filter(|status| !(in_background && status.success())) {
                 bail!("{name} ended with {status}; is this version older than its options?");
             }
             if started.elapsed() > START_MAX {
@@ -149,7 +155,7 @@ impl Rival {
 
     /// Its process.
     pub fn pid(&self) -> i32 {
-        self.child.id().cast_signed()
+        self.background.unwrap_or(self.child.id().cast_signed())
     }
 
     /// Its socket.
@@ -172,11 +178,17 @@ impl Rival {
 
 impl Drop for Rival {
     fn drop(&mut self) {
-        let forks = process::children(self.pid());
+        let mut others = process::children(self.pid());
+        others.extend(self.background.or_else(|| background(&self.socket)));
         let _ = self.child.kill();
         let _ = self.child.wait();
-        process::kill_all(&forks);
+        process::kill_all(&others);
     }
+}
+
+/// The process that left its pid beside its socket.
+fn background(socket: &Path) -> Option<i32> {
+    std::fs::read_to_string(socket.with_extension("pid")).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -196,10 +208,13 @@ mod tests {
             assert!(version.contains('.'), "{version}");
             let rival = Rival::serve(server, dir.path(), 1 << 20)?;
             let (pid, target) = (rival.pid(), rival.subject().target);
-            let mut ring = job::ring(1)?;
-            let driver = job::connect(&mut ring, &target, &Load::random_4k(0, 1, 1 << 20), 0)?;
-            assert_eq!(driver.bytes(), 1 << 20, "{}", server.name());
-            drop((driver, ring, rival));
+            // One after the other: each measurement is a connection of its own.
+            for _ in 0..2 {
+                let mut ring = job::ring(1)?;
+                let driver = job::connect(&mut ring, &target, &Load::random_4k(0, 1, 1 << 20), 0)?;
+                assert_eq!(driver.bytes(), 1 << 20, "{}", server.name());
+            }
+            drop(rival);
             assert!(!process::is_alive(pid), "{}", server.name());
         }
         Ok(())

@@ -167,7 +167,7 @@ impl Judge<'_> {
 
     /// Why a measure has no value: a subject in its name lacks, or the part was left out.
     fn why(&self, measure: &str) -> String {
-        let lacks = self.facts.lacking.iter().find(|(what, _)| measure.contains(what));
+        let lacks = self.facts.lacking.iter().rfind(|(what, _)| measure.contains(what));
         lacks.map_or("not measured in this run".into(), |(_, why)| why.clone())
     }
 
@@ -183,7 +183,7 @@ impl Judge<'_> {
             self.line("4K read QD32, 1 replica, NVMe/TCP / raw", Limit::AtLeast(0.8), "", times(32)),
             self.line("4K read QD128, 1 replica, NVMe/TCP / raw", Limit::AtLeast(0.9), "", times(128)),
             self.line(
-                "the same at QD32, CPU of the target an IO",
+                "4K read QD32, 1 replica, NVMe/TCP, CPU an IO of the target",
                 Limit::AtMost(8.0),
                 " us",
                 self.cpu_us(ONE_NVME, &read(32, size)),
@@ -194,7 +194,12 @@ impl Judge<'_> {
                 "",
                 self.times(ONE_NBD, raw, &read(32, size)),
             ),
-            self.line("the same, CPU of the target an IO / qemu-nbd's", Limit::AtMost(0.4), "", of_qemu()),
+            self.line(
+                "4K read QD32, 1 replica, NBD, CPU an IO of the target / qemu-nbd's",
+                Limit::AtMost(0.4),
+                "",
+                of_qemu(),
+            ),
         ]
     }
 
@@ -422,7 +427,7 @@ mod tests {
         let lines = lines(&rows, &Facts::default(), SIZE);
         let of = |measure| verdict(&lines, measure);
         assert_eq!(of("4K read QD32, 1 replica, NVMe/TCP / raw"), Verdict::Met);
-        assert_eq!(of("the same at QD32, CPU of the target an IO"), Verdict::Missed);
+        assert_eq!(of("4K read QD32, 1 replica, NVMe/TCP, CPU an IO of the target"), Verdict::Missed);
         assert_eq!(of("4K read QD32, 3 replicas"), Verdict::Missed);
         assert_eq!(of("4K write QD32, 3 replicas"), Verdict::Met);
         assert_eq!(of("128K sequential write"), Verdict::Missed, "40 is less than 0.45 of a third of 300");

@@ -14,7 +14,7 @@ const STYLE: &str = "
 @media (prefers-color-scheme: dark) { :root { --ink:#e4e8f0; --soft:#a3adc0; --line:#333b49; --band:#1b212b; --paper:#14181f;
   --s0:#6ea8fe; --s1:#f28b97; --s2:#6fcf9b; --s3:#b99bf0; --s4:#e6b25c; --s5:#5cc8d6; } }
 * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem; margin: 2rem auto; padding: 0 1.2rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 78rem; margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p, li { color: var(--soft); margin: .3rem 0; } ul { padding-left: 1.2rem; }
 figure { margin: 0; break-inside: avoid; } figcaption { font-weight: 600; font-size: .9rem; }
@@ -23,7 +23,7 @@ figure { margin: 0; break-inside: avoid; } figcaption { font-weight: 600; font-s
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th.text, td.text { text-align: left; } tr.first td { border-top: 2px solid var(--line); } tr:hover td { background: var(--band); }
+th { white-space: normal; } th.text, td.text { text-align: left; } tr.first td { border-top: 2px solid var(--line); } tr:hover td { background: var(--band); }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .3rem 0 .6rem; color: var(--soft); font-size: .9rem; }
 .key i { display: inline-block; width: .9rem; height: .9rem; border-radius: 2px; margin-right: .4rem; vertical-align: -2px; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 12px; } svg text.name { font-size: 12px; }
