@@ -156,7 +156,7 @@ fn report(results: Results, peers: &[Peer], missing: &[String]) -> Report {
     let ceph = peers.iter().any(|peer| peer.subject.name == ceph::NAME);
     let by_fio = if ceph {
         "Ceph RBD's client is fio's engine rbd, whose librbd does what ours leaves to the targets: its client's CPU is \
-         not counted in the goals.\n"
+         not counted in the goals. Its reads come from BlueStore's cache where that holds the image.\n\n"
     } else {
         ""
     };
