@@ -583,6 +583,8 @@ pub struct Stats {
     pub log_reads: u64,
     /// Reads planned again because the block moved meanwhile.
     pub read_retries: u64,
+    /// Blocks that failed their check because they had moved meanwhile: not bad, read again.
+    pub moved_blocks: u64,
     /// Tables loaded.
     pub table_loads: u64,
     /// Table pages of which one copy was bad.
@@ -615,4 +617,8 @@ pub struct Stats {
     pub overlay_blocks: u64,
     /// Now: payload blocks held in memory.
     pub ram_blocks: u64,
+    /// Now: log blocks of entries that wait to be applied.
+    pub waiting_blocks: u64,
+    /// Now: CRC tables in memory.
+    pub tables_cached: u64,
 }

@@ -240,12 +240,17 @@ impl<P: Payload> Store<P> {
     }
 
     fn report_bad(&mut self, chunk: ChunkId, block: u16, lsn: u64, crc: u32) {
-        let Some(state) = self.chunks.get(&chunk) else { return };
+        let Some(state) = self.chunks.get(&chunk) else {
+            self.stats.moved_blocks += 1;
+            return;
+        };
         let stayed = state.overlay.get(&block).is_some_and(|b| b.lsn == lsn && b.ram.is_none());
         if stayed {
             self.stats.corrupt_blocks += 1;
             let bad = BadBlock { block, expected: Some(crc) };
             self.events.push_back(Event::Corrupt { copyset: state.copyset, chunk, bad });
+        } else {
+            self.stats.moved_blocks += 1;
         }
     }
 

@@ -31,4 +31,4 @@ mod wire;
 pub use api::*;
 pub use inspect::*;
 pub use recover::*;
-pub use store::Store;
+pub use store::{Store, waiting_max};

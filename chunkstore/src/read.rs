@@ -317,14 +317,15 @@ impl<P: Payload> Store<P> {
 
     fn finish(&mut self, id: u64) {
         let read = self.reads.reads.remove(&id).expect("in progress");
-        let (mut bad, mut moved) = (Vec::new(), false);
+        let (mut bad, mut moved) = (Vec::new(), 0);
         for part in &read.parts {
             if !matches!(part.source, Source::Zero | Source::Ram) {
                 self.verify(&read, part, &mut bad, &mut moved);
             }
         }
-        if moved {
+        if moved > 0 {
             self.stats.read_retries += 1;
+            self.stats.moved_blocks += moved + bad.len() as u64;
             self.reads.reads.insert(id, Read { parts: Vec::new(), ..read });
             return self.plan(id);
         }
@@ -332,7 +333,7 @@ impl<P: Payload> Store<P> {
         self.deliver(read, bad);
     }
 
-    fn verify(&self, read: &Read<P>, part: &Part<P>, bad: &mut Vec<BadBlock>, moved: &mut bool) {
+    fn verify(&self, read: &Read<P>, part: &Part<P>, bad: &mut Vec<BadBlock>, moved: &mut u64) {
         for (nth, crc) in part.crcs.iter().enumerate() {
             let good = part.data.as_ref().is_some_and(|(data, first)| {
                 let found = block_crc(data.block(first + nth));
@@ -348,7 +349,7 @@ impl<P: Payload> Store<P> {
                     expected: (part.source != Source::Lost).then_some(crc_at_rest(*crc)),
                 });
             } else {
-                *moved = true;
+                *moved += 1;
             }
         }
     }

@@ -17,8 +17,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 const WRITE_BYTES: usize = 1 << 20;
 /// How long after a round that could not begin it is tried again.
 const RETRY: Span = Span::ms(100);
-/// Entries being copied forward at a time.
-const COPIES_MAX: usize = 16;
+/// Entries copied forward together at most.
+const COPIES_MAX: usize = 32;
+
+/// An entry to be copied forward, as it was when it was loaded: whose, which, its LSN, its payload.
+pub(crate) type Loaded<P> = (CopysetId, LogIndex, u64, Option<P>);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum Phase {
@@ -40,8 +43,7 @@ pub(crate) struct Base {
 }
 
 /// The state of the round in progress, and what lasts from round to round.
-#[derive(Default)]
-pub(crate) struct Round {
+pub(crate) struct Round<P> {
     phase: Phase,
     /// Replay begins here afterwards.
     target: u64,
@@ -61,6 +63,10 @@ pub(crate) struct Round {
     pub last_bases: BTreeMap<CopysetId, Base>,
     copies: VecDeque<(CopysetId, LogIndex)>,
     copying: usize,
+    /// Those of the present group that are at hand.
+    group: Vec<Loaded<P>>,
+    /// Log blocks that the copies still to be made take, at most: nothing else may have their place.
+    pub copy_blocks: usize,
     copy_bad: bool,
     /// Nothing more can be flushed while this is the durable LSN.
     awaits: Option<u64>,
@@ -81,7 +87,40 @@ pub(crate) struct Round {
     last_ready: (u32, u32),
 }
 
-impl Round {
+impl<P> Default for Round<P> {
+    fn default() -> Self {
+        Self {
+            phase: Phase::Idle,
+            target: 0,
+            below: 0,
+            covers: 0,
+            flush_to: BTreeMap::new(),
+            floors: BTreeMap::new(),
+            bases: BTreeMap::new(),
+            flushed: BTreeMap::new(),
+            last_bases: BTreeMap::new(),
+            copies: VecDeque::new(),
+            copying: 0,
+            group: Vec::new(),
+            copy_blocks: 0,
+            copy_bad: false,
+            awaits: None,
+            outstanding: 0,
+            image: Vec::new(),
+            needs_lsn: 0,
+            retired: Vec::new(),
+            dirty_files: BTreeSet::new(),
+            seq: 0,
+            last_covers: 0,
+            retry_at: None,
+            past_damage: None,
+            stop_done: false,
+            last_ready: (0, 0),
+        }
+    }
+}
+
+impl<P> Round<P> {
     pub(crate) fn wants(&self, copyset: CopysetId, lsn: u64, index: LogIndex) -> bool {
         lsn < self.below
             || (lsn < self.covers && self.flush_to.get(&copyset).is_some_and(|to| index <= *to))
@@ -204,11 +243,17 @@ impl<P: Payload> Store<P> {
         }
         let waiting =
             self.copysets.values().flat_map(|c| c.entries.iter().filter(|e| e.entry.index > c.applied));
-        let blocks: usize = waiting.filter(|e| e.lsn < target).map(EntryMeta::blocks).sum();
+        let blocks = self.copy_cost(waiting.filter(|e| e.lsn < target));
         let segment = self.log.segment_blocks as usize;
         let worth =
             if self.is_full() { usize::MAX } else { (segment / 4).max(self.log.free.len() * segment / 4) };
-        blocks == 0 || blocks <= worth.min((self.log.space() as usize).saturating_sub(segment / 4))
+        blocks == 0 || (blocks <= worth && self.has_space(blocks))
+    }
+
+    /// Whether so many blocks have a place in the log, the reserve included, and room for small records
+    /// is left.
+    pub(crate) fn has_space(&self, blocks: usize) -> bool {
+        blocks + self.log.segment_blocks as usize / 4 <= self.log.space() as usize
     }
 
     fn open_round(&mut self, target: u64, flush_all: bool) {
@@ -237,6 +282,8 @@ impl<P: Payload> Store<P> {
             let to = if copyset.installing { LogIndex(u64::MAX) } else { copyset.floor };
             round.flush_to.insert(*id, to);
         }
+        let copied = self.round.copies.iter().filter_map(|(id, index)| self.copysets.get(id)?.get(*index));
+        self.round.copy_blocks = self.copy_cost(copied);
         let mut chunks: Vec<(u64, ChunkId)> = Vec::new();
         for chunk in &self.dirty {
             let state = &self.chunks[chunk];
@@ -252,44 +299,93 @@ impl<P: Payload> Store<P> {
         self.flush.spoilt.clear();
     }
 
+    /// Copies what waits, group by group: a group's payload fits in one batch, so that small entries take no
+    /// more of the log than they did before. One by one each would get a header block of its own, and a
+    /// segment full of them could take two.
     fn copy_forward(&mut self) {
-        while self.round.copying < COPIES_MAX {
-            let Some((copyset, index)) = self.round.copies.pop_front() else { return };
-            let Some(meta) = self.copysets.get(&copyset).and_then(|c| c.get(index)) else { continue };
-            if meta.lsn >= self.round.target {
-                continue;
+        while self.round.copying == 0 && self.round.group.is_empty() && !self.round.copies.is_empty() {
+            let mut blocks = 0;
+            while self.round.group.len() + self.round.copying < COPIES_MAX {
+                let Some((copyset, index)) = self.round.copies.front().copied() else { break };
+                let meta = self.copysets.get(&copyset).and_then(|c| c.get(index));
+                let Some(meta) = meta.filter(|m| m.lsn < self.round.target) else {
+                    self.round.copies.pop_front();
+                    continue;
+                };
+                blocks += meta.crcs.len();
+                if blocks > self.layout.batch_blocks_max as usize {
+                    break;
+                }
+                self.round.copies.pop_front();
+                let (lsn, ram, empty) = (meta.lsn, meta.ram.clone(), meta.crcs.is_empty());
+                if ram.is_some() || empty {
+                    self.round.group.push((copyset, index, lsn, ram));
+                } else {
+                    self.round.copying += 1;
+                    self.load_copy(copyset, index, lsn);
+                }
             }
-            let (lsn, ram, empty) = (meta.lsn, meta.ram.clone(), meta.crcs.is_empty());
-            self.round.copying += 1;
-            if ram.is_some() || empty {
-                self.copy_loaded(Some((copyset, index, lsn, ram)));
-            } else {
-                self.load_copy(copyset, index, lsn);
-            }
+            self.stage_group();
         }
     }
 
-    /// An entry to be copied forward is at hand; `None`: it is gone or bad.
-    pub(crate) fn copy_loaded(&mut self, loaded: Option<(CopysetId, LogIndex, u64, Option<P>)>) {
+    /// An entry to be copied forward was loaded; `None`: it is gone or bad.
+    pub(crate) fn copy_loaded(&mut self, loaded: Option<Loaded<P>>) {
         self.round.copying -= 1;
-        let Some((copyset, index, lsn, payload)) = loaded else {
-            self.round.copy_bad = true;
+        match loaded {
+            Some(loaded) => self.round.group.push(loaded),
+            None => self.round.copy_bad = true,
+        }
+        self.stage_group();
+    }
+
+    /// Stages the group once all of it is at hand.
+    fn stage_group(&mut self) {
+        if self.round.copying > 0 {
             return;
-        };
-        let Some(meta) = self.copysets.get(&copyset).and_then(|c| c.get(index)).filter(|m| m.lsn == lsn)
-        else {
-            return;
-        };
-        let (entry, crcs) = (meta.entry, meta.crcs.clone());
-        self.stats.copied_forward += 1;
-        let staged = self.last_stage;
-        self.stage(Record::Entry { copyset, entry }, payload, &crcs);
-        self.last_stage = staged;
+        }
+        let (mut payload, records) = (0, self.round.group.len());
+        for (copyset, index, lsn, ram) in std::mem::take(&mut self.round.group) {
+            let Some(meta) = self.copysets.get(&copyset).and_then(|c| c.get(index)).filter(|m| m.lsn == lsn)
+            else {
+                continue;
+            };
+            let (entry, crcs) = (meta.entry, meta.crcs.clone());
+            payload += crcs.len();
+            self.stats.copied_forward += 1;
+            let staged = self.last_stage;
+            self.stage(Record::Entry { copyset, entry }, ram, &crcs);
+            self.last_stage = staged;
+        }
+        let blocks = payload + self.header_blocks() * usize::from(records > 0);
+        self.round.copy_blocks = self.round.copy_blocks.saturating_sub(blocks);
+    }
+
+    fn header_blocks(&self) -> usize {
+        // A change of members takes more than one slot.
+        crate::batch::header_blocks(2 * COPIES_MAX, self.layout.batch_blocks_max as usize) as usize
+    }
+
+    /// Log blocks that copies of these entries take at most: any two groups in a row hold more than a
+    /// batch's worth of payload, or the first is full.
+    fn copy_cost<'a>(&self, entries: impl Iterator<Item = &'a EntryMeta<P>>) -> usize
+    where
+        P: 'a,
+    {
+        let (mut count, mut payload) = (0, 0);
+        for entry in entries {
+            (count, payload) = (count + 1, payload + entry.crcs.len());
+        }
+        let groups = 2 * payload / self.layout.batch_blocks_max as usize + count / COPIES_MAX + 1;
+        if count == 0 { 0 } else { payload + groups * self.header_blocks() }
     }
 
     /// Ends the flush phase when everything wanted is done, or when it cannot go on without a checkpoint.
     fn end_flush(&mut self) {
         let waits = self.flush.busy() || self.round.copying > 0 || !self.round.copies.is_empty();
+        if self.round.copying == 0 && self.round.copies.is_empty() {
+            self.round.copy_blocks = 0;
+        }
         if waits || !self.flush.queue.is_empty() {
             self.round.retry_at = None;
             return;

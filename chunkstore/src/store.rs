@@ -13,7 +13,9 @@ use crate::read::{Pending, Reads};
 use crate::round::Round;
 use crate::tables::{Tables, Waiter};
 use protocol::raft::{Body, Entry, HardState, Members};
-use protocol::types::{BlockRange, ChunkId, CopysetId, LogIndex, Term, Time, VolumeId, crc_at_rest};
+use protocol::types::{
+    BlockRange, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, Term, Time, VolumeId, crc_at_rest,
+};
 use rustc_hash::FxBuildHasher;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -32,6 +34,17 @@ const HINT_SHARE: usize = 32;
 /// that no two shards can fill up with proposals that each needs the other to take.
 const OWN_EIGHTHS: usize = 2;
 const TAKEN_EIGHTHS: usize = 3;
+
+/// Most log blocks of entries that wait to be applied, of so many replicas. Beyond the limit that is looked at
+/// before entries are taken (a lone one always is), what was applied waits again after a start, as far as
+/// the log does not tell of it yet.
+pub fn waiting_max(layout: &Layout, replicas: usize) -> usize {
+    let log_blocks = layout.log_blocks() as usize;
+    let untold =
+        (log_blocks / HINT_SHARE).min(HINT_ENTRIES as usize * (ENTRY_BLOCKS_MAX + 1)) + ENTRY_BLOCKS_MAX + 1;
+    let on_its_way = layout.batches_in_flight_max * layout.batch_blocks_max as usize;
+    log_blocks / 8 * TAKEN_EIGHTHS + ENTRY_BLOCKS_MAX + 1 + replicas * untold + on_its_way
+}
 
 /// An entry above the floor.
 pub(crate) struct EntryMeta<P> {
@@ -175,7 +188,7 @@ pub struct Store<P> {
     pub(crate) flush: Flush<P>,
     /// Repairs that wait for their chunk's table.
     pub(crate) repairs: Vec<(ChunkId, u16, P)>,
-    pub(crate) round: Round,
+    pub(crate) round: Round<P>,
     pub(crate) preformat: Preformat,
     pub(crate) last_stage: Time,
     /// Copysets whose applied index the log should tell soon.
@@ -228,7 +241,10 @@ impl<P: Payload> Store<P> {
     /// may; hold back installs while false, and entries while [`Store::can_propose`] or
     /// [`Store::can_append`] is.
     pub fn can_stage(&self, blocks: usize) -> bool {
-        self.failed.is_none() && self.log.room() as usize > blocks + 2 * self.layout.batches_in_flight_max
+        let copies = self.round.copy_blocks;
+        self.failed.is_none()
+            && self.log.room() as usize > blocks + 2 * self.layout.batches_in_flight_max
+            && (copies == 0 || self.has_space(blocks + copies))
     }
     /// Whether a leader may stage one entry of so many payload blocks.
     pub fn can_propose(&self, blocks: usize) -> bool {
@@ -390,6 +406,8 @@ impl<P: Payload> Store<P> {
             segments_ready: self.log.ready.into(),
             overlay_blocks: self.overlay_blocks,
             ram_blocks: self.ram_blocks as u64,
+            waiting_blocks: self.waiting_blocks as u64,
+            tables_cached: self.tables.len() as u64,
             ..self.stats
         }
     }

@@ -32,6 +32,9 @@ impl Tables {
     pub(crate) fn new(max: usize) -> Self {
         Self { max: max.max(1), ..Self::default() }
     }
+    pub(crate) fn len(&self) -> usize {
+        self.cached.len()
+    }
     pub(crate) fn get(&self, slot: u32) -> Option<&Table> {
         self.cached.get(&slot).map(|c| &c.table)
     }

@@ -396,3 +396,18 @@ fn batches_larger_than_the_new_limit_are_found_past_a_hole() {
         assert_eq!((found[0].entries.len(), found[0].health), (24, Health::Damaged), "{name}: {report:?}");
     }
 }
+
+/// A later leader's entry ends what came after the one it replaces, with or without a `Truncate` before it.
+#[test]
+fn entries_that_a_later_leader_replaced_do_not_come_back() {
+    let (mut rig, _) = three_entries();
+    let body = Body::Write { chunk: CHUNK, range: BlockRange { first: 7, count: 1 } };
+    let entry = Entry { term: Term(2), index: LogIndex(2), body };
+    rig.store.stage(Record::Entry { copyset: CS, entry }, Some(Buf::of(&[207])), &[block_crc(&block(207))]);
+    rig.settle();
+    let (mut rig, found, report) = reopen(rig);
+    let terms: Vec<u64> = found[0].entries.iter().map(|e| e.term.0).collect();
+    assert_eq!((terms, found[0].health, report.damages), (vec![1, 2], Health::Whole, vec![]));
+    rig.store.commit(CS, LogIndex(2));
+    assert_eq!((read(&mut rig, 2), read(&mut rig, 3), read(&mut rig, 7)), (Ok(0), Ok(0), Ok(207)));
+}

@@ -85,21 +85,36 @@ fn jobs_of_the_flusher_do_not_wait_for_memory_that_they_hold_themselves() {
 /// A copyset amid a catch-up applies nothing until its end, whatever its log holds.
 #[test]
 fn a_catch_up_larger_than_the_log_ends_though_the_log_is_full_of_entries_that_wait() {
-    let layout = small_layout();
+    catch_up_in_a_full_log(COUNT, 1);
+}
+
+/// Small entries lie close together: many share the header of one batch. Copied one by one, what a segment
+/// holds would need two, and there may be no more than two.
+#[test]
+fn a_segment_full_of_small_entries_that_wait_is_copied_into_the_room_that_is_kept() {
+    catch_up_in_a_full_log(1, 30);
+}
+
+fn catch_up_in_a_full_log(count: u16, a_batch: u64) {
+    let layout = Layout { ram_blocks_max: 1, ..small_layout() };
     let mut rig = Rig::new(&layout);
     rig.pass(2000);
     rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
     rig.settle();
     let mut last = 0;
     let crcs = |index| seeds(index).iter().map(|seed| block_crc(&block(*seed))).collect::<Vec<u32>>();
-    while rig.store.can_append(CS, LogIndex(last + 1), 1, COUNT.into()) {
+    while rig.store.can_append(CS, LogIndex(last + 1), 1, count.into()) {
         last += 1;
-        let body = Body::Write { chunk: chunk(9), range: BlockRange { first: 0, count: COUNT } };
+        let body = Body::Write { chunk: chunk(9), range: BlockRange { first: 0, count } };
         let entry = Entry { term: Term(1), index: LogIndex(last), body };
-        rig.store.stage(Record::Entry { copyset: CS, entry }, Some(Buf::of(&seeds(last))), &crcs(last));
-        rig.settle();
+        let crcs = &crcs(last)[..count.into()];
+        rig.store.stage(Record::Entry { copyset: CS, entry }, Some(Buf::of(&seeds(last))), crcs);
+        if last % a_batch == 0 {
+            rig.settle();
+        }
     }
-    assert!(last * u64::from(COUNT) > layout.log_blocks() / 4, "{last} entries wait, a good part of the log");
+    let waiting = last * (u64::from(count) + 1);
+    assert!(waiting > layout.log_blocks() / 4, "{last} entries wait, a good part of the log");
     rig.store.stage(Record::InstallBegin { copyset: CS }, None, &[]);
     rig.settle();
     let pieces = 4 * layout.log_blocks() / u64::from(COUNT);
@@ -117,5 +132,60 @@ fn a_catch_up_larger_than_the_log_ends_though_the_log_is_full_of_entries_that_wa
     }
     for index in 1..=last {
         assert!(!matches!(rig.store.entry_payload(CS, LogIndex(index)), EntryPayload::Gone));
+    }
+}
+
+/// As above, but operations end in any order and the catch-up stages whenever it may: amid rounds too,
+/// where copies of what waits still need their place.
+#[test]
+fn a_catch_up_leaves_a_place_for_the_copies_of_what_waits() {
+    for seed in 0..20 {
+        catch_up_amid_rounds(seed);
+    }
+}
+
+fn catch_up_amid_rounds(seed: u64) {
+    let layout = Layout { log_segments: 9, ram_blocks_max: 1, batches_in_flight_max: 2, ..small_layout() };
+    let (mut rig, mut rng) = (Rig::new(&layout), Rng(seed));
+    rig.pass(2000);
+    rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
+    rig.settle();
+    let (mut last, crcs) = (0, |index| block_crc(&block(index)));
+    // Waiting entries with installed blocks of another copyset between them, so that they lie everywhere.
+    while rig.store.can_append(CS, LogIndex(last + 1), 1, 1) {
+        last += 1;
+        let body = Body::Write { chunk: chunk(9), range: BlockRange { first: 0, count: 1 } };
+        let entry = Entry { term: Term(1), index: LogIndex(last), body };
+        rig.store.stage(Record::Entry { copyset: CS, entry }, Some(Buf::of(&[last])), &[crcs(last)]);
+        rig.settle();
+    }
+    rig.store.stage(Record::InstallBegin { copyset: CS }, None, &[]);
+    rig.settle();
+    let pieces = 2 * layout.log_blocks() / u64::from(COUNT);
+    let mut piece = 0;
+    let mut idle = 0;
+    while piece < pieces {
+        let count = if rng.chance(50) { COUNT } else { 1 };
+        if rng.chance(60) && rig.store.can_stage(count.into()) {
+            let range = BlockRange { first: (piece % 100) as u16 * COUNT, count };
+            let record = Record::InstallBlocks { copyset: CS, chunk: chunk((piece / 100) as u32 % 4), range };
+            let seeds = &seeds(1000 + piece)[..count.into()];
+            let crcs: Vec<u32> = seeds.iter().map(|seed| block_crc(&block(*seed))).collect();
+            rig.store.stage(record, Some(Buf::of(seeds)), &crcs);
+            (piece, idle) = (piece + 1, 0);
+        }
+        rig.drain();
+        if rig.ops.is_empty() {
+            idle += 1;
+            rig.now.0 += 20_000_000;
+            assert!(
+                idle < 5_000,
+                "seed {seed}: no room for piece {piece} of {pieces}: {:?}",
+                rig.store.stats()
+            );
+        } else {
+            let at = rng.below(rig.ops.len() as u64) as usize;
+            rig.complete(at);
+        }
     }
 }

@@ -33,6 +33,7 @@ const ONCE_FAILED: &[(&str, u64, &str)] = &[
     ("rot", 34, "a catch-up found no room in a log full of entries that it must end to apply"),
     ("swarm", 10_217, "as rot 34, without damage"),
     ("lag", 5, "as rot 34, without damage"),
+    ("swarm", 30_061, "a segment full of small entries that wait was never recycled"),
     ("full", 2, "two writes were promised the last slot: the log filled with blocks that had no place"),
     ("full", 31, "as full 2"),
 ];
