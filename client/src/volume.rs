@@ -370,6 +370,17 @@ impl<P: Clone> VolumeIo<P> {
         }
     }
 
+    /// Requests open, pieces in flight and bytes of reads in flight, each with its limit.
+    pub fn load(&self) -> [(usize, usize); 3] {
+        let Config { requests_max, in_flight_max, read_bytes_max, .. } = self.config;
+        [
+            (self.jobs.len(), requests_max),
+            (self.in_flight, in_flight_max),
+            // A lone piece always goes.
+            (self.read_bytes, read_bytes_max.max(ENTRY_BYTES_MAX)),
+        ]
+    }
+
     /// Takes a newer map; an older one is ignored. Requests of volumes that are gone fail.
     pub fn set_map(&mut self, map: Arc<ClusterMap>, now: Time) {
         if map.generation < self.map.generation {

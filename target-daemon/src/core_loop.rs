@@ -15,8 +15,9 @@ use crate::disk::DiskDriver;
 use crate::export::{ConnInfo, Export, ExportOut};
 use crate::links::{LinkEvent, Links};
 use crate::mem::{Mem, Mems};
-use crate::shard::{CopysetStanding, Origin, Output, Shard};
+use crate::shard::{CopysetStanding, Counts, Origin, Output, Shard};
 use crate::standing::{self, Snapshot};
+use crate::usage::Usage;
 use chunkstore::Layout;
 use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb};
 use protocol::peer::PeerMessage;
@@ -51,6 +52,9 @@ const STARVED_RETRY: Span = Span::ms(1);
 const EVICT_BLOCKS: usize = 256;
 /// The longest wait for a graceful end before the loop gives up on it.
 const STOP_WITHIN: Span = Span::ms(5_000);
+
+/// What a link queues at most, and the last message that it takes.
+const LINK_BYTES_MAX: usize = (64 << 20) + (2 << 20);
 
 /// The job number of scrubs, whose results nobody waits for.
 const SCRUB: u64 = 0;
@@ -129,6 +133,24 @@ impl<R: Reactor> Core<R> {
         self.shard.standings()
     }
 
+    /// What it holds in memory, and what bounds that.
+    pub fn usage(&self) -> Vec<Usage> {
+        let arena = self.reactor.arena();
+        let [requests, pieces, reads] = self.export.load();
+        let (bytes, parcels) = self.links.queued();
+        let mut usage = vec![
+            Usage::new("blocks of the arena", arena.used_blocks(), arena.capacity_blocks()),
+            Usage::new("requests of hosts", requests.0, requests.1),
+            Usage::new("pieces of requests in flight", pieces.0, pieces.1),
+            Usage::new("bytes of reads in flight", reads.0, reads.1),
+            Usage::new("bytes queued for a peer", bytes, LINK_BYTES_MAX),
+            // Requests of our hosts, and answers to those of the sibling's.
+            Usage::new("parcels that wait for a sibling", parcels, 2 * pieces.1),
+        ];
+        usage.extend(self.shard.usage(&self.layout));
+        usage
+    }
+
     /// The replicas here, in order.
     pub fn replicas(&self) -> impl Iterator<Item = (CopysetId, &copyset::Replica)> {
         self.shard.replicas()
@@ -137,6 +159,16 @@ impl<R: Reactor> Core<R> {
     /// The replica of a copyset, if it is here.
     pub fn replica(&self, id: CopysetId) -> Option<&copyset::Replica> {
         self.shard.replica(id)
+    }
+
+    /// What the store has counted since it was opened.
+    pub fn store_stats(&self) -> chunkstore::Stats {
+        self.shard.store_stats()
+    }
+
+    /// What the shard has counted since its start.
+    pub fn counts(&self) -> &Counts {
+        self.shard.counts()
     }
 
     /// The payload of an entry of the log, where it is in memory.

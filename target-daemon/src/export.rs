@@ -156,6 +156,11 @@ impl Export {
         &mut self.volume
     }
 
+    /// As [`VolumeIo::load`].
+    pub fn load(&self) -> [(usize, usize); 3] {
+        self.volume.load()
+    }
+
     /// Counters.
     pub fn counts(&self) -> &ExportCounts {
         &self.counts

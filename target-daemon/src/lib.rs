@@ -24,7 +24,8 @@ mod shard;
 pub mod siblings;
 mod standing;
 mod subsystems;
+pub mod usage;
 
 pub use chunkstore::InspectReport;
 pub use run::{format, inspect, run};
-pub use shard::CopysetStanding;
+pub use shard::{CopysetStanding, Counts};

@@ -280,6 +280,13 @@ impl Links {
             || self.siblings.iter().any(Sibling::is_starved)
     }
 
+    /// The most that is queued for one peer, in bytes, and for one sibling, in parcels.
+    pub fn queued(&self) -> (usize, usize) {
+        let bytes = self.links.iter().map(|(_, link)| link.conn.tx_bytes()).max();
+        let parcels = self.siblings.iter().map(Sibling::waiting).max();
+        (bytes.unwrap_or(0), parcels.unwrap_or(0))
+    }
+
     /// Whether something waits for room in a sibling's mailbox.
     pub fn is_behind(&self) -> bool {
         self.siblings.iter().any(Sibling::is_behind)

@@ -119,6 +119,11 @@ impl Sibling {
         !self.waiting.is_empty()
     }
 
+    /// How many parcels wait for room in the mailbox.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// Whether a parcel waits for room in the arena.
     pub fn is_starved(&self) -> bool {
         self.held.is_some()

@@ -47,6 +47,8 @@ struct SimFile {
     durable: BTreeMap<u64, Sectors>,
     /// Sectors that cannot be read.
     broken: BTreeSet<u64>,
+    /// Bits that are inverted at rest.
+    rotten: BTreeSet<u64>,
     is_chunks: bool,
 }
 
@@ -109,6 +111,9 @@ impl SimFile {
         let sectors = Self::sectors_of(offset, bytes.len());
         if !self.broken.is_empty() {
             self.broken.retain(|sector| !sectors.contains(sector));
+        }
+        if !self.rotten.is_empty() {
+            self.rotten.retain(|bit| !(offset..offset + bytes.len() as u64).contains(&(bit / 8)));
         }
         if durably {
             sectors.for_each(|sector| self.settle(sector));
@@ -262,6 +267,15 @@ impl SimDisk {
         Ok(file.read(offset, into))
     }
 
+    /// Where the pages lie that rotted, of those read.
+    pub(super) fn rotten(&self, handle: (u32, u32), offset: u64, bytes: u32) -> Vec<u64> {
+        let Some(file) = self.id("look", handle).ok().and_then(|id| self.files.get(&id)) else {
+            return Vec::new();
+        };
+        let (page, bits) = (PAGE_BYTES as u64, offset * 8..(offset + u64::from(bytes)) * 8);
+        file.rotten.range(bits).map(|bit| bit / 8 / page * page).collect()
+    }
+
     /// Whether the file holds chunks.
     pub(super) fn is_chunks(&self, handle: (u32, u32)) -> bool {
         self.id("look", handle).is_ok_and(|id| self.files[&id].is_chunks)
@@ -389,6 +403,9 @@ impl SimDisk {
             kept.bytes[(bit / 8) as usize % PAGE_BYTES] ^= 1 << (bit % 8);
         }
         file.put(bit / 8, &byte);
+        if !file.rotten.insert(bit) {
+            file.rotten.remove(&bit);
+        }
         Ok(())
     }
 }

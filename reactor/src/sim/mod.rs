@@ -131,6 +131,8 @@ struct Node {
     /// Turned in vain: sleeps until its deadline, if it has one.
     asleep: Option<Option<Time>>,
     disk_ops: BTreeMap<u64, DiskOp>,
+    /// Pages that reads returned with a bit inverted: whether of a chunk file, and where.
+    altered: Vec<(bool, u64)>,
     stats: Stats,
 }
 
@@ -179,6 +181,7 @@ impl SimWorld {
         state.paused = false;
         state.life += 1;
         state.asleep = None;
+        state.altered.clear();
         state.waker = Waker::simulated();
         state.stats = Stats::default();
         let (life, waker) = (state.life, state.waker.clone());
@@ -233,6 +236,12 @@ impl SimWorld {
     /// elsewhere or not at all.
     pub fn lies(&self, node: usize) -> u64 {
         self.0.borrow().nodes[node].disk.lies
+    }
+
+    /// Pages that a node's reads returned with a bit inverted since this was last asked: whether of a
+    /// chunk file, and at which offset.
+    pub fn take_altered(&self, node: usize) -> Vec<(bool, u64)> {
+        std::mem::take(&mut self.0.borrow_mut().nodes[node].altered)
     }
 
     /// Inverts one bit of a file at rest.
@@ -299,6 +308,19 @@ impl SimWorld {
         self.0.borrow().net.flipped
     }
 
+    /// What `from` sends to `to` on the connections that there are now takes a long way round: it
+    /// arrives in order, but only after `lasts`. Connections made later are not affected.
+    pub fn detour(&self, from: usize, to: usize, lasts: Span) {
+        self.0.borrow_mut().detour(from, to, lasts);
+    }
+
+    /// Resets the connections between two nodes at `from`'s end alone. What it has sent still arrives,
+    /// and only behind it does the other end see the reset: so old requests may come when `from` has
+    /// long asked again on a new connection.
+    pub fn reset_one_side(&self, from: usize, to: usize) {
+        self.0.borrow_mut().reset_one_side(from, to);
+    }
+
     /// Resets every connection between two nodes, as a middlebox would.
     pub fn reset_connections(&self, a: usize, b: usize) {
         self.0.borrow_mut().reset_between(a, b);
@@ -320,6 +342,7 @@ impl Node {
             ready: Vec::new(),
             asleep: None,
             disk_ops: BTreeMap::new(),
+            altered: Vec::new(),
             stats: Stats::default(),
         }
     }
@@ -504,10 +527,18 @@ impl Node {
                     let read = self.disk.read(key(file), offset, &mut buf[..bytes as usize]);
                     read.map(|count| Output::Read(count as u32))
                 };
+                let mut altered = self.disk.rotten(key(file), offset, bytes);
                 if bytes > 0 && self.strikes(flip_ppm) {
                     self.disk.lies += 1;
                     let bit = split_mix(&mut self.random) % (u64::from(bytes) * 8);
                     buf[(bit / 8) as usize] ^= 1 << (bit % 8);
+                    altered.push(offset + bit / 8 / 4096 * 4096);
+                }
+                if !altered.is_empty() && done.result.is_ok() {
+                    altered.sort_unstable();
+                    altered.dedup();
+                    let is_chunks = self.disk.is_chunks(key(file));
+                    self.altered.extend(altered.into_iter().map(|at| (is_chunks, at)));
                 }
                 done.buf = Some(buf);
             }

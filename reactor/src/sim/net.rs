@@ -58,6 +58,8 @@ struct End {
     unreceived: usize,
     /// When the last of what was sent arrives.
     last_arrival: Time,
+    /// What comes takes a long way round: kept here until it is through.
+    detour: Option<VecDeque<Parcel>>,
 }
 
 /// What has arrived: parcels in order, the first of them received up to `used`.
@@ -121,6 +123,10 @@ pub(super) enum NetEvent {
     Arrive {
         to: Socket,
         what: Parcel,
+    },
+    /// What took a long way round is through.
+    Through {
+        to: Socket,
     },
 }
 
@@ -198,6 +204,7 @@ impl Net {
             sends: VecDeque::new(),
             unreceived: 0,
             last_arrival: Time(0),
+            detour: None,
         };
         let (index, generation) = self.ends.insert(end);
         Socket { index, generation }
@@ -297,6 +304,10 @@ impl World {
                 }
             }
             NetEvent::Arrive { to, what } => self.arrive(to, what),
+            NetEvent::Through { to } => {
+                let kept = self.net.end(to).and_then(|end| end.detour.take());
+                kept.into_iter().flatten().for_each(|what| self.arrive(to, what));
+            }
         }
     }
 
@@ -403,6 +414,9 @@ impl World {
         if end.ended.is_some() {
             return;
         }
+        if let Some(detour) = &mut end.detour {
+            return detour.push_back(what);
+        }
         match what {
             Parcel::Bytes(bytes) => end.inbox.push(bytes),
             Parcel::End(how) => {
@@ -504,6 +518,25 @@ impl World {
 
     pub(super) fn reset_between(&mut self, a: usize, b: usize) {
         for socket in self.ends_where(|end| pair(end.node, end.peer_node) == pair(a, b)) {
+            self.arrive(socket, Parcel::End(Err(libc::ECONNRESET)));
+        }
+    }
+
+    /// All that `from` sends `to` on the connections of now arrives only after this time.
+    pub(super) fn detour(&mut self, from: usize, to: usize, lasts: Span) {
+        for socket in self.ends_where(|end| end.node == to && end.peer_node == from && end.ended.is_none()) {
+            let end = self.net.end(socket).expect("just found");
+            if end.detour.is_none() {
+                end.detour = Some(VecDeque::new());
+                self.schedule(lasts, Event::Net(NetEvent::Through { to: socket }));
+            }
+        }
+    }
+
+    /// `from` sees its connections to `to` reset; `to` does so behind all that is on its way there.
+    pub(super) fn reset_one_side(&mut self, from: usize, to: usize) {
+        for socket in self.ends_where(|end| end.node == from && end.peer_node == to) {
+            self.post(socket, Parcel::End(Err(libc::ECONNRESET)));
             self.arrive(socket, Parcel::End(Err(libc::ECONNRESET)));
         }
     }

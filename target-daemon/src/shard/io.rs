@@ -17,7 +17,7 @@ use protocol::types::{
 /// Granularity of offsets and lengths, in bytes.
 const SECTOR: u32 = 512;
 /// Most requests under way in a shard; more are answered `Busy`.
-const REQUESTS_MAX: usize = 8192;
+pub(super) const REQUESTS_MAX: usize = 8192;
 
 /// A write or zero under way; it may have up to three parts.
 pub struct Request {

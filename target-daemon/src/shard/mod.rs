@@ -25,6 +25,7 @@ mod repair;
 mod serve;
 
 use crate::mem::{Mem, Mems};
+use crate::usage::Usage;
 use chunkstore::{Event, Lsn, RecoveredCopyset, Store};
 use copyset::{Config, Health, Lag, Recovered, Replica, Role};
 use hosted::Hosted;
@@ -32,7 +33,7 @@ use pace::Pace;
 use protocol::map::ClusterMap;
 use protocol::peer::{Fetch, PeerMessage};
 use protocol::raft::Members;
-use protocol::types::{ChunkId, CopysetId, LogIndex, ShardAddr, Span, TargetId, Time, VolumeId};
+use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, LogIndex, ShardAddr, Span, TargetId, Time, VolumeId};
 use reactor::Arena;
 use slab::Slab;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -543,6 +544,32 @@ impl Shard {
     /// Counters.
     pub fn counts(&self) -> &Counts {
         &self.counts
+    }
+
+    /// What it holds in memory beside the arena, and what bounds that.
+    pub fn usage(&self, layout: &chunkstore::Layout) -> Vec<Usage> {
+        let stats = self.store.stats();
+        let replicas = self.hosted.len();
+        let log_blocks = layout.log_blocks() as usize;
+        let entries =
+            self.hosted.values().map(|h| h.replica.last_index().0 - h.replica.floor().0.0).sum::<u64>();
+        let behind = self.hosted.values().flat_map(|h| h.outboxes.values().map(|o| o.behind.len())).max();
+        let waiting_most = chunkstore::waiting_max(layout, replicas);
+        vec![
+            Usage::new("requests under way", self.requests.len(), io::REQUESTS_MAX),
+            // A request has up to three parts, each of which may need a read.
+            Usage::new("work under way", self.work.len(), 4 * io::REQUESTS_MAX),
+            // Each has a record of 48 bytes in a block of the log.
+            Usage::new("entries of all replicas", entries as usize, log_blocks * (BLOCK_BYTES / 48)),
+            Usage::new("messages behind a read of the log", behind.unwrap_or(0), hosted::OUTBOX_MAX),
+            Usage::new("log blocks of entries that wait", stats.waiting_blocks as usize, waiting_most),
+            // Those in use by a flush stay.
+            Usage::new(
+                "tables in memory",
+                stats.tables_cached as usize,
+                layout.table_cache_max.max(1) + layout.flush_in_flight_max,
+            ),
+        ]
     }
 
     /// The store's counters.

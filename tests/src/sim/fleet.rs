@@ -26,6 +26,12 @@ use target_daemon::siblings::{Sibling, mesh};
 /// How often the standing of a shard is looked at: once in so many turns.
 const LOOK_EVERY: u64 = 8;
 
+/// What a slot's table takes at the beginning of its file.
+const TABLE_BYTES: u64 = 16 * 4096;
+
+/// How often what a shard holds in memory is looked at: once in so many turns.
+const USAGE_EVERY: u64 = 32;
+
 /// What shards counted.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Tally {
@@ -55,6 +61,8 @@ struct Life {
     ends: ControlEnds,
     turns: u64,
     failed: bool,
+    /// Blocks that its disk returned with a bit inverted.
+    altered: u64,
 }
 
 /// All targets.
@@ -210,7 +218,31 @@ impl Fleet {
         )
         .map_err(|problem| Failure(format!("start: shard {node} does not start: {problem}")))?;
         let _ = ends.shards()[0].send(ToShard::Map(self.map.clone()));
-        self.nodes[node].life = Some(Life { core, ends, turns: 0, failed: false });
+        self.nodes[node].life = Some(Life { core, ends, turns: 0, failed: false, altered: 0 });
+        Ok(())
+    }
+
+    /// Compares what a shard has counted with what its disk did: without damage it has found none, and at
+    /// the end, when no read is under way (`is_idle`), it has found every damaged block that it was given.
+    ///
+    /// # Errors
+    /// They do not agree.
+    pub fn check_counters(&self, node: usize, has_bad_disk: bool, is_idle: bool) -> Result<(), Failure> {
+        let Some(life) = self.nodes[node].life.as_ref().filter(|life| !life.failed) else { return Ok(()) };
+        let (store, shard) = (life.core.store_stats(), life.core.counts());
+        let found = store.corrupt_blocks + store.log_damages + store.table_pages_lost;
+        if found > 0 && !has_bad_disk {
+            return Err(Failure(format!("counters: shard {node} found damage on a good disk: {store:?}")));
+        }
+        if shard.wire_corrupt > 0 && self.world.flipped_on_the_wire() == 0 {
+            return Err(Failure(format!("counters: shard {node} found damage on good links: {shard:?}")));
+        }
+        if is_idle && store.corrupt_blocks + store.moved_blocks < life.altered {
+            return Err(Failure(format!(
+                "counters: the disk of shard {node} gave {} damaged blocks, and it found fewer: {store:?}",
+                life.altered
+            )));
+        }
         Ok(())
     }
 
@@ -226,10 +258,14 @@ impl Fleet {
 
     /// One turn of a shard's loop.
     pub fn turn(&mut self, node: usize) -> Result<(), Failure> {
-        let Some(life) = &mut self.nodes[node].life else { return Ok(()) };
+        let Node { plan, life: Some(life) } = &mut self.nodes[node] else { return Ok(()) };
         if matches!(life.core.turn(), Turn::Stop) {
             return Err(Failure(format!("start: shard {node} stopped by itself")));
         }
+        let tables = u64::from(plan.layout.slots_per_file) * TABLE_BYTES;
+        // Tables have two copies, and pages that nobody looks at.
+        let altered = self.world.take_altered(node).into_iter();
+        life.altered += altered.filter(|(is_chunks, at)| !is_chunks || *at >= tables).count() as u64;
         while let Some((_, report)) = life.ends.try_report() {
             if let target_daemon::control::FromShard::Failed { .. } = report {
                 life.failed = true;
@@ -237,6 +273,11 @@ impl Fleet {
             }
         }
         life.turns += 1;
+        if life.turns.is_multiple_of(USAGE_EVERY)
+            && let Some(usage) = life.core.usage().into_iter().find(|usage| !usage.fits())
+        {
+            return Err(Failure(format!("memory: shard {node} has {usage:?}")));
+        }
         if life.turns.is_multiple_of(LOOK_EVERY) {
             let standings = life.core.standings();
             self.look(node, &standings)?;
@@ -295,6 +336,9 @@ impl Fleet {
             text += &format!("node {node} {state}\n");
             for standing in self.standings(node) {
                 text += &format!("  {standing:?}\n");
+            }
+            if let Some(life) = &self.nodes[node].life {
+                text += &format!("  {:?}\n", life.core.store_stats());
             }
             if let Some(status) = self.status(node) {
                 text += &format!("  {status:?}\n");

@@ -12,8 +12,10 @@ use protocol::types::{BLOCK_BYTES, Span};
 /// `rot` damages one disk at rest; `lease` cuts leaders off from their followers, but not from hosts,
 /// again and again, under clocks that drift as far as is allowed; `wire` inverts bits between shards; `beyond`
 /// damages two disks of three: the right answer is to stop; `full` has fewer slots than chunks, and file
-/// systems that fill up: hosts are told so, and what was written stays.
-pub const FAMILIES: [&str; 9] = ["swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond", "full"];
+/// systems that fill up: hosts are told so, and what was written stays; `late` lets requests arrive long after their
+/// sender has asked again elsewhere, while leadership goes to and fro.
+pub const FAMILIES: [&str; 10] =
+    ["swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond", "full", "late"];
 
 /// What may go wrong, and about how often; `None` leaves it out.
 #[derive(Clone, Copy, Default, Debug)]
@@ -60,6 +62,8 @@ pub struct Faults {
     pub drift_ppm: Option<u32>,
     /// Mean time between file systems that fill up for a while.
     pub full_disk: Option<Span>,
+    /// Mean time between connections of two shards whose data takes up to 4 s one way.
+    pub detour: Option<Span>,
     /// Mean time between bits that rot in its chunk files.
     pub rot_chunks: Option<Span>,
     /// Bits that rot in its log while it is down, each time it goes down.
@@ -199,6 +203,22 @@ impl Mix {
                 mix.faults.crash = Some(Span::ms(2_000));
                 mix.faults.full_disk = Some(Span::ms(1_500));
             }
+            "late" => {
+                let draw = &mut Draw::new(seed ^ 0x6c61_7465);
+                (mix.targets, mix.shards, mix.copysets) = (3, 1, 1 + draw.below(2) as usize);
+                mix.volumes = vec![(16 << 20, draw.of(&[512, 4096]))];
+                (mix.hosts, mix.readers) = (5, 1);
+                (mix.depth, mix.think_us_max, mix.windows) = (draw.of(&[1, 4]), 3_000, (1, 2));
+                (mix.reads_permille, mix.blocks_max, mix.exclusive) = (300, 1, draw.chance(300));
+                (mix.patience, mix.load) = (None, Span::ms(15_000));
+                mix.faults = Faults { down_max: Span::ms(400), ..Faults::default() };
+                mix.faults.detour = Some(Span::ms(draw.of(&[100, 300])));
+                mix.faults.transfer = Some(Span::ms(draw.of(&[200, 500])));
+                mix.faults.partition = draw.chance(500).then_some(Span::ms(1_500));
+                mix.faults.isolate = true;
+                mix.faults.crash = draw.chance(500).then_some(Span::ms(3_000));
+                mix.election_timeout = Span::ms(200);
+            }
             "wire" => {
                 mix.faults.wire_flip_ppm = 3_000;
                 mix.load = Span::ms(8_000);
@@ -309,6 +329,7 @@ pub const SIMPLER: &[(&str, Simpler)] = &[
     ("no stalls", |mix| mix.faults.pause = None),
     ("no slow links", |mix| mix.faults.slow_link = None),
     ("no hand-overs", |mix| mix.faults.transfer = None),
+    ("no detours", |mix| mix.faults.detour = None),
     ("true clocks", |mix| mix.faults.drift_ppm = None),
     ("no slow disks", |mix| mix.faults.slow_disk_ppm = 0),
     ("no bits inverted on the wire", |mix| mix.faults.wire_flip_ppm = 0),

@@ -207,7 +207,12 @@ impl Sim {
         self.hosts.iter_mut().for_each(Host::read_everything);
         self.settle("the last reads did not end", |sim| sim.hosts.iter().all(Host::is_idle))?;
         self.settle("replicas did not settle", |sim| judge::is_settled(&sim.fleet))?;
-        judge::compare_replicas(self)
+        judge::compare_replicas(self)?;
+        for node in 0..self.fleet.nodes() {
+            let target = node / self.mix.shards;
+            self.fleet.check_counters(node, self.nemesis.has_bad_disk(target), true)?;
+        }
+        Ok(())
     }
 
     /// Turns whatever has something to do, until nothing is left to happen before `until`.

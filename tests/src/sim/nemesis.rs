@@ -41,6 +41,8 @@ pub struct Count {
     pub revived: u64,
     /// Times that the disk of a target filled up.
     pub full_disks: u64,
+    /// Connections whose data took a long way round.
+    pub detours: u64,
 }
 
 impl AddAssign for Count {
@@ -58,6 +60,7 @@ impl AddAssign for Count {
         self.clocks += one.clocks;
         self.revived += one.revived;
         self.full_disks += one.full_disks;
+        self.detours += one.detours;
     }
 }
 
@@ -77,6 +80,8 @@ enum What {
     Transfer,
     Fill,
     Empty(usize),
+    Detour,
+    ResetOneSide(usize, usize),
 }
 
 /// The source of all trouble.
@@ -111,6 +116,7 @@ impl Nemesis {
             What::Break,
             What::Transfer,
             What::Fill,
+            What::Detour,
         ];
         for what in kinds {
             nemesis.plan(what, now);
@@ -130,6 +136,7 @@ impl Nemesis {
             What::Transfer => faults.transfer,
             What::Break => faults.break_sectors,
             What::Fill => faults.full_disk,
+            What::Detour => faults.detour,
             _ => None,
         };
         if let Some(mean) = mean {
@@ -152,6 +159,9 @@ impl Nemesis {
     pub fn act(&mut self, world: &SimWorld, fleet: &mut Fleet) -> Result<(), Failure> {
         let now = world.now();
         self.set_disk(world, fleet);
+        for node in 0..fleet.nodes() {
+            fleet.check_counters(node, self.has_bad_disk(node / self.mix.shards), false)?;
+        }
         while let Some((_, what)) = self.agenda.first().copied().filter(|(at, _)| *at <= now) {
             self.agenda.pop_first();
             self.strike(world, fleet, what, now)?;
@@ -224,6 +234,18 @@ impl Nemesis {
                 self.later(now, Span::ms(4_000), What::Empty(target));
             }
             What::Empty(target) => _ = self.full.remove(&target),
+            // Between shards; half of the time the sender then loses the connection, and asks anew on
+            // another while the old requests are still on their way.
+            What::Detour => {
+                let (a, b) = self.pair(fleet.nodes() as u64);
+                self.count.detours += 1;
+                let lasts = Span(self.draw.between(50_000_000, 4_000_000_000));
+                world.detour(a, b, lasts);
+                if self.draw.chance(500) {
+                    self.later(now, Span(lasts.0.min(500_000_000)), What::ResetOneSide(a, b));
+                }
+            }
+            What::ResetOneSide(a, b) => world.reset_one_side(a, b),
             What::FastLink(a, b) => world.slow_link(a, b, Span(0)),
             What::Rot | What::Break => self.damage(world, fleet, what, "chunks", "chunks")?,
         }
@@ -350,6 +372,11 @@ impl Nemesis {
             world.flip_bit(node, &path, bit)
         };
         done.map_err(|error| Failure(format!("harness: {error}")))
+    }
+
+    /// Whether a target's disk may do more than lose what was not synced.
+    pub fn has_bad_disk(&self, target: usize) -> bool {
+        self.mix.faults.has_bad_disk() && (target == self.victim || Some(target) == self.second)
     }
 
     /// Ends everything that is wrong, and brings every target up.

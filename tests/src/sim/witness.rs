@@ -15,7 +15,9 @@ use super::history::{Change, Register};
 use super::{Failure, Mix};
 use chunkstore::{EntryPayload, Payload};
 use copyset::{Body, Entry, HardState, Health, Replica};
-use protocol::types::{BLOCK_BYTES, BlockRange, CHUNK_BYTES, ChunkId, CopysetId, LogIndex, Term, Time};
+use protocol::types::{
+    BLOCK_BYTES, BlockRange, CHUNK_BYTES, ChunkId, CopysetId, LogIndex, Term, Time, block_crc,
+};
 use reactor::sim::SimReactor;
 use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
@@ -153,6 +155,13 @@ impl Witness {
         payload: EntryPayload<P>,
     ) -> Result<(), Failure> {
         let key = (id, entry.index, entry.term);
+        if let EntryPayload::Ram(Some(payload), crcs) = &payload
+            && let Some(at) = (0..crcs.len()).find(|at| block_crc(payload.block(*at)) != crcs[*at])
+        {
+            return Err(Failure(format!(
+                "log matching: block {at} of {key:?} is not what its checksum says"
+            )));
+        }
         let (values, crcs) = match (&payload, entry.body) {
             (EntryPayload::Ram(Some(payload), crcs), Body::Write { chunk, .. }) => {
                 (self.values_of(chunk, payload), crcs.to_vec())
