@@ -55,15 +55,25 @@ struct List {
 struct Mutant {
     name: String,
     what: String,
-    file: String,
-    find: String,
-    replace: String,
+    #[serde(flatten)]
+    edit: Edit,
+    /// Other places that must change too, where a second rule would mask the first.
+    #[serde(default)]
+    also: Vec<Edit>,
     /// Families of runs that look for it, in this order.
     #[serde(default = "swarm")]
     families: Vec<String>,
     /// Packages whose tests look for it where the simulator does not see it.
     #[serde(default)]
     suites: Vec<String>,
+}
+
+/// One place in the sources, and what stands there instead.
+#[derive(Deserialize)]
+struct Edit {
+    file: String,
+    find: String,
+    replace: String,
 }
 
 fn swarm() -> Vec<String> {
@@ -117,20 +127,21 @@ fn read(root: &Path) -> Result<Vec<Mutant>> {
 fn mutate(root: &Path, list: &[Mutant]) -> Result<BTreeMap<String, String>> {
     let mut files: BTreeMap<String, String> = BTreeMap::new();
     for (number, mutant) in list.iter().enumerate() {
-        if !files.contains_key(&mutant.file) {
-            files.insert(mutant.file.clone(), fs::read_to_string(root.join(&mutant.file))?);
-        }
-        let text = files.get_mut(&mutant.file).expect("just read");
-        let count = text.matches(&mutant.find).count();
-        ensure!(
-            count == 1,
-            "mutant {}: what it looks for is {count} times in {}; mend {LIST}",
-            mutant.name,
-            mutant.file
-        );
-        ensure!(mutant.replace.contains(SWITCH), "mutant {}: `replace` has no {SWITCH}", mutant.name);
         let switch = format!("::protocol::mutant({})", number + 1);
-        *text = text.replace(&mutant.find, &mutant.replace.replace(SWITCH, &switch));
+        for Edit { file, find, replace } in std::iter::once(&mutant.edit).chain(&mutant.also) {
+            if !files.contains_key(file) {
+                files.insert(file.clone(), fs::read_to_string(root.join(file))?);
+            }
+            let text = files.get_mut(file).expect("just read");
+            let count = text.matches(find).count();
+            ensure!(
+                count == 1,
+                "mutant {}: what it looks for is {count} times in {file}; mend {LIST}",
+                mutant.name
+            );
+            ensure!(replace.contains(SWITCH), "mutant {}: `replace` has no {SWITCH}", mutant.name);
+            *text = text.replace(find, &replace.replace(SWITCH, &switch));
+        }
     }
     let library = "protocol/src/lib.rs";
     let mut text = fs::read_to_string(root.join(library))?;
