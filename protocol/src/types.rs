@@ -196,3 +196,8 @@ pub fn block_crc(block: &[u8]) -> u32 {
 pub fn crc_at_rest(crc: u32) -> u32 {
     crc.max(1)
 }
+
+/// The checksum that a block was kept under, where that is certain: 1 may stand for 0.
+pub fn crc_from_rest(at_rest: u32) -> Option<u32> {
+    (at_rest > 1).then_some(at_rest)
+}

@@ -20,7 +20,9 @@ use client::volume::{Action, Config, IoError, Request, SubmitError, VolumeIo};
 use protocol::map::{ClusterMap, ExportProtocol};
 use protocol::nbd::{ExportInfo, NbdError, Refusal, Violation};
 use protocol::peer::{IoOutcome, IoReply, IoRequest};
-use protocol::types::{BLOCK_BYTES, ENTRY_BYTES_MAX, ShardAddr, Time, VolumeId, block_crc, crc_at_rest};
+use protocol::types::{
+    BLOCK_BYTES, ENTRY_BYTES_MAX, ShardAddr, Time, VolumeId, block_crc, crc_at_rest, crc_from_rest,
+};
 use reactor::{Arena, Completion, Op, Reactor, Socket};
 use slab::Slab;
 use std::collections::{BTreeMap, VecDeque};
@@ -456,7 +458,7 @@ impl Export {
                 }
                 Action::ReadPiece { id, offset, length, present, crcs, payload } => {
                     debug_assert_eq!(crcs.len(), payload.len(), "checked when the reply came");
-                    self.read_piece(id as usize, (offset, length), present, &payload);
+                    self.read_piece(id as usize, (offset, length), present, &crcs, &payload);
                 }
                 Action::Done { id, result } => {
                     if let Err(error) = result {
@@ -486,14 +488,21 @@ impl Export {
     }
 
     /// A part of a read came, whole blocks; only the asked bytes of it go to the client.
-    fn read_piece(&mut self, key: usize, (offset, length): (u64, u32), present: u32, payload: &[Mem]) {
+    fn read_piece(
+        &mut self,
+        key: usize,
+        (offset, length): (u64, u32),
+        present: u32,
+        crcs: &[u32],
+        payload: &[Mem],
+    ) {
         let Some(Pending { purpose: Purpose::Read { offset: asked, length: bytes, parts, corrupt }, .. }) =
             self.pending.get_mut(key)
         else {
             return;
         };
         let (asked, end) = (*asked, *asked + u64::from(*bytes));
-        let mut data = payload.iter();
+        let mut data = payload.iter().zip(crcs);
         let mut list = ReadParts::new();
         for block in 0..length as usize / BLOCK_BYTES {
             let at = offset + (block * BLOCK_BYTES) as u64;
@@ -506,12 +515,12 @@ impl Export {
                 }
                 continue;
             }
-            let Some(run) = data.next() else {
+            let Some((run, crc)) = data.next() else {
                 *corrupt = true;
                 return;
             };
             if wanted {
-                push_data(&mut list, run, from as usize, to as usize);
+                push_data(&mut list, run, from as usize, to as usize, *crc);
             }
         }
         parts.insert(offset, list);
@@ -607,17 +616,19 @@ fn push_zeroes(list: &mut ReadParts, bytes: u32) {
 }
 
 /// Appends bytes of a block; joined with the part before where they lie side by side.
-fn push_data(list: &mut ReadParts, run: &Mem, from: usize, to: usize) {
+fn push_data(list: &mut ReadParts, run: &Mem, from: usize, to: usize, crc: u32) {
     let (buf, start) = run.place();
+    // A whole block's checksum is the digest of its data.
+    let crc = crc_from_rest(crc).filter(|_| to - from == BLOCK_BYTES);
     let (from, to) = ((start + from) as u32, (start + to) as u32);
-    if let Some(ReadPart::Data { buf: last, to: end, .. }) = list.last_mut()
+    if let Some(ReadPart::Data { buf: last, to: end, crc, .. }) = list.last_mut()
         && last.arena_offset() == buf.arena_offset()
         && *end == from
     {
-        *end = to;
+        (*end, *crc) = (to, None);
         return;
     }
-    list.push(ReadPart::Data { buf: buf.clone(), from, to });
+    list.push(ReadPart::Data { buf: buf.clone(), from, to, crc });
 }
 
 fn nbd_error(failure: Failure) -> NbdError {

@@ -10,11 +10,15 @@
 pub mod nbd;
 pub mod nvme;
 pub mod peer;
+pub mod pieces;
+#[cfg(test)]
+mod rig;
 pub mod stream;
 pub mod token;
 
-pub use nbd::{NbdCloseReason, NbdConn, NbdEvent, NbdLimits, ReadPart, ReadParts, ReqId};
+pub use nbd::{NbdCloseReason, NbdConn, NbdEvent, NbdLimits};
 pub use nvme::{NvmeCloseReason, NvmeConn, NvmeEvent, NvmeLimits};
 pub use peer::{PeerCloseReason, PeerConn, PeerEvent, PeerLimits};
+pub use pieces::{ReadPart, ReadParts, ReqId};
 pub use stream::{Fill, Happened, Stream};
 pub use token::Owner;

@@ -23,23 +23,18 @@ mod reads;
 #[cfg(test)]
 mod tests;
 
+use crate::pieces::{Budget, Course, ReqId, blocks_of, lead, piece_charge, piece_length};
 use crate::stream::{Fill, Happened, STAGING_BLOCKS, Stream};
 use crate::token::Owner;
 use protocol::nbd::wire::FEED_BYTES_MAX;
 use protocol::nbd::{Command, Event, ExportInfo, NbdError, Request, Session, Violation};
-use protocol::types::{BLOCK_BYTES, ENTRY_BYTES_MAX, Span, Time};
+use protocol::types::{BLOCK_BYTES, Span, Time};
 use reactor::{Arena, Buf, BufMut, Completion, IoError, Reactor, Socket};
-pub(crate) use reads::push_part;
 use reads::{Reading, Waiting, waiting_text};
 use slab::Slab;
-use smallvec::SmallVec;
 use std::collections::VecDeque;
 
 const _: () = assert!(STAGING_BLOCKS * BLOCK_BYTES > FEED_BYTES_MAX);
-
-/// A request of this connection; given again once its last event is answered.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct ReqId(pub u32);
 
 /// How much one client may have in flight.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,39 +62,6 @@ impl Default for NbdLimits {
         }
     }
 }
-
-/// A part of a read's answer.
-#[derive(Clone, Debug)]
-pub enum ReadPart {
-    /// Bytes `from..to` of a buffer.
-    Data {
-        /// The buffer; held until it is sent.
-        buf: Buf,
-        /// First byte.
-        from: u32,
-        /// One past the last byte.
-        to: u32,
-    },
-    /// So many zeroes.
-    Zeroes(u32),
-}
-
-impl ReadPart {
-    /// Its length in bytes.
-    pub fn len(&self) -> usize {
-        match self {
-            ReadPart::Data { from, to, .. } => (to - from) as usize,
-            ReadPart::Zeroes(bytes) => *bytes as usize,
-        }
-    }
-    /// Whether it has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-/// The answer to one piece of a read, in order.
-pub type ReadParts = SmallVec<[ReadPart; 2]>;
 
 /// What a client wants, or what became of it.
 #[derive(Debug)]
@@ -213,21 +175,20 @@ enum State {
 
 struct Req {
     request: Request,
-    /// Bytes of a read or write that were handed out as pieces or skipped.
-    emitted: u32,
-    /// Bytes that are answered or skipped.
-    answered: u32,
-    /// Events that the caller has not answered.
-    outstanding: u32,
+    course: Course,
     error: Option<(NbdError, u64)>,
     reading: Reading,
+}
+
+impl crate::pieces::Request for Req {
+    fn course(&mut self) -> &mut Course {
+        &mut self.course
+    }
 }
 
 /// Payload of a write on its way in.
 struct Incoming {
     req: ReqId,
-    offset: u64,
-    left: u32,
     /// Length of the piece being received, 0 between pieces.
     piece: u32,
 }
@@ -249,10 +210,7 @@ pub struct NbdConn {
     incoming: Option<Incoming>,
     /// Reads with pieces that are not handed out, in order.
     unasked: VecDeque<ReqId>,
-    /// Bytes of buffers with payload of writes, received or being received.
-    writing_bytes: usize,
-    /// Bytes of reads that were asked for, and of answers that must wait for their turn.
-    reading_bytes: usize,
+    budget: Budget,
     /// The unfragmented reply that has begun; all others wait.
     streaming: Option<ReqId>,
     waiting: Vec<Waiting>,
@@ -282,8 +240,7 @@ impl NbdConn {
             requests: Slab::new(),
             incoming: None,
             unasked: VecDeque::new(),
-            writing_bytes: 0,
-            reading_bytes: 0,
+            budget: Budget::new(limits.bytes_max, limits.arena_reserve_blocks),
             streaming: None,
             waiting: Vec::new(),
             waiting_bytes: 0,
@@ -316,7 +273,7 @@ impl NbdConn {
     }
     /// Bytes held for this client, the staging buffer left out.
     pub fn bytes(&self) -> usize {
-        self.writing_bytes + self.reading_bytes + self.waiting_bytes + self.stream.tx_bytes()
+        self.budget.writing + self.budget.reading + self.waiting_bytes + self.stream.tx_bytes()
     }
     /// The export in use.
     pub fn export(&self) -> Option<&ExportInfo> {
@@ -324,7 +281,7 @@ impl NbdConn {
     }
     /// Sets [`NbdLimits::bytes_max`]; what is held beyond it is given back as it is answered.
     pub fn limit_bytes(&mut self, bytes_max: usize) {
-        self.limits.bytes_max = bytes_max;
+        self.budget.bytes_max = bytes_max;
     }
     /// From now on every new request and option is refused, because the server is stopping.
     pub fn stop(&mut self) {
@@ -418,10 +375,9 @@ impl NbdConn {
         self.unasked.clear();
         self.requests.retain(|_, req| {
             req.reading = Reading::default();
-            req.outstanding > 0
+            req.course.outstanding > 0
         });
-        self.writing_bytes = 0;
-        self.reading_bytes = 0;
+        self.budget.clear();
         self.streaming = None;
         self.waiting.clear();
         self.waiting_bytes = 0;
@@ -431,7 +387,7 @@ impl NbdConn {
         if self.incoming.is_some() {
             return Ok(self.payload(reactor.arena(), events));
         }
-        let full = self.requests.len() >= self.limits.requests_max || self.bytes() >= self.limits.bytes_max;
+        let full = self.requests.len() >= self.limits.requests_max || self.bytes() >= self.budget.bytes_max;
         if full {
             return Ok(Step::Blocked);
         }
@@ -467,14 +423,14 @@ impl NbdConn {
             // A hint; every read is served from where the data is.
             return protocol::nbd::reply::done(cookie, self.text());
         }
-        let outstanding = u32::from(!matches!(command, Command::Read { .. } | Command::Write));
-        let reading = Reading::default();
-        let req = Req { request, emitted: 0, answered: 0, outstanding, error: None, reading };
+        let mut course = Course::new(offset, length);
+        course.outstanding = u32::from(!matches!(command, Command::Read { .. } | Command::Write));
+        let req = Req { request, course, error: None, reading: Reading::default() };
         let req = ReqId(self.requests.insert(req) as u32);
         match command {
             Command::Read { .. } => self.unasked.push_back(req),
             Command::Write => {
-                self.incoming = Some(Incoming { req, offset, left: length, piece: 0 });
+                self.incoming = Some(Incoming { req, piece: 0 });
             }
             Command::Flush => events.push(NbdEvent::Flush { req }),
             Command::Trim => {
@@ -491,7 +447,7 @@ impl NbdConn {
     fn payload(&mut self, arena: &Arena, events: &mut Vec<NbdEvent>) -> Step {
         let incoming = self.incoming.as_ref().expect("the caller asked");
         if incoming.piece == 0 {
-            if self.requests[incoming.req.0 as usize].error.is_some() {
+            if self.requests[incoming.req.key()].error.is_some() {
                 return self.skip_payload();
             }
             if !self.begin_piece(arena) {
@@ -508,18 +464,15 @@ impl NbdConn {
     }
     /// A write of which a piece failed already: nobody needs the rest.
     fn skip_payload(&mut self) -> Step {
-        let incoming = self.incoming.as_mut().expect("the caller asked");
-        let bytes = self.stream.staged().len().min(incoming.left as usize);
+        let id = self.incoming.as_ref().expect("the caller asked").req;
+        let course = &mut self.requests[id.key()].course;
+        let bytes = self.stream.staged().len().min((course.length - course.emitted) as usize);
         if bytes == 0 {
             return Step::NeedsBytes;
         }
         self.stream.consume(bytes);
-        incoming.left -= bytes as u32;
-        let (id, left) = (incoming.req, incoming.left);
-        let req = &mut self.requests[id.0 as usize];
-        req.emitted += bytes as u32;
-        req.answered += bytes as u32;
-        if left == 0 {
+        course.skip(bytes as u32);
+        if course.emitted == course.length {
             self.incoming = None;
             self.finish_write(id);
         }
@@ -528,60 +481,33 @@ impl NbdConn {
     /// Finds room for the next piece, if the budget and the arena have it.
     fn begin_piece(&mut self, arena: &Arena) -> bool {
         let incoming = self.incoming.as_ref().expect("the caller asked");
-        let length = piece_length(incoming.offset, incoming.left);
-        let lead = (incoming.offset % BLOCK_BYTES as u64) as usize;
-        let blocks = (lead + length as usize).div_ceil(BLOCK_BYTES);
-        let charge = piece_charge(incoming.offset, length);
+        let (offset, length) = self.requests[incoming.req.key()].course.next();
+        let charge = piece_charge(offset, length);
         if !self.has_budget(charge) {
             return false;
         }
-        let Some(buf) = self.alloc(arena, blocks) else {
+        let Some(buf) = self.budget.alloc(arena, blocks_of(offset, length), self.bytes() == 0) else {
             self.starved = true;
             return false;
         };
-        self.writing_bytes += charge;
+        self.budget.writing += charge;
+        let lead = lead(offset);
         self.stream.expect(Fill { buf, at: lead, end: lead + length as usize });
         self.incoming.as_mut().expect("as above").piece = length;
         true
     }
     fn end_piece(&mut self, buf: BufMut, events: &mut Vec<NbdEvent>) {
         let incoming = self.incoming.as_mut().expect("a piece was under way");
-        let (req, offset, length) = (incoming.req, incoming.offset, incoming.piece);
-        incoming.offset += u64::from(length);
-        incoming.left -= length;
-        incoming.piece = 0;
-        if incoming.left == 0 {
+        let (req, length) = (incoming.req, core::mem::take(&mut incoming.piece));
+        let entry = &mut self.requests[req.key()];
+        let (offset, fua) = (entry.course.next().0, entry.request.fua);
+        if entry.course.hand_out(length) {
             self.incoming = None;
         }
-        let entry = &mut self.requests[req.0 as usize];
-        entry.emitted += length;
-        entry.outstanding += 1;
-        let fua = entry.request.fua;
         events.push(NbdEvent::WritePiece { req, offset, length, buf: buf.freeze(), fua });
     }
     /// Whether so many bytes more may be held; a single piece always may.
     fn has_budget(&self, bytes: usize) -> bool {
-        self.bytes() == 0 || self.bytes() + bytes <= self.limits.bytes_max
+        self.bytes() == 0 || self.bytes() + bytes <= self.budget.bytes_max
     }
-    /// A client that holds nothing may have a piece of the reserve's upper half: else those that
-    /// do not take their replies would stop all others.
-    fn has_room(&self, arena: &Arena, blocks: usize) -> bool {
-        let reserve = self.limits.arena_reserve_blocks / if self.bytes() == 0 { 2 } else { 1 };
-        arena.used_blocks() + blocks + reserve <= arena.capacity_blocks()
-    }
-    fn alloc(&self, arena: &Arena, blocks: usize) -> Option<BufMut> {
-        self.has_room(arena, blocks).then(|| arena.alloc(blocks)).flatten()
-    }
-}
-
-/// How long a piece is that begins at `offset` of the export, of so many bytes that are left.
-pub(crate) fn piece_length(offset: u64, left: u32) -> u32 {
-    let window = ENTRY_BYTES_MAX as u64;
-    u64::from(left).min(window - offset % window) as u32
-}
-
-/// What a write's piece is charged with.
-pub(crate) fn piece_charge(offset: u64, length: u32) -> usize {
-    let lead = (offset % BLOCK_BYTES as u64) as usize;
-    (lead + length as usize).div_ceil(BLOCK_BYTES).next_power_of_two() * BLOCK_BYTES
 }

@@ -26,7 +26,7 @@ mod payload;
 #[cfg(test)]
 mod tests;
 
-use crate::nbd::{ReadParts, ReqId};
+use crate::pieces::{Budget, Course, InOrder, ReqId, Request, count_answer};
 use crate::stream::{Happened, STAGING_BLOCKS, Stream};
 use crate::token::Owner;
 use payload::{Incoming, Place};
@@ -172,8 +172,7 @@ enum Kind {
 struct Req {
     cid: u16,
     kind: Kind,
-    offset: u64,
-    length: u32,
+    course: Course,
     /// Bytes of data that were announced: in the capsule or asked for.
     granted: u32,
     /// Bytes of data that came.
@@ -182,17 +181,8 @@ struct Req {
     transfers: u32,
     /// Waits in the list of those that may ask for data.
     listed: bool,
-    /// Bytes that were handed out to be read.
-    emitted: u32,
-    /// Bytes that are answered.
-    answered: u32,
-    /// Events that the caller has not answered.
-    outstanding: u32,
     error: Option<Status>,
-    /// Bytes of a read that are on their way to the host.
-    sent: u32,
-    /// Answers to reads that wait for an earlier one, by their offset within the request.
-    held: BTreeMap<u32, ReadParts>,
+    order: InOrder,
     /// What the host sent to be compared, by its offset within the request.
     compare: BTreeMap<u32, Buf>,
 }
@@ -202,6 +192,12 @@ impl Req {
         use IoCommand::*;
         let none = matches!(self.kind, Kind::Io(Read | Verify | Flush | WriteZeroes { .. }));
         !none
+    }
+}
+
+impl Request for Req {
+    fn course(&mut self) -> &mut Course {
+        &mut self.course
     }
 }
 
@@ -226,12 +222,9 @@ pub struct NvmeConn {
     ungranted: VecDeque<ReqId>,
     /// Reads with pieces that are not handed out, in order.
     unasked: VecDeque<ReqId>,
-    /// Bytes of buffers with payload, received or being received.
-    writing_bytes: usize,
+    budget: Budget,
     /// What data that was asked for and has no buffer yet will be charged with.
     granted_bytes: usize,
-    /// Bytes of reads that were asked for, and of answers that must wait for their turn.
-    reading_bytes: usize,
     /// Connect is not answered yet.
     connecting: bool,
     /// Nothing is read from the socket: the budget or the arena has no room.
@@ -266,9 +259,8 @@ impl NvmeConn {
             places: Vec::new(),
             ungranted: VecDeque::new(),
             unasked: VecDeque::new(),
-            writing_bytes: 0,
+            budget: Budget::new(limits.bytes_max, limits.arena_reserve_blocks),
             granted_bytes: 0,
-            reading_bytes: 0,
             connecting: false,
             blocked: false,
             dirty: true,
@@ -307,7 +299,7 @@ impl NvmeConn {
     }
     /// Bytes held for this host, the staging buffer left out.
     pub fn bytes(&self) -> usize {
-        self.writing_bytes + self.reading_bytes + self.stream.tx_bytes()
+        self.budget.writing + self.budget.reading + self.stream.tx_bytes()
     }
     /// The namespace in use, on an IO queue.
     pub fn namespace(&self) -> Option<&Namespace> {
@@ -323,7 +315,7 @@ impl NvmeConn {
     }
     /// Sets [`NvmeLimits::bytes_max`]; what is held beyond it is given back as it is answered.
     pub fn limit_bytes(&mut self, bytes_max: usize) {
-        self.limits.bytes_max = bytes_max;
+        self.budget.bytes_max = bytes_max;
     }
     /// Cuts the connection.
     pub fn close<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NvmeEvent>) {
@@ -439,18 +431,19 @@ impl NvmeConn {
         self.ungranted.clear();
         self.unasked.clear();
         self.requests.retain(|_, req| {
-            req.held.clear();
+            req.order.clear();
             req.compare.clear();
-            req.outstanding > 0
+            req.course.outstanding > 0
         });
-        (self.writing_bytes, self.granted_bytes, self.reading_bytes) = (0, 0, 0);
+        self.budget.clear();
+        self.granted_bytes = 0;
         events.push(NvmeEvent::Closed { reason });
     }
     fn step(&mut self, arena: &Arena, events: &mut Vec<NvmeEvent>) -> Result<Step, Violation> {
         if self.incoming.as_ref().is_some_and(|incoming| !incoming.is_over()) {
             return Ok(self.payload(arena));
         }
-        if self.connecting || (self.bytes() >= self.limits.bytes_max && !self.holds_parts_only()) {
+        if self.connecting || (self.bytes() >= self.budget.bytes_max && !self.holds_parts_only()) {
             return Ok(Step::Blocked);
         }
         let (staged, text) = self.stream.staged_and_text();
@@ -485,18 +478,13 @@ impl NvmeConn {
         let req = Req {
             cid: sqe.cid(),
             kind,
-            offset,
-            length,
+            course: Course::new(offset, length),
             granted: if inline { length } else { 0 },
             taken: 0,
             transfers: 0,
             listed: false,
-            emitted: 0,
-            answered: 0,
-            outstanding: 0,
             error: None,
-            sent: 0,
-            held: BTreeMap::new(),
+            order: InOrder::default(),
             compare: BTreeMap::new(),
         };
         let id = ReqId(self.requests.insert(req) as u32);
@@ -504,15 +492,15 @@ impl NvmeConn {
             self.incoming = Some(Incoming::inline(id, length, self.session.digests().data));
             return;
         }
-        let req = &mut self.requests[id.0 as usize];
+        let req = &mut self.requests[id.key()];
         match req.kind {
             Kind::Io(IoCommand::Read | IoCommand::Verify) => self.unasked.push_back(id),
             Kind::Io(IoCommand::Flush) => {
-                req.outstanding = 1;
+                req.course.outstanding = 1;
                 events.push(NvmeEvent::Flush { req: id });
             }
             Kind::Io(IoCommand::WriteZeroes { .. }) => {
-                req.outstanding = 1;
+                req.course.outstanding = 1;
                 events.push(NvmeEvent::Zero { req: id, offset, length: length.into(), trim: false });
             }
             Kind::Io(_) if length == 0 => self.finish(id),
@@ -521,26 +509,20 @@ impl NvmeConn {
     }
     /// Whether so many bytes more may be held; a single piece always may.
     fn has_budget(&self, bytes: usize) -> bool {
-        self.bytes() + bytes <= self.limits.bytes_max || self.holds_parts_only()
+        self.bytes() + bytes <= self.budget.bytes_max || self.holds_parts_only()
     }
     /// Whether nothing that is held will be given back before more data has come.
     fn holds_parts_only(&self) -> bool {
-        self.stream.tx_bytes() == 0 && self.requests.iter().all(|(_, req)| req.outstanding == 0)
-    }
-    /// A host that holds nothing may have a piece of the reserve's upper half: else those that
-    /// do not take their answers would stop all others.
-    fn has_room(&self, arena: &Arena, blocks: usize) -> bool {
-        let reserve = self.limits.arena_reserve_blocks / if self.bytes() == 0 { 2 } else { 1 };
-        arena.used_blocks() + blocks + reserve <= arena.capacity_blocks()
+        self.stream.tx_bytes() == 0 && self.requests.iter().all(|(_, req)| req.course.outstanding == 0)
     }
     /// All data of a command that is no write is here.
     fn collected(&mut self, id: ReqId, buf: &Buf, events: &mut Vec<NvmeEvent>) {
-        let req = &mut self.requests[id.0 as usize];
-        let data = &buf[..req.length as usize];
+        let req = &mut self.requests[id.key()];
+        let data = &buf[..req.course.length as usize];
         match &req.kind {
             Kind::Collect(sqe) => {
                 let (sqe, data) = (*sqe, data.to_vec());
-                self.requests.remove(id.0 as usize);
+                self.requests.remove(id.key());
                 if self.session.is_connected() {
                     events.push(NvmeEvent::Admin { sqe, data });
                 } else {
@@ -555,7 +537,7 @@ impl NvmeConn {
                     namespace.map_or(Err(Status::INVALID_NAMESPACE.dnr()), |n| ranges(data, *count, n));
                 match list {
                     Ok(list) => {
-                        req.outstanding = list.len() as u32;
+                        req.course.outstanding = list.len() as u32;
                         let event =
                             |(offset, length)| NvmeEvent::Zero { req: id, offset, length, trim: true };
                         events.extend(list.into_iter().map(event));

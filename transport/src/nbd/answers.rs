@@ -1,6 +1,7 @@
 //! The caller's answers, and the replies they make.
 
-use super::{NbdConn, ReqId, State, piece_charge, piece_length};
+use super::{NbdConn, State};
+use crate::pieces::{ReqId, count_answer, piece_charge};
 use protocol::nbd::wire::EXTENTS_MAX;
 use protocol::nbd::{ExportInfo, NbdError, Refusal, reply};
 
@@ -31,13 +32,12 @@ impl NbdConn {
         if !self.answered(id) {
             return;
         }
-        let req = &mut self.requests[id.0 as usize];
-        let length = piece_at(req, offset);
-        req.answered += length;
+        let req = &mut self.requests[id.key()];
+        let (_, length) = req.course.answer(offset);
         if let Err(error) = result {
             req.error.get_or_insert((error, offset));
         }
-        self.writing_bytes -= piece_charge(offset, length);
+        self.budget.writing -= piece_charge(offset, length);
         self.finish_write(id);
     }
     /// Answers [`super::NbdEvent::Zero`].
@@ -54,7 +54,7 @@ impl NbdConn {
         if !self.answered(id) {
             return;
         }
-        let request = self.requests.remove(id.0 as usize).request;
+        let request = self.requests.remove(id.key()).request;
         let one = matches!(request.command, protocol::nbd::Command::BlockStatus { one: true });
         let extents = result.map(|runs| extents(runs, request.length, one));
         let text = self.text();
@@ -67,7 +67,7 @@ impl NbdConn {
         if !self.answered(id) {
             return;
         }
-        let cookie = self.requests.remove(id.0 as usize).request.cookie;
+        let cookie = self.requests.remove(id.key()).request.cookie;
         self.reply(cookie, result);
     }
     fn reply(&mut self, cookie: u64, result: Result<(), NbdError>) {
@@ -80,33 +80,18 @@ impl NbdConn {
     }
     /// Replies once the last piece has come and is answered.
     pub(super) fn finish_write(&mut self, id: ReqId) {
-        let req = &self.requests[id.0 as usize];
-        if req.answered < req.request.length {
+        let req = &self.requests[id.key()];
+        if !req.course.is_answered() {
             return;
         }
-        let req = self.requests.remove(id.0 as usize);
+        let req = self.requests.remove(id.key());
         self.reply(req.request.cookie, req.error.map_or(Ok(()), |(error, _)| Err(error)));
     }
     /// Counts an answer; false when it comes too late to matter.
     pub(super) fn answered(&mut self, id: ReqId) -> bool {
         self.dirty = true;
-        let req = self.requests.get_mut(id.0 as usize).expect("an event is answered once, by its request");
-        req.outstanding = req.outstanding.checked_sub(1).expect("an event is answered once");
-        if matches!(self.state, State::Closed) {
-            if req.outstanding == 0 {
-                self.requests.remove(id.0 as usize);
-            }
-            return false;
-        }
-        true
+        count_answer(&mut self.requests, id, matches!(self.state, State::Closed))
     }
-}
-
-/// The length of the piece of a request that begins at `offset`.
-pub(super) fn piece_at(req: &super::Req, offset: u64) -> u32 {
-    let end = req.request.offset + u64::from(req.request.length);
-    assert!(offset >= req.request.offset && offset < end, "a piece lies within its request");
-    piece_length(offset, (end - offset) as u32)
 }
 
 /// Merges equal neighbours and keeps to the request and to the limit of one reply.

@@ -6,13 +6,10 @@
 //! until it is over. A failure after such a header can be told only by closing (simple) or by
 //! an error chunk behind zeroes in the data's place, so short ones are held until complete.
 
-use super::answers::piece_at;
-use super::{NbdCloseReason, NbdConn, NbdEvent, ReadPart, ReadParts, Req, ReqId, State, piece_length};
-use crate::stream::Stream;
+use super::{NbdCloseReason, NbdConn, NbdEvent, Req, State};
+use crate::pieces::{InOrder, ReadPart, ReadParts, ReqId, blocks_of, bytes_of, push_part};
 use protocol::nbd::{Command, NbdError, reply};
-use protocol::types::BLOCK_BYTES;
-use reactor::{Arena, IoBuf};
-use std::collections::BTreeMap;
+use reactor::Arena;
 
 /// An unfragmented reply up to this long is sent only when all of it is here, so that a failure
 /// can be told properly.
@@ -33,34 +30,26 @@ pub(super) struct Reading {
     begun: bool,
     /// That header ended the reply.
     ended: bool,
-    /// Bytes that are out, in order.
-    sent: u32,
-    /// Answers that wait for an earlier one, by their offset within the request.
-    held: BTreeMap<u32, ReadParts>,
+    order: InOrder,
 }
 
 impl NbdConn {
     /// Hands out pieces of reads as far as the budget goes.
     pub(super) fn ask_reads(&mut self, arena: &Arena, events: &mut Vec<NbdEvent>) {
         while let Some(&id) = self.unasked.front() {
-            let req = &self.requests[id.0 as usize];
-            let (begin, end) = (req.request.offset, req.request.length);
-            let (offset, left) = (begin + u64::from(req.emitted), end - req.emitted);
-            let length = piece_length(offset, left);
+            let course = &self.requests[id.key()].course;
+            let (offset, length) = course.next();
             // When the client has nothing left to take, waiting for it would be for ever.
-            let stuck = req.outstanding == 0 && self.stream.tx_bytes() == 0;
+            let stuck = course.outstanding == 0 && self.stream.tx_bytes() == 0;
             if !self.has_budget(length as usize) && !stuck {
                 return;
             }
-            if !self.has_room(arena, (length as usize).div_ceil(BLOCK_BYTES)) {
+            if !self.budget.has_room(arena, blocks_of(offset, length), self.bytes() == 0) {
                 self.starved = true;
                 return;
             }
-            self.reading_bytes += length as usize;
-            let req = &mut self.requests[id.0 as usize];
-            req.emitted += length;
-            req.outstanding += 1;
-            if req.emitted == req.request.length {
+            self.budget.reading += length as usize;
+            if self.requests[id.key()].course.hand_out(length) {
                 self.unasked.pop_front();
             }
             events.push(NbdEvent::Read { req: id, offset, length });
@@ -72,13 +61,11 @@ impl NbdConn {
         if !self.answered(id) {
             return;
         }
-        let req = &mut self.requests[id.0 as usize];
-        let length = piece_at(req, offset);
-        req.answered += length;
+        let req = &mut self.requests[id.key()];
+        let (at, length) = req.course.answer(offset);
         let parts = match result {
             Ok(parts) => {
-                let bytes: usize = parts.iter().map(ReadPart::len).sum();
-                assert_eq!(bytes, length as usize, "the parts of an answer add up to its piece");
+                assert_eq!(bytes_of(&parts), length as usize, "the parts of an answer add up to its piece");
                 Some(parts)
             }
             Err(error) => {
@@ -89,16 +76,16 @@ impl NbdConn {
         let structured = self.session.structured();
         let in_order = !structured || matches!(req.request.command, Command::Read { df: true });
         if in_order {
-            self.answer_in_order(id, offset, length, parts);
+            self.answer_in_order(id, at, length, parts);
         } else {
-            self.reading_bytes -= length as usize;
+            self.budget.reading -= length as usize;
             self.answer_in_chunks(id, offset, parts);
         }
     }
     fn answer_in_chunks(&mut self, id: ReqId, offset: u64, parts: Option<ReadParts>) {
-        let req = &self.requests[id.0 as usize];
+        let req = &self.requests[id.key()];
         let (cookie, error) = (req.request.cookie, req.error);
-        let last = req.answered == req.request.length;
+        let last = req.course.is_answered();
         if let (Some(parts), None) = (parts, error) {
             self.send_chunks(cookie, offset, parts, last);
         }
@@ -106,7 +93,7 @@ impl NbdConn {
             if let Some((error, at)) = error {
                 reply::error_at(cookie, error, &error.to_string(), at, self.text());
             }
-            self.requests.remove(id.0 as usize);
+            self.requests.remove(id.key());
         }
     }
     /// Neighbouring data is one chunk, however many buffers it lies in.
@@ -118,7 +105,7 @@ impl NbdConn {
             while let Some(part) = parts.next_if(|next| matches!(next, ReadPart::Zeroes(_)) == is_hole) {
                 run.push(part);
             }
-            let bytes: usize = run.iter().map(ReadPart::len).sum();
+            let bytes = bytes_of(&run);
             let last = last && parts.peek().is_none();
             if is_hole {
                 reply::hole(cookie, offset, bytes as u32, last, self.text());
@@ -136,16 +123,15 @@ impl NbdConn {
         self.waiting_bytes += part.len();
         self.waiting.push(Waiting::Part(part));
     }
-    fn answer_in_order(&mut self, id: ReqId, offset: u64, length: u32, parts: Option<ReadParts>) {
+    fn answer_in_order(&mut self, id: ReqId, at: u32, length: u32, parts: Option<ReadParts>) {
         let simple = !self.session.structured();
-        let req = &mut self.requests[id.0 as usize];
+        let req = &mut self.requests[id.key()];
         if parts.is_none() && req.reading.begun && simple {
             self.state = State::Aborting(NbdCloseReason::ReadFailed);
             return;
         }
-        let at = (offset - req.request.offset) as u32;
         let parts = parts.unwrap_or_else(|| ReadParts::from_elem(ReadPart::Zeroes(length), 1));
-        req.reading.held.insert(at, parts);
+        req.reading.order.hold(at, parts);
         let was_streaming = self.streaming.is_some();
         self.advance(id);
         if !was_streaming || self.streaming.is_some() {
@@ -165,25 +151,24 @@ impl NbdConn {
     /// Whether an unfragmented reply may begin: when all of it is here, so that no failure can
     /// come any more, or when it is too long to wait for.
     fn is_ready(&self, req: &Req) -> bool {
-        let hold_bytes = HOLD_BYTES_MAX.min(self.limits.bytes_max / 2);
-        let enough = req.answered == req.request.length || req.request.length as usize > hold_bytes;
-        enough && !req.reading.begun && req.error.is_none() && req.reading.held.contains_key(&0)
+        let hold_bytes = HOLD_BYTES_MAX.min(self.budget.bytes_max / 2);
+        let enough = req.course.is_answered() || req.request.length as usize > hold_bytes;
+        enough && !req.reading.begun && req.error.is_none() && req.reading.order.has_first()
     }
     /// Sends what can be sent of an unfragmented reply.
     fn advance(&mut self, id: ReqId) {
-        let req = &mut self.requests[id.0 as usize];
-        let whole = req.answered == req.request.length;
+        let req = &mut self.requests[id.key()];
+        let whole = req.course.is_answered();
         if !req.reading.begun {
             if req.error.is_some() {
                 // The whole reply will be an error; what is held is of no use.
-                let held = core::mem::take(&mut req.reading.held);
-                self.reading_bytes -= held.values().flatten().map(ReadPart::len).sum::<usize>();
+                self.budget.reading -= req.reading.order.clear();
                 if whole {
                     self.end_in_order(id);
                 }
                 return;
             }
-            let req = &self.requests[id.0 as usize];
+            let req = &self.requests[id.key()];
             if self.streaming.is_some() || !self.is_ready(req) {
                 return;
             }
@@ -197,13 +182,10 @@ impl NbdConn {
     }
     /// Sends the next piece in order, if it is there.
     fn send_next(&mut self, id: ReqId) -> bool {
-        let reading = &mut self.requests[id.0 as usize].reading;
-        let Some(parts) = reading.held.remove(&reading.sent) else {
+        let Some((_, parts)) = self.requests[id.key()].reading.order.next() else {
             return false;
         };
-        let bytes: usize = parts.iter().map(ReadPart::len).sum();
-        reading.sent += bytes as u32;
-        self.reading_bytes -= bytes;
+        self.budget.reading -= bytes_of(&parts);
         for part in parts {
             push_part(&mut self.stream, part);
         }
@@ -212,12 +194,12 @@ impl NbdConn {
     /// From here to its end nothing else may be sent.
     fn begin_in_order(&mut self, id: ReqId) {
         let structured = self.session.structured();
-        let Req { request, reading, answered, .. } = &mut self.requests[id.0 as usize];
+        let Req { request, reading, course, .. } = &mut self.requests[id.key()];
         reading.begun = true;
         self.streaming = Some(id);
         if structured {
             // Only when all of it is here can nothing go wrong any more.
-            reading.ended = *answered == request.length;
+            reading.ended = course.is_answered();
             let (offset, length) = (request.offset, request.length);
             reply::data(request.cookie, offset, length, reading.ended, self.stream.text());
         } else {
@@ -226,7 +208,7 @@ impl NbdConn {
     }
     fn end_in_order(&mut self, id: ReqId) {
         let structured = self.session.structured();
-        let Req { request, reading, error, .. } = self.requests.remove(id.0 as usize);
+        let Req { request, reading, error, .. } = self.requests.remove(id.key());
         let text = if reading.begun { self.stream.text() } else { self.text() };
         match error {
             None if structured && !reading.ended => reply::none(request.cookie, text),
@@ -264,12 +246,5 @@ pub(super) fn waiting_text(waiting: &mut Vec<Waiting>) -> &mut Vec<u8> {
     match waiting.last_mut() {
         Some(Waiting::Text(text)) => text,
         _ => unreachable!("just pushed"),
-    }
-}
-
-pub(crate) fn push_part(stream: &mut Stream, part: ReadPart) {
-    match part {
-        ReadPart::Data { buf, from, to } => stream.push(IoBuf::part(buf, from as usize..to as usize)),
-        ReadPart::Zeroes(bytes) => stream.push_zeroes(bytes as usize),
     }
 }

@@ -1,51 +1,31 @@
 //! A server loop over a real ring on this thread, hostile and honest clients on another.
 
 use super::*;
+use crate::rig::{self, Random, Temper, parts};
 use protocol::nbd::client::{self, Reply};
 use protocol::nbd::wire::*;
-use reactor::ring::{Ring, RingConfig};
-use reactor::{Addr, Listener, Op, Output};
+use protocol::types::ENTRY_BYTES_MAX;
+use reactor::Addr;
+use reactor::ring::Ring;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const BLOCK: usize = BLOCK_BYTES;
 const VOLUME_BYTES: usize = 64 << 20;
-const ACCEPT: Owner = Owner { kind: 1, index: 0 };
-const CONN: u8 = 2;
 
-/// A stream of random numbers (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-}
+type Seen = rig::Seen<NbdCloseReason>;
 
 /// How the server behaves.
 #[derive(Clone, Copy)]
 struct Manner {
     block_bytes: u32,
     limits: NbdLimits,
-    arena_bytes: usize,
-    /// Answers are given late and in any order, by this seed.
-    shuffle: Option<u64>,
+    temper: Temper,
     /// Pieces that hold this byte fail.
     bad_read: Option<u64>,
     bad_write: Option<u64>,
-    /// Answers come one a turn, the last asked first.
-    backwards: bool,
-    unix: bool,
 }
 
 impl Default for Manner {
@@ -53,47 +33,35 @@ impl Default for Manner {
         Self {
             block_bytes: 4096,
             limits: NbdLimits::default(),
-            arena_bytes: 64 << 20,
-            shuffle: None,
+            temper: Temper::default(),
             bad_read: None,
             bad_write: None,
-            backwards: false,
-            unix: false,
         }
     }
 }
 
-/// What was seen while serving.
-#[derive(Default, Debug)]
-struct Seen {
-    bytes_max: usize,
-    requests_max: usize,
-    starved: u32,
-    closed: Vec<NbdCloseReason>,
-}
-
-struct Server {
-    ring: Ring,
-    listener: Listener,
+/// A volume in memory.
+struct Model {
     manner: Manner,
-    conns: Slab<NbdConn>,
     volume: Vec<u8>,
     /// Blocks that were written.
     present: Vec<bool>,
-    pending: Vec<(usize, NbdEvent)>,
-    random: Random,
-    seen: Seen,
 }
 
-impl Server {
-    fn answer(&mut self, index: usize, event: NbdEvent) {
+impl rig::Answers<NbdConn> for Model {
+    fn answer(
+        &mut self,
+        ring: &mut Ring,
+        conns: &mut Slab<NbdConn>,
+        index: usize,
+        event: NbdEvent,
+    ) -> Option<NbdEvent> {
         // What needs no answer may come when the connection is gone.
-        match event {
-            NbdEvent::Attached(info) => return assert_eq!(info.id, 7),
-            NbdEvent::Closed { reason } => return self.seen.closed.push(reason),
-            _ => {}
+        if let NbdEvent::Attached(info) = event {
+            assert_eq!(info.id, 7);
+            return None;
         }
-        let conn = &mut self.conns[index];
+        let conn = &mut conns[index];
         let hit = |bad: Option<u64>, offset: u64, length: u32| {
             bad.is_some_and(|at| (offset..offset + u64::from(length)).contains(&at))
         };
@@ -104,11 +72,10 @@ impl Server {
                 conn.read_done(req, offset, Err(NbdError::Io));
             }
             NbdEvent::Read { req, offset, length } => {
-                let parts = parts(&self.volume, &self.present, self.ring.arena(), offset, length);
-                match parts {
+                let empty = |block: usize| !self.present[block];
+                match parts(&self.volume, empty, ring.arena(), offset, length) {
                     Some(parts) => conn.read_done(req, offset, Ok(parts)),
-                    // As a shard does: later, when there is room.
-                    None => self.pending.push((index, NbdEvent::Read { req, offset, length })),
+                    None => return Some(NbdEvent::Read { req, offset, length }),
                 }
             }
             NbdEvent::WritePiece { req, offset, length, .. }
@@ -136,79 +103,16 @@ impl Server {
                 conn.status_done(req, Ok(&runs));
             }
             NbdEvent::Flush { req } => conn.flush_done(req, Ok(())),
-            NbdEvent::Attached(_) | NbdEvent::Closed { .. } => unreachable!("seen above"),
+            NbdEvent::Attached(_) | NbdEvent::Closed { .. } => unreachable!("no question"),
         }
+        None
     }
-    /// Answers what is due.
-    fn answer_pending(&mut self) {
-        if self.manner.backwards {
-            if let Some((index, event)) = self.pending.pop() {
-                self.answer(index, event);
-            }
-            return;
-        }
-        let mut due = core::mem::take(&mut self.pending);
-        if self.manner.shuffle.is_some() {
-            for at in (1..due.len()).rev() {
-                due.swap(at, self.random.below(at as u64 + 1) as usize);
-            }
-            let keep = self.random.below(due.len() as u64 + 1) as usize;
-            self.pending = due.split_off(due.len() - keep.min(due.len() / 2));
-        }
-        for (index, event) in due {
-            self.answer(index, event);
-        }
-    }
-    fn turn(&mut self) {
-        let pump = self.conns.iter().any(|(_, conn)| conn.needs_pump()) || !self.pending.is_empty();
-        let wait = if pump { Span::us(200) } else { Span::ms(20) };
-        let mut completions = Vec::new();
-        let deadline = self.ring.now() + wait;
-        self.ring.turn(Some(deadline), &mut completions);
-        let mut events = Vec::new();
-        for completion in completions {
-            self.dispatch(completion, &mut events);
-        }
-        self.answer_pending();
-        let now = self.ring.now();
-        for index in 0..self.conns.capacity() {
-            let Some(conn) = self.conns.get_mut(index) else { continue };
-            let mut mine = Vec::new();
-            if conn.needs_pump() {
-                conn.pump(&mut self.ring, &mut mine);
-            }
-            conn.tick(&mut self.ring, now, &mut mine);
-            self.seen.bytes_max = self.seen.bytes_max.max(conn.bytes());
-            self.seen.requests_max = self.seen.requests_max.max(conn.requests());
-            self.seen.starved += u32::from(conn.is_starved());
-            events.extend(mine.into_iter().map(|event| (index, event)));
-        }
-        for (index, event) in events {
-            match event {
-                event @ NbdEvent::Closed { .. } => self.answer(index, event),
-                event => self.pending.push((index, event)),
-            }
-        }
-        self.conns.retain(|_, conn| !conn.is_done());
-    }
-    fn dispatch(&mut self, completion: Completion, events: &mut Vec<(usize, NbdEvent)>) {
-        let (owner, _) = Owner::split(completion.token);
-        if owner == ACCEPT {
-            let Ok(Output::Accepted { socket, .. }) = completion.result else { return };
-            let entry = self.conns.vacant_entry();
-            let owner = Owner { kind: CONN, index: entry.key() as u32 };
-            match NbdConn::new(&mut self.ring, socket, owner, self.manner.limits) {
-                Some(conn) => _ = entry.insert(conn),
-                None => self.ring.submit(Owner { kind: 9, index: 0 }.token(0), Op::Close { socket }),
-            }
-            self.ring.submit(ACCEPT.token(0), Op::Accept { listener: self.listener });
-        } else if owner.kind == CONN {
-            let mut mine = Vec::new();
-            let index = owner.index as usize;
-            self.conns[index].on_completion(&mut self.ring, completion, &mut mine);
-            events.extend(mine.into_iter().map(|event| (index, event)));
-        }
-    }
+}
+
+/// Serves a volume while `clients` runs, then until every connection is gone.
+fn serve(manner: Manner, clients: impl FnOnce(Addr) + Send + 'static) -> Seen {
+    let (volume, present) = (vec![0; VOLUME_BYTES], vec![false; VOLUME_BYTES / BLOCK]);
+    rig::serve(manner.temper, manner.limits, Model { manner, volume, present }, clients).0
 }
 
 fn export(name: &str, block_bytes: u32) -> Result<ExportInfo, protocol::nbd::Refusal> {
@@ -217,72 +121,6 @@ fn export(name: &str, block_bytes: u32) -> Result<ExportInfo, protocol::nbd::Ref
     }
     let (name, bytes) = ("vol0".to_owned(), VOLUME_BYTES as u64);
     Ok(ExportInfo { id: 7, name, description: String::new(), bytes, block_bytes, read_only: false })
-}
-
-/// A read's answer, a buffer a block, holes where nothing was written.
-fn parts(volume: &[u8], present: &[bool], arena: &Arena, offset: u64, length: u32) -> Option<ReadParts> {
-    let (mut at, end) = (offset as usize, offset as usize + length as usize);
-    let mut parts = ReadParts::new();
-    while at < end {
-        let next = (at / BLOCK * BLOCK + BLOCK).min(end);
-        if present[at / BLOCK] {
-            let mut buf = arena.alloc(1)?;
-            let (from, to) = (at % BLOCK, at % BLOCK + next - at);
-            buf[from..to].copy_from_slice(&volume[at..next]);
-            parts.push(ReadPart::Data { buf: buf.freeze(), from: from as u32, to: to as u32 });
-        } else {
-            parts.push(ReadPart::Zeroes((next - at) as u32));
-        }
-        at = next;
-    }
-    Some(parts)
-}
-
-/// Serves while `clients` runs, then until every connection is gone; nothing may be left over.
-fn serve(manner: Manner, clients: impl FnOnce(Addr) + Send + 'static) -> Seen {
-    let config = RingConfig { arena_bytes: manner.arena_bytes, ..RingConfig::default() };
-    let mut ring = Ring::new(config).unwrap();
-    let place = std::env::temp_dir().join(format!("ashlar-{}-{:x}.sock", std::process::id(), ring.random()));
-    let listener = match manner.unix {
-        true => ring.listen_unix(&place).unwrap(),
-        false => ring.listen("127.0.0.1:0".parse().unwrap()).unwrap(),
-    };
-    let addr = ring.listener_addr(listener).unwrap();
-    ring.submit(ACCEPT.token(0), Op::Accept { listener });
-    let finished = Arc::new(AtomicBool::new(false));
-    let (flag, waker) = (finished.clone(), ring.waker());
-    let client = std::thread::spawn(move || {
-        clients(addr);
-        flag.store(true, Ordering::Release);
-        waker.wake();
-    });
-    let mut server = Server {
-        ring,
-        listener,
-        manner,
-        conns: Slab::new(),
-        volume: vec![0; VOLUME_BYTES],
-        present: vec![false; VOLUME_BYTES / BLOCK],
-        pending: Vec::new(),
-        random: Random(manner.shuffle.unwrap_or(1)),
-        seen: Seen::default(),
-    };
-    let limit = std::time::Instant::now() + Duration::from_secs(60);
-    // A connection may still wait to be accepted when its client is gone.
-    let mut quiet = 0;
-    while quiet < 5 {
-        server.turn();
-        let idle = server.conns.is_empty() && server.pending.is_empty();
-        let over = client.is_finished();
-        quiet = if idle && over { quiet + 1 } else { 0 };
-        assert!(std::time::Instant::now() < limit, "connections are left: {:?}", server.seen);
-    }
-    assert_eq!(server.ring.arena().used_blocks(), 0, "every buffer came back");
-    assert_eq!(server.ring.stats().sockets, 0, "every socket is closed");
-    std::fs::remove_file(place).ok();
-    client.join().unwrap();
-    assert!(finished.load(Ordering::Acquire));
-    server.seen
 }
 
 trait Wire: Read + Write + Send {}
@@ -510,7 +348,8 @@ fn random_io_matches_a_copy_in_memory() {
         (false, 4096, false, true),
     ] {
         let shuffle = Some(u64::from(block_bytes));
-        let manner = Manner { block_bytes, unix, backwards, shuffle, ..Manner::default() };
+        let temper = Temper { unix, backwards, shuffle, ..Temper::default() };
+        let manner = Manner { block_bytes, temper, ..Manner::default() };
         let seen = serve(manner, move |addr| exercise(&addr, structured, block_bytes.into(), 42, 60));
         assert_eq!(seen.closed, [NbdCloseReason::Disconnect]);
     }
@@ -521,7 +360,8 @@ fn a_tight_budget_and_a_small_arena_slow_clients_down_but_lose_nothing() {
     let limits =
         NbdLimits { bytes_max: 256 << 10, requests_max: 4, arena_reserve_blocks: 40, ..NbdLimits::default() };
     // Staging takes 16 blocks a client of the 192 there are.
-    let manner = Manner { limits, arena_bytes: 768 << 10, shuffle: Some(5), ..Manner::default() };
+    let temper = Temper { arena_bytes: 768 << 10, shuffle: Some(5), ..Temper::default() };
+    let manner = Manner { limits, temper, ..Manner::default() };
     let seen = serve(manner, |addr| {
         let clients: Vec<_> = (0..3)
             .map(|seed| {
@@ -590,7 +430,8 @@ fn a_failed_write_is_told_once_its_payload_is_through() {
 fn a_failed_read_is_told_as_the_reply_allows() {
     let reads = [(0, 4096), (131_072, 8192), (0, 1 << 20), (524_288, 65_536)];
     for backwards in [false, true] {
-        let manner = Manner { bad_read: Some(135_168), backwards, ..Manner::default() };
+        let temper = Temper { backwards, ..Temper::default() };
+        let manner = Manner { bad_read: Some(135_168), temper, ..Manner::default() };
         serve(manner, move |addr| {
             for df in [0, cmd_flag::DF] {
                 let mut host = Host::attach(&addr, true);
@@ -628,7 +469,8 @@ fn conversation() -> Vec<u8> {
 
 #[test]
 fn clients_that_leave_at_each_byte_free_everything() {
-    let manner = Manner { block_bytes: 512, shuffle: Some(3), ..Manner::default() };
+    let temper = Temper { shuffle: Some(3), ..Temper::default() };
+    let manner = Manner { block_bytes: 512, temper, ..Manner::default() };
     let count = conversation().len();
     let seen = serve(manner, |addr| {
         let bytes = conversation();
@@ -662,7 +504,7 @@ fn ten_thousand_clients_that_talk_garbage() {
 
 #[test]
 fn a_thousand_clients_that_vanish_while_they_read() {
-    let manner = Manner { shuffle: Some(8), ..Manner::default() };
+    let manner = Manner { temper: Temper { shuffle: Some(8), ..Temper::default() }, ..Manner::default() };
     let seen = serve(manner, |addr| {
         let mut first = Host::attach(&addr, true);
         first.write(1, 0, &vec![3; 4 << 20]);
@@ -724,7 +566,8 @@ fn a_client_that_stops_reading_is_held_back_and_others_are_not() {
 #[test]
 fn clients_that_stop_reading_leave_room_for_one_that_reads() {
     let limits = NbdLimits { bytes_max: 600 << 10, arena_reserve_blocks: 512, ..NbdLimits::default() };
-    let manner = Manner { limits, arena_bytes: 4 << 20, ..Manner::default() };
+    let manner =
+        Manner { limits, temper: Temper { arena_bytes: 4 << 20, ..Temper::default() }, ..Manner::default() };
     let seen = serve(manner, |addr| {
         let mut first = Host::attach(&addr, true);
         first.write(1, 0, &vec![3; 2 << 20]);
@@ -759,7 +602,7 @@ fn a_client_that_only_haggles_is_cut() {
 
 #[test]
 fn a_client_that_closes_its_sending_side_gets_its_replies() {
-    serve(Manner { shuffle: Some(1), ..Manner::default() }, |addr| {
+    serve(Manner { temper: Temper { shuffle: Some(1), ..Temper::default() }, ..Manner::default() }, |addr| {
         let Addr::Tcp(to) = addr else { panic!("TCP was asked for") };
         let mut wire = TcpStream::connect(to).unwrap();
         let mut bytes = negotiation(false);

@@ -5,11 +5,10 @@
 //! held back until its digest was seen.
 
 use super::{Kind, NvmeConn, NvmeEvent, Req, ReqId, Step};
-use crate::nbd::{piece_charge, piece_length};
+use crate::pieces::{blocks_of, lead, piece_charge, piece_length};
 use crate::stream::Fill;
 use protocol::nvme_tcp::wire::H2C_DATA_MAX;
 use protocol::nvme_tcp::{IoCommand, Status};
-use protocol::types::BLOCK_BYTES;
 use reactor::{Arena, BufMut};
 use smallvec::SmallVec;
 
@@ -86,16 +85,11 @@ fn charge_of(mut offset: u64, mut left: u32) -> usize {
     sum
 }
 
-/// Where a piece's data begins within its first block.
-fn lead(offset: u64) -> usize {
-    (offset % BLOCK_BYTES as u64) as usize
-}
-
 impl NvmeConn {
     /// The request has data to ask for.
     pub(super) fn list(&mut self, id: ReqId) {
-        let req = &mut self.requests[id.0 as usize];
-        if !req.listed && req.granted < req.length {
+        let req = &mut self.requests[id.key()];
+        if !req.listed && req.granted < req.course.length {
             req.listed = true;
             self.ungranted.push_back(id);
         }
@@ -104,7 +98,7 @@ impl NvmeConn {
     pub(super) fn ask_data(&mut self) {
         while let Some(&id) = self.ungranted.front() {
             let Some(length) = self.next_grant(id) else { return };
-            let req = &mut self.requests[id.0 as usize];
+            let req = &mut self.requests[id.key()];
             if length > 0 {
                 let text = self.stream.text();
                 let Some(place) = self.session.ask(req.cid, id.0, req.granted, length, text) else { return };
@@ -112,13 +106,13 @@ impl NvmeConn {
                 if self.places.len() <= at {
                     self.places.resize_with(at + 1, Place::default);
                 }
-                let charge = charge_of(req.offset + u64::from(req.granted), length);
+                let charge = charge_of(req.course.offset + u64::from(req.granted), length);
                 self.places[at].charge = charge;
                 self.granted_bytes += charge;
                 req.granted += length;
                 req.transfers += 1;
             }
-            if length == 0 || req.granted == req.length || req.transfers >= self.session.r2t_max() {
+            if length == 0 || req.granted == req.course.length || req.transfers >= self.session.r2t_max() {
                 req.listed = false;
                 self.ungranted.pop_front();
             }
@@ -126,18 +120,18 @@ impl NvmeConn {
     }
     /// How much may be asked for now; 0 if the request needs nothing (more), `None` if there is no room.
     fn next_grant(&self, id: ReqId) -> Option<u32> {
-        let req = &self.requests[id.0 as usize];
+        let req = &self.requests[id.key()];
         if req.error.is_some() || req.transfers >= self.session.r2t_max() {
             return Some(0);
         }
-        let (at, left) = (req.offset + u64::from(req.granted), req.length - req.granted);
+        let (at, left) = (req.course.offset + u64::from(req.granted), req.course.length - req.granted);
         let whole = left.min(H2C_DATA_MAX);
         // A digest covers a PDU: no more than a piece is to wait for it.
         let one = piece_length(at, left);
         let digest = self.session.digests().data;
         let fits = |bytes: u32| {
             let held = self.bytes() + self.granted_bytes;
-            held + charge_of(at, bytes) <= self.limits.bytes_max || held == 0
+            held + charge_of(at, bytes) <= self.budget.bytes_max || held == 0
         };
         [whole, one].into_iter().find(|&bytes| (bytes == one || !digest) && fits(bytes))
     }
@@ -157,7 +151,7 @@ impl NvmeConn {
             return Step::Again;
         }
         if incoming.filling == 0 {
-            let req = &self.requests[incoming.req.0 as usize];
+            let req = &self.requests[incoming.req.key()];
             if req.error.is_some() || matches!(req.kind, Kind::Io(IoCommand::Hints)) {
                 return self.skip_payload();
             }
@@ -191,21 +185,19 @@ impl NvmeConn {
     /// Finds room for the next piece, if the budget and the arena have it.
     fn begin_piece(&mut self, arena: &Arena) -> bool {
         let incoming = self.incoming.as_ref().expect("the caller asked");
-        let req = &self.requests[incoming.req.0 as usize];
+        let req = &self.requests[incoming.req.key()];
         let (at, place) = (incoming.at, incoming.place);
-        let (offset, left) = (req.offset + u64::from(at), req.length - at);
+        let (offset, left) = (req.course.offset + u64::from(at), req.course.length - at);
         let length = piece_length(offset, left);
         let charge = piece_charge(offset, length);
-        let blocks = (lead(offset) + length as usize).div_ceil(BLOCK_BYTES);
         if !self.has_budget(charge) {
             return false;
         }
-        let buf = self.has_room(arena, blocks).then(|| arena.alloc(blocks)).flatten();
-        let Some(buf) = buf else {
+        let Some(buf) = self.budget.alloc(arena, blocks_of(offset, length), self.bytes() == 0) else {
             self.starved = true;
             return false;
         };
-        self.writing_bytes += charge;
+        self.budget.writing += charge;
         if let Some(place) = place {
             self.places[usize::from(place)].charge -= charge;
             self.granted_bytes -= charge;
@@ -217,8 +209,8 @@ impl NvmeConn {
     fn fill_piece(&mut self) {
         let incoming = self.incoming.as_mut().expect("the caller asked");
         let piece = incoming.partial.take().expect("just made, or left over");
-        let req = &self.requests[incoming.req.0 as usize];
-        let lead = lead(req.offset + u64::from(piece.at));
+        let req = &self.requests[incoming.req.key()];
+        let lead = lead(req.course.offset + u64::from(piece.at));
         let bytes = incoming.left.min(piece.length - piece.filled);
         let from = lead + piece.filled as usize;
         self.stream.expect(Fill { buf: piece.buf, at: from, end: from + bytes as usize });
@@ -227,12 +219,12 @@ impl NvmeConn {
     }
     fn filled(&mut self, buf: BufMut) {
         let incoming = self.incoming.as_mut().expect("data was under way");
-        let req = &mut self.requests[incoming.req.0 as usize];
+        let req = &mut self.requests[incoming.req.key()];
         let bytes = core::mem::take(&mut incoming.filling);
         let at = incoming.at;
         // The piece that holds `at` begins where the window does, or the request.
-        let (begin, length) = piece_of(req, at);
-        let from = lead(req.offset + u64::from(begin)) + (at - begin) as usize;
+        let (begin, length) = req.course.piece_around(at);
+        let from = lead(req.course.offset + u64::from(begin)) + (at - begin) as usize;
         let data = &buf[from..from + bytes as usize];
         let mut whole = None;
         if let Some(crc) = &mut incoming.crc {
@@ -253,7 +245,7 @@ impl NvmeConn {
     pub(super) fn end_payload(&mut self, intact: bool, events: &mut Vec<NvmeEvent>) {
         let incoming = self.incoming.take().expect("data was under way");
         let id = incoming.req;
-        let req = &mut self.requests[id.0 as usize];
+        let req = &mut self.requests[id.key()];
         let came = incoming.held.iter().map(|piece| piece.length).sum::<u32>();
         if let (true, Some(place)) = (incoming.last, incoming.place) {
             req.transfers -= 1;
@@ -266,13 +258,13 @@ impl NvmeConn {
         if req.error.is_some() {
             let dropped = incoming.held.into_iter().chain(incoming.partial);
             for piece in dropped {
-                self.writing_bytes -= piece_charge(req.offset + u64::from(piece.at), piece.length);
+                self.budget.writing -= piece_charge(req.course.offset + u64::from(piece.at), piece.length);
             }
             return self.finish_if_over(id);
         }
         req.taken += came;
         if matches!(req.kind, Kind::Io(IoCommand::Hints)) {
-            (req.taken, req.answered) = (req.length, req.length);
+            (req.taken, req.course.answered) = (req.course.length, req.course.length);
         }
         if let (Some(place), Some(piece)) = (incoming.place, incoming.partial) {
             self.places[usize::from(place)].partial = Some(piece);
@@ -280,40 +272,32 @@ impl NvmeConn {
         for piece in incoming.held {
             self.hand_out(id, piece, events);
         }
-        if self.requests.contains(id.0 as usize) {
+        if self.requests.contains(id.key()) {
             self.list(id);
             self.finish_if_over(id);
         }
     }
     fn hand_out(&mut self, id: ReqId, piece: Piece, events: &mut Vec<NvmeEvent>) {
-        let req = &mut self.requests[id.0 as usize];
-        let (offset, length, crc) = (req.offset + u64::from(piece.at), piece.length, piece.crc);
+        let req = &mut self.requests[id.key()];
+        let (offset, length, crc) = (req.course.offset + u64::from(piece.at), piece.length, piece.crc);
         let buf = piece.buf.freeze();
         match req.kind {
             Kind::Io(IoCommand::Write) => {
-                req.outstanding += 1;
+                req.course.outstanding += 1;
                 events.push(NvmeEvent::WritePiece { req: id, offset, length, buf, crc });
             }
             Kind::Io(IoCommand::Compare) => {
-                req.outstanding += 1;
+                req.course.outstanding += 1;
                 req.compare.insert(piece.at, buf);
-                self.reading_bytes += length as usize;
+                self.budget.reading += length as usize;
                 events.push(NvmeEvent::Read { req: id, offset, length });
             }
             Kind::Io(_) | Kind::Collect(_) => {
                 // At most 8 KiB from offset 0, so this piece is all.
-                self.writing_bytes -= piece_charge(offset, length);
-                req.answered = req.length;
+                self.budget.writing -= piece_charge(offset, length);
+                req.course.answered = req.course.length;
                 self.collected(id, &buf, events);
             }
         }
     }
-}
-
-/// The piece of a request that holds byte `at` of it: where it begins, and its length.
-fn piece_of(req: &Req, at: u32) -> (u32, u32) {
-    let window = protocol::types::ENTRY_BYTES_MAX as u64;
-    let begin = ((req.offset + u64::from(at)) / window * window).max(req.offset);
-    let begin = (begin - req.offset) as u32;
-    (begin, piece_length(req.offset + u64::from(begin), req.length - begin))
 }

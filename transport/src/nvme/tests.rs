@@ -3,90 +3,69 @@
 mod conformance;
 
 use super::*;
-use crate::nbd::ReadPart;
+use crate::rig::{self, Random, Temper, parts};
 use protocol::nvme_tcp::command::NSID;
 use protocol::nvme_tcp::controller::{Controllers, Out, View, Volume};
 use protocol::nvme_tcp::host::{CC_ENABLE, Host as Codec, HostEvent, connect_data};
 use protocol::nvme_tcp::identify::nqn;
 use protocol::nvme_tcp::pdu::{Cqe, Digests};
 use protocol::nvme_tcp::wire::{admin, fes, io, property};
-use protocol::types::{ENTRY_BYTES_MAX, VolumeId};
-use reactor::ring::{Ring, RingConfig};
-use reactor::{Addr, Listener, Op, Output};
+use protocol::types::{BLOCK_BYTES, ENTRY_BYTES_MAX, VolumeId};
+use reactor::Addr;
+use reactor::ring::Ring;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
-use std::time::{Duration, Instant};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::Duration;
 
 const VOLUME_BYTES: usize = 32 << 20;
 const LBA: usize = 512;
-const ACCEPT: Owner = Owner { kind: 1, index: 0 };
-const CONN: u8 = 2;
 /// What headers of answers add to their data, which alone is charged beforehand.
 const HEADERS: usize = 4096;
 
-/// A stream of random numbers (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % limit
-    }
-}
+type Seen = rig::Seen<NvmeCloseReason>;
 
 /// How the server behaves.
 #[derive(Clone, Copy)]
 struct Manner {
     limits: NvmeLimits,
-    arena_bytes: usize,
-    /// Answers are given late and in any order.
-    shuffle: bool,
+    temper: Temper,
     /// Pieces that hold this byte fail.
     bad: Option<u64>,
-    /// Writes are not answered before this many turns.
-    hold_turns: u32,
 }
 
 impl Default for Manner {
     fn default() -> Self {
         let limits = NvmeLimits { linger: Span::ms(300), ..NvmeLimits::default() };
-        Self { limits, arena_bytes: 64 << 20, shuffle: false, bad: None, hold_turns: 0 }
+        Self { limits, temper: Temper::default(), bad: None }
     }
 }
 
-#[derive(Default, Debug)]
-struct Seen {
-    bytes_max: usize,
-    conns_max: usize,
-    closed: Vec<NvmeCloseReason>,
+impl Manner {
+    /// Answers are given late and in any order.
+    fn shuffled() -> Self {
+        Self { temper: Temper { shuffle: Some(1), ..Temper::default() }, ..Self::default() }
+    }
 }
 
-struct Server {
-    ring: Ring,
-    listener: Listener,
-    manner: Manner,
-    conns: Slab<NvmeConn>,
+/// A subsystem with a volume in memory.
+struct Model {
     controllers: Controllers,
     volume: Vec<u8>,
-    pending: Vec<(usize, NvmeEvent)>,
-    random: Random,
-    turns: u32,
-    seen: Seen,
+    bad: Option<u64>,
 }
 
-impl Server {
-    fn answer(&mut self, index: usize, event: NvmeEvent) {
-        if let NvmeEvent::Closed { reason } = event {
-            self.controllers.closed(index);
-            return self.seen.closed.push(reason);
-        }
-        let now = self.ring.now();
-        let Some(conn) = self.conns.get_mut(index) else { return };
-        let hit = |offset: u64, length: u64| {
-            self.manner.bad.is_some_and(|at| (offset..offset + length).contains(&at))
-        };
+impl rig::Answers<NvmeConn> for Model {
+    fn answer(
+        &mut self,
+        ring: &mut Ring,
+        conns: &mut Slab<NvmeConn>,
+        index: usize,
+        event: NvmeEvent,
+    ) -> Option<NvmeEvent> {
+        let now = ring.now();
+        let conn = conns.get_mut(index)?;
+        let hit =
+            |offset: u64, length: u64| self.bad.is_some_and(|at| (offset..offset + length).contains(&at));
         match event {
             NvmeEvent::Connect { sqe, data } => {
                 conn.connect_done(&sqe, self.controllers.connect(index, &sqe, &data, now));
@@ -98,14 +77,14 @@ impl Server {
                 conn.read_done(req, offset, Err(Status::UNRECOVERED_READ));
             }
             NvmeEvent::Read { req, offset, length } => {
-                assert!(
-                    offset / ENTRY_BYTES_MAX as u64
-                        == (offset + u64::from(length) - 1) / ENTRY_BYTES_MAX as u64
-                );
-                match parts(&self.volume, self.ring.arena(), offset, length) {
+                let last = offset + u64::from(length) - 1;
+                assert_eq!(offset / ENTRY_BYTES_MAX as u64, last / ENTRY_BYTES_MAX as u64);
+                let volume = &self.volume;
+                let empty =
+                    |block: usize| volume[block * BLOCK_BYTES..][..BLOCK_BYTES].iter().all(|byte| *byte == 0);
+                match parts(volume, empty, ring.arena(), offset, length) {
                     Some(parts) => conn.read_done(req, offset, Ok(parts)),
-                    // As a shard does: later, when there is room.
-                    None => self.pending.push((index, NvmeEvent::Read { req, offset, length })),
+                    None => return Some(NvmeEvent::Read { req, offset, length }),
                 }
             }
             NvmeEvent::WritePiece { req, offset, length, .. } if hit(offset, length.into()) => {
@@ -115,10 +94,8 @@ impl Server {
                 let (from, bytes, lead) = (offset as usize, length as usize, offset as usize % BLOCK_BYTES);
                 assert!(from / ENTRY_BYTES_MAX == (from + bytes - 1) / ENTRY_BYTES_MAX);
                 let data = &buf[lead..lead + bytes];
-                assert!(
-                    crc.is_none_or(|crc| crc == crc32c::crc32c(data)),
-                    "a digest is passed on only if it fits"
-                );
+                let fits = crc.is_none_or(|crc| crc == crc32c::crc32c(data));
+                assert!(fits, "a digest is passed on only if it fits");
                 self.volume[from..from + bytes].copy_from_slice(data);
                 conn.write_piece_done(req, offset, Ok(()));
             }
@@ -127,151 +104,45 @@ impl Server {
                 conn.zero_done(req, Ok(()));
             }
             NvmeEvent::Flush { req } => conn.flush_done(req, Ok(())),
-            NvmeEvent::Closed { .. } => unreachable!("seen above"),
+            NvmeEvent::Closed { .. } => unreachable!("no question"),
         }
+        None
     }
-    fn answer_pending(&mut self) {
-        let mut due = core::mem::take(&mut self.pending);
-        if self.turns < self.manner.hold_turns {
-            let is_write = |event: &NvmeEvent| matches!(event, NvmeEvent::WritePiece { .. });
-            let (held, now) = due.into_iter().partition(|(_, event)| is_write(event));
-            (self.pending, due) = (held, now);
-        }
-        if self.manner.shuffle {
-            for at in (1..due.len()).rev() {
-                due.swap(at, self.random.below(at as u64 + 1) as usize);
-            }
-            let keep = self.random.below(due.len() as u64 / 2 + 1) as usize;
-            self.pending.extend(due.split_off(due.len() - keep));
-        }
-        for (index, event) in due {
-            self.answer(index, event);
-        }
+    fn settle(&mut self, ring: &mut Ring, conns: &mut Slab<NvmeConn>) {
+        self.controllers.tick(ring.now());
         while let Some(out) = self.controllers.poll() {
-            if let Out::Close { queue, .. } = out
-                && let Some(conn) = self.conns.get_mut(queue)
-            {
-                conn.close(&mut self.ring, &mut Vec::new());
+            let Some(conn) = conns.get_mut(out.queue()) else { continue };
+            match out {
+                Out::Close { .. } => conn.close(ring, &mut Vec::new()),
+                Out::Complete { cid, status, result, .. } => {
+                    conn.admin_done(cid, Answer::Done { status, result, data: Vec::new() });
+                }
+                Out::Namespace { namespace, .. } => conn.set_namespace(namespace),
             }
         }
     }
-    fn turn(&mut self) {
-        self.turns += 1;
-        let pump = self.conns.iter().any(|(_, conn)| conn.needs_pump()) || !self.pending.is_empty();
-        let wait = if pump { Span::us(200) } else { Span::ms(20) };
-        let mut completions = Vec::new();
-        let deadline = self.ring.now() + wait;
-        self.ring.turn(Some(deadline), &mut completions);
-        let mut events = Vec::new();
-        for completion in completions {
-            self.dispatch(completion, &mut events);
-        }
-        self.answer_pending();
-        self.seen.conns_max = self.seen.conns_max.max(self.conns.len());
-        let now = self.ring.now();
-        for index in 0..self.conns.capacity() {
-            let Some(conn) = self.conns.get_mut(index) else { continue };
-            let mut mine = Vec::new();
-            if conn.needs_pump() {
-                conn.pump(&mut self.ring, &mut mine);
-            }
-            conn.tick(&mut self.ring, now, &mut mine);
-            self.seen.bytes_max = self.seen.bytes_max.max(conn.bytes());
-            events.extend(mine.into_iter().map(|event| (index, event)));
-        }
-        for (index, event) in events {
-            match event {
-                event @ NvmeEvent::Closed { .. } => self.answer(index, event),
-                event => self.pending.push((index, event)),
-            }
-        }
-        self.conns.retain(|_, conn| !conn.is_done());
+    fn closed(&mut self, index: usize) {
+        self.controllers.closed(index);
     }
-    fn dispatch(&mut self, completion: Completion, events: &mut Vec<(usize, NvmeEvent)>) {
-        let (owner, _) = Owner::split(completion.token);
-        if owner == ACCEPT {
-            let Ok(Output::Accepted { socket, .. }) = completion.result else { return };
-            let entry = self.conns.vacant_entry();
-            let owner = Owner { kind: CONN, index: entry.key() as u32 };
-            match NvmeConn::new(&mut self.ring, socket, owner, self.manner.limits) {
-                Some(conn) => _ = entry.insert(conn),
-                None => self.ring.submit(Owner { kind: 9, index: 0 }.token(0), Op::Close { socket }),
-            }
-            self.ring.submit(ACCEPT.token(0), Op::Accept { listener: self.listener });
-        } else if owner.kind == CONN {
-            let mut mine = Vec::new();
-            let index = owner.index as usize;
-            self.conns[index].on_completion(&mut self.ring, completion, &mut mine);
-            events.extend(mine.into_iter().map(|event| (index, event)));
-        }
-    }
-}
-
-/// A read's answer, a buffer a block, zeroes where a block has nothing else.
-fn parts(volume: &[u8], arena: &Arena, offset: u64, length: u32) -> Option<ReadParts> {
-    let (mut at, end) = (offset as usize, offset as usize + length as usize);
-    let mut parts = ReadParts::new();
-    while at < end {
-        let next = (at / BLOCK_BYTES * BLOCK_BYTES + BLOCK_BYTES).min(end);
-        if volume[at..next].iter().any(|byte| *byte != 0) {
-            let mut buf = arena.alloc(1)?;
-            let from = at % BLOCK_BYTES;
-            let to = from + next - at;
-            buf[from..to].copy_from_slice(&volume[at..next]);
-            parts.push(ReadPart::Data { buf: buf.freeze(), from: from as u32, to: to as u32 });
-        } else {
-            parts.push(ReadPart::Zeroes((next - at) as u32));
-        }
-        at = next;
-    }
-    Some(parts)
 }
 
 fn subsystem() -> String {
     nqn(&[5; 16], "vol0")
 }
 
-/// Serves while `hosts` runs, then until every connection is gone; nothing may be left over.
-fn serve(manner: Manner, hosts: impl FnOnce(std::net::SocketAddr) + Send + 'static) -> Seen {
-    let config = RingConfig { arena_bytes: manner.arena_bytes, ..RingConfig::default() };
-    let mut ring = Ring::new(config).unwrap();
-    let listener = ring.listen("127.0.0.1:0".parse().unwrap()).unwrap();
-    let Addr::Tcp(addr) = ring.listener_addr(listener).unwrap() else { panic!("TCP was asked for") };
-    ring.submit(ACCEPT.token(0), Op::Accept { listener });
-    let waker = ring.waker();
-    let host = std::thread::spawn(move || {
-        hosts(addr);
-        waker.wake();
-    });
+/// Serves a subsystem while `hosts` runs, then until every connection is gone.
+fn serve(manner: Manner, hosts: impl FnOnce(SocketAddr) + Send + 'static) -> Seen {
     let mut controllers = Controllers::new();
     let namespace = Namespace { volume: VolumeId(1), bytes: VOLUME_BYTES as u64, block_bytes: LBA as u32 };
     let volumes = vec![Volume { name: "vol0".into(), namespace, allowed_hosts: Default::default() }];
     controllers.set_view(View { cluster: [5; 16], generation: 1, target: 1, volumes, ..View::default() });
-    let mut server = Server {
-        ring,
-        listener,
-        manner,
-        conns: Slab::new(),
-        controllers,
-        volume: vec![0; VOLUME_BYTES],
-        pending: Vec::new(),
-        random: Random(1),
-        turns: 0,
-        seen: Seen::default(),
-    };
-    let limit = Instant::now() + Duration::from_secs(120);
-    let mut quiet = 0;
-    while quiet < 5 {
-        server.turn();
-        let idle = server.conns.is_empty() && server.pending.is_empty();
-        quiet = if idle && host.is_finished() { quiet + 1 } else { 0 };
-        assert!(Instant::now() < limit, "connections are left: {:?}", server.seen);
-    }
-    host.join().unwrap();
-    assert_eq!(server.ring.arena().used_blocks(), 0, "every buffer came back");
-    assert_eq!(server.ring.stats().sockets, 0, "every socket is closed");
-    assert!(server.controllers.is_empty(), "no controller is left");
-    server.seen
+    let model = Model { controllers, volume: vec![0; VOLUME_BYTES], bad: manner.bad };
+    let (seen, model) = rig::serve(manner.temper, manner.limits, model, |addr| match addr {
+        Addr::Tcp(addr) => hosts(addr),
+        Addr::Unix(path) => panic!("TCP was asked for, not {}", path.display()),
+    });
+    assert!(model.controllers.is_empty(), "no controller is left");
+    seen
 }
 
 /// A host's queue.
@@ -282,7 +153,7 @@ struct Queue {
 }
 
 impl Queue {
-    fn open(addr: std::net::SocketAddr, digests: u8, align: u8, r2t_max: u32) -> Self {
+    fn open(addr: SocketAddr, digests: u8, align: u8, r2t_max: u32) -> Self {
         let wire = TcpStream::connect(addr).unwrap();
         wire.set_nodelay(true).unwrap();
         wire.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -350,7 +221,7 @@ impl Queue {
 }
 
 /// An enabled controller's admin queue, and one IO queue.
-fn attach(addr: std::net::SocketAddr, digests: u8, align: u8, r2t_max: u32, flow: bool) -> (Queue, Queue) {
+fn attach(addr: SocketAddr, digests: u8, align: u8, r2t_max: u32, flow: bool) -> (Queue, Queue) {
     let mut admin = Queue::open(addr, digests, align, r2t_max);
     let id = admin.connect(0, u16::MAX, flow);
     admin.ok(&Sqe::property_set(1, property::CC, CC_ENABLE));
@@ -411,7 +282,7 @@ fn what_is_written_is_read_with_every_digest_alignment_and_number_of_r2ts() {
     for (digests, align, r2t_max, flow) in
         [(0, 0, 0, true), (1, 0, 3, false), (2, 31, 0, true), (3, 7, 1, false)]
     {
-        let manner = Manner { shuffle: align > 0, ..Manner::default() };
+        let manner = if align > 0 { Manner::shuffled() } else { Manner::default() };
         let seen = serve(manner, move |addr| {
             let (_admin, mut io) = attach(addr, digests, align, r2t_max, flow);
             exercise(&mut io, &mut Random(digests.into()), 250, &mut vec![0; VOLUME_BYTES]);
@@ -423,7 +294,8 @@ fn what_is_written_is_read_with_every_digest_alignment_and_number_of_r2ts() {
 #[test]
 fn a_small_budget_and_a_small_arena_slow_a_host_down_and_no_more() {
     let limits = NvmeLimits { bytes_max: 300 << 10, ..Manner::default().limits };
-    let manner = Manner { limits, arena_bytes: 1 << 20, shuffle: true, ..Manner::default() };
+    let temper = Temper { arena_bytes: 1 << 20, shuffle: Some(1), ..Temper::default() };
+    let manner = Manner { limits, temper, ..Manner::default() };
     let seen = serve(manner, move |addr| {
         let (_admin, mut io) = attach(addr, 2, 0, 3, true);
         exercise(&mut io, &mut Random(9), 150, &mut vec![0; VOLUME_BYTES]);
@@ -434,7 +306,8 @@ fn a_small_budget_and_a_small_arena_slow_a_host_down_and_no_more() {
 #[test]
 fn a_flood_of_writes_is_held_within_the_budget_and_all_of_it_ends() {
     let limits = NvmeLimits { bytes_max: 1 << 20, ..Manner::default().limits };
-    let manner = Manner { limits, hold_turns: 200, ..Manner::default() };
+    let manner =
+        Manner { limits, temper: Temper { hold_turns: 200, ..Temper::default() }, ..Manner::default() };
     let seen = serve(manner, move |addr| {
         let (_admin, mut io) = attach(addr, 0, 0, 3, true);
         let mut out = Vec::new();
@@ -475,7 +348,7 @@ fn a_flood_of_writes_is_held_within_the_budget_and_all_of_it_ends() {
 #[test]
 fn a_piece_that_fails_fails_its_command_and_the_next_one_works() {
     for digests in [0, 2] {
-        let manner = Manner { bad: Some(1 << 20), shuffle: true, ..Manner::default() };
+        let manner = Manner { bad: Some(1 << 20), ..Manner::shuffled() };
         serve(manner, move |addr| {
             let (_admin, mut io) = attach(addr, digests, 0, 1, false);
             let data = vec![4; 1 << 20];
@@ -569,7 +442,7 @@ fn a_host_that_breaks_the_protocol_is_told_so_and_the_others_go_on() {
 
 #[test]
 fn a_half_closed_connection_still_gets_its_answers() {
-    serve(Manner { shuffle: true, ..Manner::default() }, |addr| {
+    serve(Manner::shuffled(), |addr| {
         let (_admin, mut io) = attach(addr, 0, 0, 0, true);
         io.send(&command(io::WRITE, 0, 4096, true), &[8; 4096]);
         io.wire.shutdown(Shutdown::Write).unwrap();
@@ -594,7 +467,7 @@ fn a_host_that_stalls_in_the_middle_of_its_data_or_before_it_connects_is_cut() {
 
 #[test]
 fn hosts_that_vanish_at_any_byte_leave_nothing_behind() {
-    serve(Manner { shuffle: true, ..Manner::default() }, |addr| {
+    serve(Manner::shuffled(), |addr| {
         let mut bytes = Vec::new();
         let codec = Codec::default();
         codec.ic_req(Digests::default(), 0, 0, &mut bytes);

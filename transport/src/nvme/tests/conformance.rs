@@ -272,7 +272,7 @@ fn cases() -> Vec<Case> {
 }
 
 /// A queue at the stage, and what it was asked for; its admin queue lives as long.
-fn reach(addr: std::net::SocketAddr, stage: Stage) -> (Option<Queue>, Queue, Option<Data>) {
+fn reach(addr: SocketAddr, stage: Stage) -> (Option<Queue>, Queue, Option<Data>) {
     match stage {
         Stage::Open => {
             let wire = TcpStream::connect(addr).unwrap();
@@ -415,7 +415,8 @@ fn hosts_that_lie_stall_and_flood_hold_no_more_than_their_budget_and_an_honest_o
     let budget = 1 << 20;
     let limits = NvmeLimits { bytes_max: budget, arena_reserve_blocks: 1024, ..Manner::default().limits };
     // All budgets together are more than the arena has; half of it is out of their reach.
-    let manner = Manner { limits, arena_bytes: 8 << 20, ..Manner::default() };
+    let manner =
+        Manner { limits, temper: Temper { arena_bytes: 8 << 20, ..Temper::default() }, ..Manner::default() };
     let seen = serve(manner, |addr| {
         let (_admin, mut good) = attach(addr, 0, 0, 0, true);
         let mut bad: Vec<_> = (0..HOSTS).map(|_| attach(addr, 0, 0, 3, true)).collect();
