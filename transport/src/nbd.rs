@@ -23,7 +23,7 @@ mod reads;
 #[cfg(test)]
 mod tests;
 
-use crate::pieces::{Budget, Course, ReqId, blocks_of, lead, piece_charge, piece_length};
+use crate::pieces::{Budget, Course, ReqId, blocks_of, lead, piece_charge};
 use crate::stream::{Fill, Happened, STAGING_BLOCKS, Stream};
 use crate::token::Owner;
 use protocol::nbd::wire::FEED_BYTES_MAX;

@@ -26,7 +26,7 @@ mod payload;
 #[cfg(test)]
 mod tests;
 
-use crate::pieces::{Budget, Course, InOrder, ReqId, Request, count_answer};
+use crate::pieces::{Budget, Course, InOrder, ReqId, Request};
 use crate::stream::{Happened, STAGING_BLOCKS, Stream};
 use crate::token::Owner;
 use payload::{Incoming, Place};

@@ -50,10 +50,12 @@ pub(crate) trait Conn: Sized {
     fn waits_for_memory(&self) -> bool;
     fn closed(event: &Self::Event) -> Option<Self::Reason>;
     fn is_write(event: &Self::Event) -> bool;
+    /// Whether an event is to be answered also when its connection is over.
+    fn outlives(event: &Self::Event) -> bool;
 }
 
 macro_rules! tested {
-    ($conn:ty, $limits:ty, $event:ident, $reason:ty) => {
+    ($conn:ty, $limits:ty, $event:ident, $reason:ty, $ends:pat) => {
         impl Conn for $conn {
             type Limits = $limits;
             type Event = $event;
@@ -94,12 +96,21 @@ macro_rules! tested {
             fn is_write(event: &$event) -> bool {
                 matches!(event, $event::WritePiece { .. })
             }
+            fn outlives(event: &$event) -> bool {
+                !matches!(event, $ends)
+            }
         }
     };
 }
 
-tested!(NbdConn, NbdLimits, NbdEvent, NbdCloseReason);
-tested!(NvmeConn, NvmeLimits, NvmeEvent, NvmeCloseReason);
+tested!(NbdConn, NbdLimits, NbdEvent, NbdCloseReason, NbdEvent::Attached(_));
+tested!(
+    NvmeConn,
+    NvmeLimits,
+    NvmeEvent,
+    NvmeCloseReason,
+    NvmeEvent::Connect { .. } | NvmeEvent::Admin { .. }
+);
 
 /// Who answers what hosts ask.
 pub(crate) trait Answers<C: Conn> {
@@ -111,8 +122,8 @@ pub(crate) trait Answers<C: Conn> {
         index: usize,
         event: C::Event,
     ) -> Option<C::Event>;
-    /// After the answers of each turn.
-    fn settle(&mut self, _ring: &mut Ring, _conns: &mut Slab<C>) {}
+    /// Does what the answers and the ends of connections have led to.
+    fn settle(&mut self, _ring: &mut Ring, _conns: &mut Slab<C>, _events: &mut Vec<(usize, C::Event)>) {}
     /// A connection is over.
     fn closed(&mut self, _index: usize) {}
 }
@@ -213,7 +224,6 @@ impl<C: Conn, A: Answers<C>> Server<C, A> {
             self.dispatch(completion, &mut events);
         }
         self.answer_pending();
-        self.answers.settle(&mut self.ring, &mut self.conns);
         self.seen.conns_max = self.seen.conns_max.max(self.conns.len());
         let now = self.ring.now();
         for (index, conn) in &mut self.conns {
@@ -224,13 +234,21 @@ impl<C: Conn, A: Answers<C>> Server<C, A> {
             self.seen.starved += u32::from(conn.waits_for_memory());
             events.extend(mine.into_iter().map(|event| (index, event)));
         }
-        for (index, event) in events {
-            match C::closed(&event) {
-                Some(reason) => {
+        for (_, event) in &events {
+            self.seen.closed.extend(C::closed(event));
+        }
+        // The end of one connection may lead to that of others.
+        loop {
+            events.drain(..).for_each(|(index, event)| match C::closed(&event) {
+                Some(_) => {
+                    self.pending.retain(|(at, event)| *at != index || C::outlives(event));
                     self.answers.closed(index);
-                    self.seen.closed.push(reason);
                 }
                 None => self.pending.push((index, event)),
+            });
+            self.answers.settle(&mut self.ring, &mut self.conns, &mut events);
+            if events.is_empty() {
+                break;
             }
         }
         self.conns.retain(|_, conn| !conn.is_over());

@@ -4,7 +4,7 @@
 //! comes. A piece may be filled by several PDUs; a PDU may fill several pieces. Pieces of a PDU are
 //! held back until its digest was seen.
 
-use super::{Kind, NvmeConn, NvmeEvent, Req, ReqId, Step};
+use super::{Kind, NvmeConn, NvmeEvent, ReqId, Step};
 use crate::pieces::{blocks_of, lead, piece_charge, piece_length};
 use crate::stream::Fill;
 use protocol::nvme_tcp::wire::H2C_DATA_MAX;

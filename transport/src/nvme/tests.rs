@@ -108,12 +108,17 @@ impl rig::Answers<NvmeConn> for Model {
         }
         None
     }
-    fn settle(&mut self, ring: &mut Ring, conns: &mut Slab<NvmeConn>) {
+    fn settle(&mut self, ring: &mut Ring, conns: &mut Slab<NvmeConn>, events: &mut Vec<(usize, NvmeEvent)>) {
         self.controllers.tick(ring.now());
         while let Some(out) = self.controllers.poll() {
-            let Some(conn) = conns.get_mut(out.queue()) else { continue };
+            let index = out.queue();
+            let Some(conn) = conns.get_mut(index) else { continue };
             match out {
-                Out::Close { .. } => conn.close(ring, &mut Vec::new()),
+                Out::Close { .. } => {
+                    let mut mine = Vec::new();
+                    conn.close(ring, &mut mine);
+                    events.extend(mine.into_iter().map(|event| (index, event)));
+                }
                 Out::Complete { cid, status, result, .. } => {
                     conn.admin_done(cid, Answer::Done { status, result, data: Vec::new() });
                 }

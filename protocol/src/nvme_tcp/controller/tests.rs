@@ -99,7 +99,7 @@ fn a_connect_that_makes_no_sense_is_told_which_parameter() {
     let cases = [
         (recfmt, plain.clone(), (Status::CONNECT_FORMAT.dnr(), 0)),
         (Sqe::connect(0, 0, 1, 0), plain.clone(), parameter(44)),
-        (Sqe::connect(0, 0, 129, 0), plain.clone(), parameter(44)),
+        (Sqe::connect(0, 0, 257, 0), plain.clone(), parameter(44)),
         (Sqe::connect(0, 0, 0, 0), plain.clone(), parameter(44)),
         (sqe, data(16, &[1, 0]), in_data(16)),
         (sqe, data(256, b"nqn.x"), in_data(256)),
@@ -174,7 +174,7 @@ fn properties_are_as_wide_as_they_are_and_nothing_works_before_enabling() {
     connect(&mut c, 0, 0, u16::MAX, &vol0()).expect("accepted");
     assert_eq!(ask(&mut c, identify(1, 0)).0, Status::SEQUENCE.dnr());
     let cap = ask(&mut c, Sqe::property_get(1, property::CAP, true)).1;
-    assert_eq!(cap & 0xffff, 127);
+    assert_eq!(cap & 0xffff, 255);
     for (offset, long) in [(property::CAP, false), (property::VS, true), (0x28, false), (u32::MAX, true)] {
         assert_eq!(ask(&mut c, Sqe::property_get(1, offset, long)).0, Status::INVALID_FIELD.dnr());
     }
@@ -218,6 +218,37 @@ fn a_silent_host_is_let_go_and_one_that_speaks_is_kept() {
     let queues: Vec<QueueId> = told(&mut c).into_iter().filter_map(queue).collect();
     assert_eq!(queues, [0, 1]);
     assert!(c.is_empty());
+}
+
+#[test]
+fn a_host_that_wants_no_timer_has_none_but_in_discovery() {
+    let mut c = new();
+    for (queue, nqn) in [(0, DISCOVERY_NQN.to_owned()), (1, vol0())] {
+        let data = connect_data([1; 16], u16::MAX, &nqn, HOST);
+        c.connect(queue, &Sqe::connect(0, 0, 32, 0), &data, Time(0)).expect("accepted");
+    }
+    c.tick(Time(0) + DISCOVERY_IDLE);
+    assert!(told(&mut c).is_empty());
+    c.tick(Time(0) + DISCOVERY_IDLE + GRACE);
+    let why = "keep alive timer expired";
+    assert_eq!(told(&mut c), [Out::Close { queue: 0, why }], "discovery alone");
+    c.tick(Time(0) + Span::ms(1 << 40));
+    assert!(told(&mut c).is_empty(), "for ever");
+}
+
+#[test]
+fn a_host_may_have_several_controllers_of_a_subsystem_and_each_its_own_queues() {
+    let (mut c, first) = enabled(&vol0());
+    let second = connect(&mut c, 1, 0, u16::MAX, &vol0()).expect("the same host once more").cntlid;
+    assert_ne!(first, second);
+    c.admin(1, &Sqe::property_set(1, property::CC, CC_ENABLE), &[], Time(1));
+    for (queue, id) in [(2, first), (3, second)] {
+        connect(&mut c, queue, 1, id, &vol0()).expect("queue 1 of each");
+    }
+    c.closed(1);
+    assert!(matches!(told(&mut c)[..], [Out::Close { queue: 3, .. }]), "the other one stays");
+    // Its id belongs to nobody now, or to whoever comes next.
+    assert_eq!(connect(&mut c, 4, 2, second, &vol0()).map_err(|e| e.1), Err(1 << 16 | 16));
 }
 
 #[test]

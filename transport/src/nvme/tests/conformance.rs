@@ -2,8 +2,10 @@
 //! goes on. The same fields are tried in memory by `protocol::nvme_tcp`; here they come in arbitrary pieces.
 
 use super::*;
+use protocol::nvme_tcp::Fatal;
 use protocol::nvme_tcp::pdu::{self, Data};
-use protocol::nvme_tcp::wire::{FABRICS, flag, kind};
+use protocol::nvme_tcp::wire::{FABRICS, QUEUE_ENTRIES_MAX, flag, kind};
+use std::collections::BTreeSet;
 
 /// How far a host is when it misbehaves.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -12,6 +14,8 @@ enum Stage {
     Open,
     /// ICReq is answered.
     Ready,
+    /// The admin queue of an enabled controller that has an IO queue.
+    Admin,
     /// An IO queue without digests.
     Io,
     /// An IO queue with both digests.
@@ -29,6 +33,8 @@ enum Gets {
     EndByDigest,
     /// A status; the queue goes on.
     Status(Status),
+    /// A status, and the offset of the field of Connect that is wrong.
+    Parameter(u32),
 }
 
 struct Case {
@@ -98,6 +104,9 @@ fn cases() -> Vec<Case> {
     for hpda in [32u8, 255] {
         fixed("ICReq: HPDA", Stage::Open, Gets::End(HEADER_FIELD, 10), patched(ic_req(), 10, &[hpda]));
     }
+    for stage in [Stage::Admin, Stage::Io, Stage::Digests] {
+        fixed("ICReq late", stage, Gets::End(SEQUENCE, 0), ic_req());
+    }
     fixed("ICReq twice", Stage::Ready, Gets::End(SEQUENCE, 0), ic_req());
     fixed("ICReq on a queue", Stage::Io, Gets::End(SEQUENCE, 0), ic_req());
     // Command capsules, field by field.
@@ -124,8 +133,15 @@ fn cases() -> Vec<Case> {
         }
         let bytes = patched(write_inline(stage), 4, &u32::MAX.to_le_bytes());
         fixed("capsule: oversize", stage, Gets::End(LIMIT, 0), bytes);
+        // The data would begin at 76, where the PDU ends.
+        let bytes = patched(write_inline(stage), 3, &[76, 76, 0, 0, 0]);
+        fixed("capsule: PDO at the end", stage, Gets::End(HEADER_FIELD, 4), bytes);
+        let bytes = patched(write_inline(stage), 3, &[80, 76, 0, 0, 0]);
+        fixed("capsule: PDO beyond the end", stage, Gets::End(HEADER_FIELD, 3), bytes);
     }
     let long = capsule(Stage::Io, &command(io::WRITE, 0, 17 << 10, true), &vec![0; 17 << 10]);
+    let long_admin = capsule(Stage::Admin, &command(io::WRITE, 0, 9 << 10, true), &vec![0; 9 << 10]);
+    fixed("more than an admin capsule takes", Stage::Admin, Gets::End(LIMIT, 0), long_admin);
     fixed("more than IOCCSZ", Stage::Io, Gets::End(LIMIT, 0), long);
     fixed("a response from a host", Stage::Io, Gets::End(HEADER_FIELD, 0), {
         let mut bytes = Vec::new();
@@ -178,9 +194,18 @@ fn cases() -> Vec<Case> {
         add(format!("H2CData: {name}"), Stage::Asked, gets, Box::new(bytes));
     }
     for (name, at, value, gets) in [
-        ("HLEN", 2, 23u32, Gets::End(HEADER_FIELD, 2)),
+        ("type of a controller's", 0, 7u32, Gets::End(HEADER_FIELD, 0)),
+        ("HLEN", 2, 0, Gets::End(HEADER_FIELD, 2)),
+        ("HLEN", 2, 23, Gets::End(HEADER_FIELD, 2)),
+        ("HLEN", 2, 25, Gets::End(HEADER_FIELD, 2)),
+        ("HLEN", 2, 255, Gets::End(HEADER_FIELD, 2)),
+        ("PDO", 3, 0, Gets::End(HEADER_FIELD, 3)),
+        ("PDO", 3, 8, Gets::End(HEADER_FIELD, 3)),
         ("PDO", 3, 26, Gets::End(HEADER_FIELD, 3)),
+        ("PLEN", 4, 0, Gets::End(HEADER_FIELD, 4)),
         ("PLEN", 4, 20, Gets::End(HEADER_FIELD, 4)),
+        ("PLEN", 4, 24, Gets::End(HEADER_FIELD, 16)),
+        ("PLEN", 4, u32::MAX, Gets::End(HEADER_FIELD, 16)),
         ("DATAL unlike PLEN", 16, 4096, Gets::End(HEADER_FIELD, 16)),
     ] {
         let bytes = move |asked: Option<Data>| {
@@ -190,6 +215,7 @@ fn cases() -> Vec<Case> {
         };
         add(format!("H2CData: {name}"), Stage::Asked, gets, Box::new(bytes));
     }
+    connects(&mut add);
     // Commands at the wrong time, and in the wrong form.
     let mut refused = |name: &str, stage, status: Status, sqe: Sqe, inline: &[u8]| {
         let bytes = capsule(stage, &sqe, inline);
@@ -214,31 +240,14 @@ fn cases() -> Vec<Case> {
     );
     let connect = connect_data([3; 16], u16::MAX, &subsystem(), "nqn.host");
     refused("Connect twice", Stage::Io, Status::SEQUENCE, Sqe::connect(1, 1, 32, 0), &connect);
-    let short = Sqe::connect(1, 0, 32, 0).with_data(512, true);
-    refused("Connect with half its data", Stage::Ready, Status::SGL_LENGTH, short, &connect[..512]);
-    let mut form = Sqe::connect(1, 0, 32, 0);
-    form.0[40] = 1;
-    refused("Connect of an unknown form", Stage::Ready, Status::CONNECT_FORMAT, form, &connect);
-    refused(
-        "Connect with a queue of 1",
-        Stage::Ready,
-        Status::CONNECT_PARAMETER,
-        Sqe::connect(1, 0, 1, 0),
-        &connect,
-    );
-    let nobody = connect_data([3; 16], u16::MAX, "nqn.nobody", "nqn.host");
-    refused("Connect to nobody", Stage::Ready, Status::CONNECT_PARAMETER, Sqe::connect(1, 0, 32, 0), &nobody);
-    let astray = connect_data([3; 16], 0x7777, &subsystem(), "nqn.host");
-    refused(
-        "Connect to no controller",
-        Stage::Ready,
-        Status::CONNECT_PARAMETER,
-        Sqe::connect(1, 1, 32, 0),
-        &astray,
-    );
     refused("unknown opcode", Stage::Io, Status::INVALID_OPCODE, Sqe::new(0x7e, 1, 1), &[]);
     refused("Fabrics on an IO queue", Stage::Io, Status::INVALID_OPCODE, Sqe::new(FABRICS, 1, 0x55), &[]);
     refused("admin on an IO queue", Stage::Io, Status::INVALID_OPCODE, Sqe::new(admin::IDENTIFY, 1, 1), &[]);
+    let mut flush = Sqe::new(io::FLUSH, 7, NSID);
+    refused("an id in use", Stage::Asked, Status::ID_CONFLICT, flush, &[]);
+    refused("an id in use", Stage::Asked, Status::ID_CONFLICT, command(io::WRITE, 0, 512, true), &[6; 512]);
+    flush.0[1] = 0x80;
+    refused("SGL segments", Stage::Io, Status::INVALID_FIELD, flush, &[]);
     for nsid in [0, 2, u32::MAX] {
         refused("namespace", Stage::Io, Status::INVALID_NAMESPACE, read(0, 512).with(1, nsid), &[]);
     }
@@ -268,7 +277,151 @@ fn cases() -> Vec<Case> {
     }
     let ranges = Sqe::new(io::DSM, 1, NSID).with(10, 1).with(11, 4).with_data(16, true);
     refused("fewer ranges than told", Stage::Io, Status::SGL_LENGTH, ranges, &[0; 16]);
+    admin_commands(&mut refused);
+    let aers = (20..25).flat_map(|cid| capsule(Stage::Admin, &Sqe::new(admin::ASYNC_EVENT, cid, 0), &[]));
+    let aers: Vec<u8> = aers.collect();
+    add(
+        "one Async Event Request too many".into(),
+        Stage::Admin,
+        Gets::Status(Status::AER_LIMIT.dnr()),
+        Box::new(move |_| aers.clone()),
+    );
     cases
+}
+
+type Refuse<'a> = &'a mut dyn FnMut(&str, Stage, Status, Sqe, &[u8]);
+type Add<'a> = &'a mut dyn FnMut(String, Stage, Gets, Box<dyn Fn(Option<Data>) -> Vec<u8> + Send>);
+
+/// Connect, each of its fields wrong.
+fn connects(add: Add<'_>) {
+    let mut refused = |name: &str, stage, gets, sqe: Sqe, data: &[u8]| {
+        let bytes = capsule(stage, &sqe, data);
+        add(format!("Connect: {name}"), stage, gets, Box::new(move |_| bytes.clone()));
+    };
+    let good = connect_data([3; 16], u16::MAX, &subsystem(), "nqn.host");
+    let admin = Sqe::connect(1, 0, 32, 0);
+    let status = |status: Status| Gets::Status(status.dnr());
+    for stage in [Stage::Admin, Stage::Io] {
+        refused("twice", stage, status(Status::SEQUENCE), Sqe::connect(1, 1, 32, 0), &good);
+    }
+    for bytes in [512u32, 1020] {
+        let (sqe, data) = (admin.with_data(bytes, true), &good[..bytes as usize]);
+        refused("not all of its data", Stage::Ready, status(Status::SGL_LENGTH), sqe, data);
+    }
+    refused("no data", Stage::Ready, status(Status::SGL_LENGTH), admin.with_data(0, true), &[]);
+    refused(
+        "data to be asked for",
+        Stage::Ready,
+        status(Status::SGL_LENGTH),
+        admin.with_data(1024, false),
+        &[],
+    );
+    let field = |at: usize, value: u16| {
+        let mut sqe = admin;
+        sqe.0[at..at + 2].copy_from_slice(&value.to_le_bytes());
+        sqe
+    };
+    refused("RECFMT", Stage::Ready, status(Status::CONNECT_FORMAT), field(40, 1), &good);
+    for sqsize in [0, QUEUE_ENTRIES_MAX, u16::MAX] {
+        refused("SQSIZE", Stage::Ready, Gets::Parameter(44), field(44, sqsize), &good);
+    }
+    // Of a controller that is not there; of any.
+    for qid in [1, u16::MAX] {
+        refused("an IO queue first", Stage::Ready, Gets::Parameter(1 << 16 | 16), field(42, qid), &good);
+    }
+    let mut data = |name: &str, at: usize, value: &[u8], sqe: Sqe| {
+        let data = patched(good.clone(), at, value);
+        refused(name, Stage::Ready, Gets::Parameter(1 << 16 | at as u32), sqe, &data);
+    };
+    data("no controller of that id", 16, &[0x77, 0x77], field(42, 1));
+    data("an id for an admin queue", 16, &[1, 0], admin);
+    for at in [256, 512] {
+        let field = if at == 256 { "SUBNQN" } else { "HOSTNQN" };
+        data(&format!("{field} empty"), at, &[0; 256], admin);
+        data(&format!("{field} without its end"), at, &[b'a'; 256], admin);
+        data(&format!("{field} of 224 bytes"), at, &[&[b'a'; 224][..], &[0]].concat(), admin);
+        data(&format!("{field} is no text"), at, &[0xff, 0], admin);
+    }
+    data("SUBNQN of nobody", 256, b"nqn.nobody\0", admin);
+}
+
+/// Commands of the admin queue in the wrong form.
+fn admin_commands(refused: Refuse<'_>) {
+    let mut refused = |name: &str, status: Status, sqe: Sqe| refused(name, Stage::Admin, status, sqe, &[]);
+    for opcode in [0x00, 0x01, 0x04, 0x05, 0x0d, 0x10, 0x11, 0x14, 0x15, 0x1a, 0x80, 0x84, 0xc0, 0xff] {
+        refused("admin: unknown opcode", Status::INVALID_OPCODE, Sqe::new(opcode, 1, 0));
+    }
+    for fctype in [0x05, 0x06, 0x08, 0x55, 0xff] {
+        let mut sqe = Sqe::new(FABRICS, 1, 0);
+        sqe.0[4] = fctype;
+        refused("admin: unknown type of Fabrics command", Status::INVALID_OPCODE, sqe);
+    }
+    for flags in [0, 1 << 6 | 1, 1 << 6 | 2, 0x80] {
+        let mut sqe = Sqe::new(admin::KEEP_ALIVE, 1, 0);
+        sqe.0[1] = flags;
+        refused("admin: PRPs, fused, or segments", Status::INVALID_FIELD, sqe);
+    }
+    let get = |offset, long| Sqe::property_get(1, offset, long);
+    for sqe in [
+        get(property::CAP, false),
+        get(property::CC, true),
+        get(0x10, false),
+        get(0x28, true),
+        get(u32::MAX, false),
+    ] {
+        refused("Property Get", Status::INVALID_FIELD, sqe);
+    }
+    for sqe in [
+        Sqe::property_set(1, property::CAP, 1),
+        Sqe::property_set(1, property::CSTS, 0),
+        Sqe::property_set(1, property::CC, 1).with(10, 1),
+    ] {
+        refused("Property Set", Status::INVALID_FIELD, sqe);
+    }
+    let identify = |cns: u32, nsid| Sqe::new(admin::IDENTIFY, 1, nsid).with_data(4096, false).with(10, cns);
+    for cns in [0x0a, 0x10, 0x55, 0xff] {
+        refused("Identify: CNS", Status::INVALID_FIELD, identify(cns, 0));
+    }
+    for cns in [0x05, 0x06, 0x07] {
+        refused("Identify: CSI", Status::INVALID_FIELD, identify(cns, NSID).with(11, 2 << 24));
+    }
+    for (cns, nsid) in
+        [(0, 0), (0, 2), (3, 2), (3, u32::MAX), (5, 2), (8, 0), (2, u32::MAX), (7, u32::MAX - 1)]
+    {
+        refused("Identify: namespace", Status::INVALID_NAMESPACE, identify(cns, nsid));
+    }
+    for bytes in [0, 1, 4095] {
+        refused("Identify: length", Status::SGL_LENGTH, identify(1, 0).with_data(bytes, false));
+    }
+    refused("Identify: SGL type", Status::SGL_TYPE, identify(1, 0).with_data(4096, true));
+    let log = |page: u32, bytes: u32| {
+        Sqe::new(admin::GET_LOG_PAGE, 1, 0).with_data(bytes, false).with(10, (bytes / 4 - 1) << 16 | page)
+    };
+    for page in [0x06, 0x0b, 0x70, 0x71, 0x80, 0xff] {
+        refused("Get Log Page: unknown", Status::INVALID_LOG_PAGE, log(page, 512));
+    }
+    refused("Get Log Page: odd offset", Status::INVALID_FIELD, log(2, 512).with(12, 2));
+    refused("Get Log Page: offset beyond the end", Status::INVALID_FIELD, log(2, 512).with(12, 516));
+    refused("Get Log Page: offset far beyond", Status::INVALID_FIELD, log(2, 512).with(13, u32::MAX));
+    refused("Get Log Page: above MDTS", Status::INVALID_FIELD, log(2, 512).with(11, 0xffff));
+    refused("Get Log Page: more than it has room for", Status::SGL_LENGTH, log(2, 512).with_data(508, false));
+    let set = |feature: u32, value| Sqe::new(admin::SET_FEATURES, 1, 0).with(10, feature).with(11, value);
+    let get = |feature: u32| Sqe::new(admin::GET_FEATURES, 1, 0).with(10, feature);
+    for unknown in [0x00, 0x03, 0x06, 0x0c, 0x0d, 0x80, 0xff] {
+        refused("Set Features: unknown", Status::INVALID_FIELD, set(unknown, 1));
+        refused("Get Features: unknown", Status::INVALID_FIELD, get(unknown));
+    }
+    refused("Set Features: to be saved", Status::NOT_SAVEABLE, set(1 << 31 | 0x0f, 1));
+    refused("Set Features: queues while there are some", Status::SEQUENCE, set(0x07, 1 << 16 | 1));
+    refused("Set Features: 65,536 queues", Status::INVALID_FIELD, set(0x07, 0xffff));
+    refused("Set Features: the host's id", Status::SEQUENCE, set(0x81, 1));
+    refused("Set Features: power", Status::INVALID_FIELD, set(0x02, 1));
+    for select in [1, 2, 3, 7] {
+        refused("Get Features: saved and default values", Status::INVALID_FIELD, get(select << 8 | 0x0f));
+    }
+    refused("Get Features: the host's id, short", Status::INVALID_FIELD, get(0x81));
+    let host_id = get(0x81).with(11, 1).with_data(8, false);
+    refused("Get Features: no room", Status::SGL_LENGTH, host_id);
 }
 
 /// A queue at the stage, and what it was asked for; its admin queue lives as long.
@@ -281,6 +434,10 @@ fn reach(addr: SocketAddr, stage: Stage) -> (Option<Queue>, Queue, Option<Data>)
             (None, Queue { wire, codec: Codec::default(), input: Vec::new() }, None)
         }
         Stage::Ready => (None, Queue::open(addr, 0, 0, 0), None),
+        Stage::Admin => {
+            let (admin, io) = attach(addr, 0, 0, 0, true);
+            (Some(io), admin, None)
+        }
         Stage::Io | Stage::Digests | Stage::Asked => {
             let digests = if stage == Stage::Digests { 3 } else { 0 };
             let (admin, mut queue) = attach(addr, digests, 0, 0, true);
@@ -313,10 +470,12 @@ fn send_in_pieces(wire: &mut TcpStream, mut bytes: &[u8], random: &mut Random) {
 fn every_malformed_pdu_and_command_is_answered_as_specified_and_the_others_go_on() {
     let cases = cases();
     let count = cases.len();
-    let ends = cases.iter().filter(|case| !matches!(case.gets, Gets::Status(_))).count();
+    let refused = |case: &&Case| matches!(case.gets, Gets::Status(_) | Gets::Parameter(_));
+    let ends = count - cases.iter().filter(refused).count();
     let seen = serve(Manner::default(), move |addr| {
         let (_admin, mut good) = attach(addr, 3, 0, 0, true);
         let mut random = Random(4);
+        let mut statuses = BTreeSet::new();
         let model = vec![9; 16 << 10];
         good.run(&command(io::WRITE, 1 << 20, 16 << 10, false), &[], &model, 4096);
         for case in cases {
@@ -333,19 +492,154 @@ fn every_malformed_pdu_and_command_is_answered_as_specified_and_the_others_go_on
                 }
                 (Gets::Status(status), HostEvent::Response(cqe)) => {
                     assert_eq!(cqe.status, status, "{name} at {:?}", case.stage);
-                    match case.stage {
-                        Stage::Io | Stage::Digests => drop(bad.ok(&command(io::READ, 0, 4096, false))),
-                        _ => drop(bad.connect(0, u16::MAX, true)),
-                    }
+                    statuses.insert(status.code());
+                    goes_on(&mut bad, case.stage, asked);
+                }
+                (Gets::Parameter(at), HostEvent::Response(cqe)) => {
+                    let told = (cqe.status, cqe.result);
+                    assert_eq!(told, (Status::CONNECT_PARAMETER.dnr(), at.into()), "{name}");
+                    statuses.insert(cqe.status.code());
+                    goes_on(&mut bad, case.stage, asked);
                 }
                 (gets, event) => panic!("{name}: {event:?} instead of {gets:?}"),
             }
             assert!(good.ok(&command(io::READ, 1 << 20, 16 << 10, false)).1 == model, "after {name}");
         }
+        let known = STATUSES.iter().map(|status| status.code()).collect();
+        assert_eq!(statuses, known, "every status that a host can bring about was seen");
     });
     let broken = |reason: &&NvmeCloseReason| matches!(reason, NvmeCloseReason::Violation(_));
     assert_eq!(seen.closed.iter().filter(broken).count(), ends);
-    eprintln!("{count} cases of conformance over loopback sockets, {ends} of them end the connection");
+    eprintln!(
+        "{count} cases of conformance over loopback sockets: {ends} end the connection, the others get one of {} \
+         statuses",
+        STATUSES.len()
+    );
+}
+
+/// What a host gets for what it sends. Others tell how IO went; see `a_piece_that_fails` and its kin.
+const STATUSES: [Status; 15] = [
+    Status::INVALID_OPCODE,
+    Status::INVALID_FIELD,
+    Status::ID_CONFLICT,
+    Status::INVALID_NAMESPACE,
+    Status::SEQUENCE,
+    Status::SGL_LENGTH,
+    Status::SGL_TYPE,
+    Status::SGL_OFFSET,
+    Status::TRANSIENT_TRANSPORT,
+    Status::LBA_RANGE,
+    Status::AER_LIMIT,
+    Status::INVALID_LOG_PAGE,
+    Status::NOT_SAVEABLE,
+    Status::CONNECT_FORMAT,
+    Status::CONNECT_PARAMETER,
+];
+
+/// A queue whose command was refused takes the next one.
+fn goes_on(queue: &mut Queue, stage: Stage, asked: Option<Data>) {
+    match (stage, asked) {
+        (Stage::Asked, Some(r2t)) => {
+            let mut bytes = Vec::new();
+            queue.codec.h2c_data(r2t, &[5; 8192], u32::MAX, &mut bytes);
+            queue.wire.write_all(&bytes).unwrap();
+            assert!(matches!(queue.event(), HostEvent::Response(cqe) if cqe.status.is_ok()));
+        }
+        (Stage::Io | Stage::Digests | Stage::Asked, _) => drop(queue.ok(&command(io::READ, 0, 4096, false))),
+        (Stage::Admin, _) => drop(queue.ok(&Sqe::new(admin::KEEP_ALIVE, 99, 0))),
+        (Stage::Open | Stage::Ready, _) => drop(queue.connect(0, u16::MAX, true)),
+    }
+}
+
+/// Whatever is left of the connection: true if it is closed without another word.
+fn is_cut(mut queue: Queue) -> bool {
+    queue.input.is_empty() && queue.wire.read(&mut [0; 16]).unwrap_or(0) == 0
+}
+
+#[test]
+fn a_flood_of_terminations_is_answered_by_closing_and_nothing_else() {
+    const EACH: usize = 250;
+    let stages = [Stage::Open, Stage::Ready, Stage::Admin, Stage::Io];
+    let seen = serve(Manner::default(), move |addr| {
+        let (_admin, mut good) = attach(addr, 0, 0, 0, true);
+        for round in 0..EACH {
+            for stage in stages {
+                let (_other, mut bad, _) = reach(addr, stage);
+                let mut bytes = Vec::new();
+                let fatal = Fatal { fes: (round % 8) as u16, info: 0, what: "" };
+                pdu::terminate(kind::H2C_TERM, fatal, &vec![7; round % 129], &mut bytes);
+                bad.wire.write_all(&bytes).unwrap();
+                assert!(is_cut(bad), "{stage:?} in round {round}");
+            }
+            good.ok(&command(io::READ, 0, 4096, false));
+        }
+    });
+    let told =
+        |reason: &&NvmeCloseReason| matches!(reason, NvmeCloseReason::Violation(Violation::Terminated(_)));
+    assert_eq!(seen.closed.iter().filter(told).count(), EACH * stages.len());
+}
+
+#[test]
+fn a_transfer_of_one_queue_takes_no_data_of_another_and_a_finished_one_takes_none() {
+    serve(Manner::default(), |addr| {
+        let (_admin, mut mine, asked) = reach(addr, Stage::Asked);
+        let asked = asked.expect("it was asked for");
+        let (_other_admin, mut other) = attach(addr, 0, 0, 0, true);
+        other.wire.write_all(&h2c(asked, flag::LAST)).unwrap();
+        assert_eq!(other.event(), HostEvent::Terminated { fes: fes::HEADER_FIELD, info: 10 });
+        goes_on(&mut mine, Stage::Asked, Some(asked));
+        mine.wire.write_all(&h2c(asked, flag::LAST)).unwrap();
+        assert_eq!(mine.event(), HostEvent::Terminated { fes: fes::HEADER_FIELD, info: 10 });
+    });
+}
+
+#[test]
+fn a_controller_that_is_reset_amid_io_lets_its_io_queues_go_and_comes_back() {
+    serve(Manner::shuffled(), |addr| {
+        let (_good_admin, mut good) = attach(addr, 0, 0, 0, true);
+        for round in 0..20u16 {
+            let mut admin = Queue::open(addr, 0, 0, 0);
+            let id = admin.connect(0, u16::MAX, true);
+            for _ in 0..3 {
+                admin.ok(&Sqe::property_set(1, property::CC, CC_ENABLE));
+                let mut io = Queue::open(addr, 0, 0, 0);
+                io.connect(1, id, true);
+                let mut bytes = Vec::new();
+                for cid in 0..32u16 {
+                    let mut sqe = command(io::WRITE, usize::from(cid) << 16, 8192, true);
+                    sqe.0[2..4].copy_from_slice(&cid.to_le_bytes());
+                    io.codec.command(&sqe, &[3; 8192], &mut bytes);
+                }
+                // Some of it, up to the middle of a command.
+                io.wire.write_all(&bytes[..bytes.len() - usize::from(round) * 997]).unwrap();
+                admin.ok(&Sqe::property_set(1, property::CC, CC_ENABLE & !1));
+                assert_eq!(admin.ok(&Sqe::property_get(1, property::CSTS, false)).0, 0);
+                while io.wire.read(&mut [0; 4096]).unwrap_or(0) > 0 {}
+                good.ok(&command(io::READ, 0, 4096, false));
+            }
+        }
+    });
+}
+
+#[test]
+fn only_the_host_that_said_nothing_for_its_own_time_is_let_go() {
+    serve(Manner::default(), |addr| {
+        let open = |kato_ms| {
+            let mut admin = Queue::open(addr, 0, 0, 0);
+            let data = connect_data([3; 16], u16::MAX, &subsystem(), "nqn.host");
+            let (cqe, _) = admin.run(&Sqe::connect(0, 0, 32, kato_ms), &data, &[], u32::MAX);
+            admin.ok(&Sqe::property_set(1, property::CC, CC_ENABLE));
+            let mut io = Queue::open(addr, 0, 0, 0);
+            io.connect(1, cqe.result as u16, true);
+            (admin, io)
+        };
+        let (silent, speaking, without) = (open(100), open(60_000), open(0));
+        assert!(is_cut(silent.1) && is_cut(silent.0), "both of its queues");
+        for (mut admin, mut io) in [speaking, without] {
+            admin.ok(&Sqe::new(admin::KEEP_ALIVE, 1, 0));
+            io.ok(&command(io::READ, 0, 4096, false));
+        }
+    });
 }
 
 #[test]
