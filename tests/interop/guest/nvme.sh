@@ -98,6 +98,14 @@ for queues in 1 2; do
   done
 done
 
+for digest in "" "--data-digest"; do
+  connect "${ports[0]}" "$nqn" --nr-io-queues=1 --disable-sqflow $digest
+  disk=$(disk "$nqn")
+  verify "$disk" --rw=randrw --bs=4k --iodepth=8 --size=512k
+  disconnect "$nqn"
+done
+ok "connect: without flow control of the submission queue, so that data says that a read succeeded"
+
 # --- what the controller and the namespace say of themselves
 connect "${ports[0]}" "$nqn" --nr-io-queues=2
 disk=$(disk "$nqn")
@@ -113,6 +121,11 @@ ok "id-ns"
 nvme ns-descs "$disk" | grep -q uuid || fail ns-descs
 nvme list-ns "$controller" | grep -q ':0x1$' || fail list-ns
 ok "ns-descs, list-ns"
+for form in "5 1" "6 0" "7 0" "8 1"; do
+  set -- $form
+  nvme admin-passthru "$controller" -o 6 -n "$2" -r -l 4096 --cdw10="$1" >/tmp/seen 2>&1 || fail "Identify $1: $(cat /tmp/seen)"
+done
+ok "Identify by command set (CNS 5 to 7) and independent of it (CNS 8)"
 nvme list | grep -q "$disk .*Ashlar" || fail "list: $(nvme list)"
 nvme list-subsys | grep -q "$nqn" || fail list-subsys
 ok "list, list-subsys"
@@ -254,6 +267,26 @@ ana_is() { # PORT STATE
   done
   return 1
 }
+# A discovery controller that stays, and what the kernel tells of its async events.
+discovery_nqn=nqn.2014-08.org.nvmexpress.discovery
+discovery_controller() {
+  local controller
+  for controller in /sys/class/nvme/nvme*; do
+    [ "$(cat "$controller/subsysnqn" 2>/dev/null)" = $discovery_nqn ] && echo "/dev/${controller##*/}" && return
+  done
+  return 1
+}
+uevent env >>/tmp/uevents 2>/dev/null &
+events=$!
+nvme discover -t tcp -a "$address" -s "${ports[0]}" --persistent --keep-alive-tmo=5 >/dev/null || fail "discover --persistent"
+stays=$(discovery_controller) || fail "no discovery controller stays"
+nvme get-log "$stays" --log-id=0x71 --log-len=2056 >/tmp/seen 2>&1 || fail "the host discovery log: $(cat /tmp/seen)"
+told_of_discovery() { grep -q '^NVME_AEN=0x70f002' /tmp/uevents; }
+heard() { # reads the log through it, so that the next change is told
+  nvme get-log "$stays" --log-id=0x70 --log-len=1024 >/dev/null || fail "the discovery log of $stays"
+  : >/tmp/uevents
+}
+heard
 for port in "${ports[0]}" "${ports[1]}"; do
   within 20 ana_is "$port" optimized || fail "the path by $port is not optimized"
 done
@@ -265,8 +298,12 @@ host drain 2 || fail "drain"
 within 20 ana_is "${ports[1]}" non-optimized || fail "the path to the drained target is optimized still"
 ana_is "${ports[0]}" optimized || fail "the other path is not"
 within 15 gone || fail "discovery still lists the drained target"
+within 15 told_of_discovery || fail "no async event of discovery when a target was drained: $(cat /tmp/uevents)"
+heard
 host undrain 2 || fail "undrain"
 within 20 ana_is "${ports[1]}" optimized || fail "the path did not become optimized again"
+within 15 told_of_discovery || fail "no async event of discovery when a target was drained no more"
+heard
 wait $load || { cat /tmp/fio; fail "IO failed while a target was drained"; }
 ok "ANA: a drained target's path turns non-optimized by its async event, leaves discovery, and comes back"
 fio --name=multipath --filename="$disk" --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=16 --size=16M \
@@ -277,15 +314,21 @@ sleep 3
 host kill 1 || fail "kill"
 within 15 paths_live "$nqn" 1 || fail "the path to the dead target did not go"
 within 15 gone || fail "discovery still lists the dead target"
+within 15 told_of_discovery || fail "no async event of discovery when a target died: $(cat /tmp/uevents)"
+heard
+ok "discovery: a controller that stays is told by its async event of a target that is drained, comes back, and dies"
 wait $load || { cat /tmp/fio; fail "IO failed while one of two paths died"; }
 ok "multipath: one of two targets killed under load with verification, no IO error, discovery without it"
 host restart 1 || fail "restart"
 within 60 paths_live "$nqn" 2 || fail "the path did not come back: $(nvme list-subsys)"
+within 15 told_of_discovery || fail "no async event of discovery when a target came back"
 back() { nvme discover -t tcp -a "$address" -s "${ports[0]}" | grep -q "trsvcid: *${ports[1]}\$"; }
 within 15 back || fail "discovery without the target that came back"
 verify "$disk" --rw=randwrite --bs=4k --iodepth=16 --size=1M
 ok "multipath: the path is back after its target's restart"
 disconnect "$nqn"
+disconnect $discovery_nqn
+kill $events
 # Not without their colons: calibration speaks of loops.
 dmesg | grep 'BUG: \|I/O error\|Oops: ' && fail "the kernel complains"
 ok "the guest's kernel saw no IO error"
