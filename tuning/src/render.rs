@@ -10,6 +10,10 @@ use comfy_table::{Attribute, Cell, Color, ContentArrangement, Table, presets};
 use std::env;
 use std::io::IsTerminal;
 
+/// Columns of the narrowest terminal that tables are fitted into. Some have no size at all: those that `script`,
+/// `docker run -t` and continuous integration make.
+const WIDTH_MIN: u16 = 40;
+
 /// How text is laid out.
 #[derive(Clone, Copy, Debug)]
 pub struct Style {
@@ -25,7 +29,7 @@ impl Style {
         let is_terminal = std::io::stdout().is_terminal();
         let no_colour = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let dumb = env::var_os("TERM").is_some_and(|term| term == "dumb");
-        let width = Table::new().width().filter(|_| is_terminal);
+        let width = Table::new().width().filter(|width| is_terminal && *width >= WIDTH_MIN);
         Self { colour: is_terminal && !no_colour && !dumb, width }
     }
 

@@ -64,7 +64,7 @@ pub static TUNERS: &[Tuner] = &[
         default: "latency, throughput: 0 (off) on disks that do not rotate; else as it is",
         reboot: GONE_AT_REBOOT,
         sources: &["kernel: Documentation/ABI/stable/sysfs-block", "kernel: block/blk-wbt.c"],
-        at_start: false,
+        at_start: true,
         inspect: |machine| {
             each(machine, |disk| {
                 let when = machine.profile.is_server() && machine.is_solid(disk);

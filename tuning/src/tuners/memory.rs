@@ -54,7 +54,7 @@ pub static TUNERS: &[Tuner] = &[
             "rpk: swappiness",
             "tuned: throughput-performance",
         ],
-        at_start: false,
+        at_start: true,
         inspect: swappiness,
     },
     Tuner {
