@@ -180,7 +180,7 @@ fn discovery(plan: &Plan) -> Vec<DiscoveryRecord> {
     let own = plan.shape.targets.iter().filter_map(|ports| ports.discovery);
     let ports = own.chain(plan.shape.targets.iter().map(|ports| ports.nvme));
     let traddr = plan.advertise.to_string();
-    ports.map(|port| DiscoveryRecord { traddr: traddr.clone(), trsvcid: port.to_string() }).collect()
+    ports.map(|port| DiscoveryRecord::new(&traddr, port)).collect()
 }
 
 fn record(plan: &Plan, sockets: &[PathBuf], cluster: &[u8; 16], volume: &pb::Volume) -> VolumeRecord {
@@ -191,11 +191,9 @@ fn record(plan: &Plan, sockets: &[PathBuf], cluster: &[u8; 16], volume: &pb::Vol
     };
     let tcp = plan.shape.targets.iter().map(|ports| nbd_uri(&format!("{host}:{}", ports.nbd), name));
     let over_nvme = volume.exports().any(|protocol| protocol == pb::ExportProtocol::Nvme);
-    let nvme = plan.shape.targets.iter().filter(|_| over_nvme).map(|ports| NvmeRecord {
-        traddr: plan.advertise.to_string(),
-        trsvcid: ports.nvme.to_string(),
-        nqn: nqn(cluster, name),
-    });
+    let traddr = plan.advertise.to_string();
+    let over_nvme = plan.shape.targets.iter().filter(|_| over_nvme);
+    let nvme = over_nvme.map(|ports| NvmeRecord::new(&traddr, ports.nvme, nqn(cluster, name)));
     let unix = sockets.iter().map(|socket| nbd_unix_uri(&socket.to_string_lossy(), name));
     VolumeRecord {
         name: name.clone(),

@@ -24,7 +24,7 @@ READY: {volume_name} ({size}, blocks of {block} bytes) on {targets} targets, 3 r
   measure       fio --name=try --ioengine=nbd --uri={unix_quoted} --rw=randrw --bs=4k --iodepth=32 --time_based --runtime=10
   copy          qemu-img convert -n -f raw -O raw IMAGE {unix_quoted}
   attach        sudo modprobe nbd && sudo nbd-client {host} {port} /dev/nbd0 -N {volume_name} -b {block}
-  or by NVMe    sudo modprobe nvme-tcp && sudo nvme discover -t tcp -a {nvme_host} -s {discovery}
+  or by NVMe    sudo modprobe nvme-tcp && sudo {discover}
 {nvme}  break         kill -9 {victim}    (target {victim_id}; IO goes on, {restart})
   check         ashlar volume check {volume_name} --dir {dir}
 
@@ -40,8 +40,7 @@ READY: {volume_name} ({size}, blocks of {block} bytes) on {targets} targets, 3 r
         unix_quoted = quoted(unix),
         host = host_of(tcp),
         port = plan.shape.targets[0].nbd,
-        nvme_host = plan.advertise,
-        discovery = record.discovery.first().map_or("8009", |d| &d.trsvcid),
+        discover = record.discovery.first().map_or("nvme discover", |d| &d.command),
         nvme = volume.nvme.iter().map(connect).collect::<String>(),
         victim = victim.pid,
         victim_id = victim.id,
@@ -51,8 +50,7 @@ READY: {volume_name} ({size}, blocks of {block} bytes) on {targets} targets, 3 r
 }
 
 fn connect(path: &NvmeRecord) -> String {
-    let NvmeRecord { traddr, trsvcid, nqn } = path;
-    format!("                sudo nvme connect -t tcp -a {traddr} -s {trsvcid} -n {nqn}\n")
+    format!("                sudo {}\n", path.command)
 }
 
 fn host_of(uri: &str) -> &str {

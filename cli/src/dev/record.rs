@@ -77,6 +77,17 @@ pub struct NvmeRecord {
     pub trsvcid: String,
     /// The subsystem's name.
     pub nqn: String,
+    /// What attaches it, to paste; the paths of all targets become one disk.
+    #[serde(default)]
+    pub command: String,
+}
+
+impl NvmeRecord {
+    /// A path of a subsystem.
+    pub fn new(traddr: &str, trsvcid: u16, nqn: String) -> Self {
+        let command = format!("nvme connect -t tcp -a {traddr} -s {trsvcid} -n {nqn}");
+        Self { traddr: traddr.into(), trsvcid: trsvcid.to_string(), nqn, command }
+    }
 }
 
 /// One NVMe discovery service.
@@ -86,6 +97,17 @@ pub struct DiscoveryRecord {
     pub traddr: String,
     /// Port.
     pub trsvcid: String,
+    /// What lists all that is there, to paste.
+    #[serde(default)]
+    pub command: String,
+}
+
+impl DiscoveryRecord {
+    /// A discovery service.
+    pub fn new(traddr: &str, trsvcid: u16) -> Self {
+        let command = format!("nvme discover -t tcp -a {traddr} -s {trsvcid}");
+        Self { traddr: traddr.into(), trsvcid: trsvcid.to_string(), command }
+    }
 }
 
 impl DevRecord {
@@ -145,9 +167,9 @@ mod tests {
                 block_bytes: 4096,
                 nbd: vec!["nbd://127.0.0.1:5/vol0".into()],
                 nbd_unix: vec!["nbd+unix:///vol0?socket=/d/target-1/nbd.sock".into()],
-                nvme: vec![],
+                nvme: vec![NvmeRecord::new("127.0.0.1", 6, "nqn.x:vol0".into())],
             }],
-            discovery: vec![],
+            discovery: vec![DiscoveryRecord::new("127.0.0.1", 8009)],
         }
     }
 
@@ -160,8 +182,11 @@ mod tests {
                 "admin": "127.0.0.1:3", "metrics": "127.0.0.1:4"}],
             "volumes": [{"name": "vol0", "bytes": 4u64 << 30, "block_bytes": 4096,
                 "nbd": ["nbd://127.0.0.1:5/vol0"],
-                "nbd_unix": ["nbd+unix:///vol0?socket=/d/target-1/nbd.sock"], "nvme": []}],
-            "discovery": [],
+                "nbd_unix": ["nbd+unix:///vol0?socket=/d/target-1/nbd.sock"],
+                "nvme": [{"traddr": "127.0.0.1", "trsvcid": "6", "nqn": "nqn.x:vol0",
+                    "command": "nvme connect -t tcp -a 127.0.0.1 -s 6 -n nqn.x:vol0"}]}],
+            "discovery": [{"traddr": "127.0.0.1", "trsvcid": "8009",
+                "command": "nvme discover -t tcp -a 127.0.0.1 -s 8009"}],
         });
         assert_eq!(serde_json::to_value(sample()).expect("plain values"), expected);
     }
