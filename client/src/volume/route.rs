@@ -118,8 +118,12 @@ impl Route {
         self.refusals = 0;
     }
 
-    /// A refusal came: wait, twice as long as the last time.
+    /// A refusal came: wait, twice as long as the last time. What was sent together is refused together,
+    /// and counts once: else a burst of ten would mean the longest wait at once.
     pub fn hold(&mut self, config: &Config, now: Time) {
+        if now < self.hold_until {
+            return;
+        }
         self.hold_until = now + backoff(config, self.refusals);
         self.refusals = self.refusals.saturating_add(1);
     }
@@ -188,6 +192,22 @@ mod tests {
         assert_eq!(route.leader, Some(shard(1)));
         assert!(!route.learn(shard(1), None, Term(5)), "its own word does");
         assert_eq!((route.leader, route.term), (None, Term(4)));
+    }
+
+    #[test]
+    fn refusals_that_come_together_are_one_and_later_ones_double_the_wait() {
+        let config = Config::default();
+        let mut route = Route::default();
+        let now = Time(1000);
+        (0..30).for_each(|_| route.hold(&config, now));
+        assert_eq!(route.hold_until, now + config.backoff_min);
+        let again = route.hold_until;
+        (0..30).for_each(|_| route.hold(&config, again));
+        assert_eq!(route.hold_until, again + Span(config.backoff_min.0 * 2));
+        route.progress(again);
+        let later = route.hold_until;
+        route.hold(&config, later);
+        assert_eq!(route.hold_until, later + config.backoff_min);
     }
 
     #[test]
