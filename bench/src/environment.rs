@@ -102,18 +102,21 @@ pub fn tuning() -> Vec<String> {
     .collect()
 }
 
-/// Each disk's queue, a line a disk.
+/// Each disk's size, kind and queue, a line a disk.
 pub fn disks() -> Vec<String> {
     let read = |disk: &Path, file: &str| {
-        std::fs::read_to_string(disk.join("queue").join(file)).unwrap_or_default().trim().to_owned()
+        std::fs::read_to_string(disk.join(file)).unwrap_or_default().trim().to_owned()
     };
     let disks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten().map(|entry| entry.path());
     let real = disks.filter(|disk| disk.join("device").exists());
     let line = |disk: PathBuf| {
         let name = disk.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let facts =
-            ["scheduler", "write_cache", "nr_requests"].map(|file| format!("{file} {}", read(&disk, file)));
-        format!("{name}: {}", facts.join(", "))
+        let sectors: u64 = read(&disk, "size").parse().unwrap_or(0);
+        let model = read(&disk, "device/model");
+        let model = if model.is_empty() { model } else { format!("{model}, ") };
+        let queue = ["rotational", "scheduler", "write_cache", "nr_requests", "io_poll"];
+        let facts = queue.map(|file| format!("{file} {}", read(&disk, &format!("queue/{file}"))));
+        format!("{name}: {model}{} GiB, {}", sectors >> 21, facts.join(", "))
     };
     let mut lines: Vec<_> = real.map(line).collect();
     lines.sort();

@@ -27,6 +27,7 @@ use comfy_table::presets;
 use load::{Load, Order, Sizes};
 use measure::{Client, Measured, Plan, Subject, prepare};
 use result::{Results, SCHEMA};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use target::Target;
@@ -258,9 +259,21 @@ fn measure(
         subjects.iter().try_for_each(|subject| prepare(subject, bytes))?;
         settle(subjects);
     }
+    for subject in subjects {
+        if let Target::File(path) = &subject.target
+            && has_holes(path)
+        {
+            eprintln!("note: {} has holes, whose reads cost no disk: --prepare fills them", subject.name);
+        }
+    }
     let CommonArgs { seconds, warm_up, rounds, .. } = *args;
     let plan = Plan { client, subjects, loads, seconds, warm_up, rounds };
     keep(&plan, plan.measure()?, &args.keep)
+}
+
+/// Whether a file takes up fewer blocks than it is long; a device never does.
+fn has_holes(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|file| file.is_file() && file.blocks() * 512 < file.len())
 }
 
 /// Waits until all servers have flushed what was written.
@@ -507,6 +520,17 @@ mod tests {
         assert!(fast.unserved > 30_000_000, "{}", fast.unserved);
         // Each waited for all before it, since it should have begun at the start.
         assert!(latency.p50_us > 90_000.0, "{latency:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_file_with_holes_is_told_from_one_that_was_written() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR"))?;
+        let file = dir.path().join("raw");
+        std::fs::File::create(&file)?.set_len(1 << 20)?;
+        assert!(has_holes(&file));
+        prepare(&Subject::file("raw", &file), 1 << 20)?;
+        assert!(!has_holes(&file) && !has_holes(Path::new("/dev/null")));
         Ok(())
     }
 
