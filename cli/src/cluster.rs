@@ -51,7 +51,9 @@ impl ClusterArgs {
 
     /// A client of the cluster's MDS; it connects at the first call.
     pub fn connect(&self) -> Result<MdsClient, Problem> {
-        Ok(MdsClient::new(&self.endpoint()?, Patience::default())?)
+        // Only an address that is none is refused before the first call.
+        MdsClient::new(&self.endpoint()?, Patience::default())
+            .map_err(|refusal| Problem::usage(refusal.what).cause(refusal.cause).fix(refusal.fix))
     }
 }
 
@@ -84,6 +86,13 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let problem = args(None, Some(dir.path())).endpoint_given(Some("b:2")).expect_err("nothing there");
         assert!(problem.to_string().contains("no dev cluster runs in"), "{problem}");
+    }
+
+    #[tokio::test]
+    async fn several_addresses_are_taken_and_one_that_is_none_is_a_usage_error() {
+        args(Some("a:1, b:2,[::1]:3"), None).connect().expect("all are addresses");
+        let problem = args(Some("a:1,nonsense"), None).connect().expect_err("no address");
+        assert_eq!(problem.exit().code(), 2);
     }
 
     #[test]

@@ -265,7 +265,7 @@ impl EtcdStore {
                 Err(trouble) => {
                     tried = true;
                     tracing::warn!(%trouble, "a transaction was not answered; it is sent again");
-                    self.runtime.block_on(tokio::time::sleep(PAUSE));
+                    std::thread::sleep(PAUSE);
                 }
             }
         }
@@ -330,7 +330,7 @@ impl EtcdStore {
                 Err(trouble) if !self.guard.tenure.holds() => return Err(trouble.problem()),
                 Err(trouble) => {
                     tracing::warn!(%trouble, "a read was not answered; it is sent again");
-                    self.runtime.block_on(tokio::time::sleep(PAUSE));
+                    std::thread::sleep(PAUSE);
                 }
             }
         }

@@ -42,6 +42,13 @@ impl EtcdServer {
         Some(server)
     }
 
+    /// Stops or continues it, or whatever `kill` can do.
+    #[allow(dead_code)]
+    pub fn signal(&self, signal: &str) {
+        let done = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
+        assert!(done.is_ok_and(|status| status.success()), "kill {signal}");
+    }
+
     /// As `--store` takes it.
     pub fn url(&self) -> String {
         format!("etcd://127.0.0.1:{}/test", self.port)

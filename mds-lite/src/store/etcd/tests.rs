@@ -141,6 +141,30 @@ fn a_transaction_that_comes_late_or_twice_takes_effect_once_and_never_after_a_la
     assert!(is_at(&mut twin, 6));
 }
 
+#[test]
+fn an_etcd_that_hangs_for_a_while_is_waited_for_and_what_was_written_meanwhile_is_there_once() {
+    let Some(world) = World::new() else { return };
+    let candidacy = world.leader("one");
+    candidacy.believe_for_ever();
+    let mut store = world.open(&candidacy);
+    world.server.signal("-STOP");
+    let writing = std::thread::spawn(move || {
+        let written = store.commit(&[counters(4)]);
+        (store, written)
+    });
+    // Longer than one attempt, shorter than the lease.
+    std::thread::sleep(Duration::from_millis(1300));
+    world.server.signal("-CONT");
+    let (mut store, written) = writing.join().unwrap();
+    written.unwrap();
+    assert!(is_at(&mut store, 4));
+    world.server.signal("-STOP");
+    let reading = std::thread::spawn(move || is_at(&mut store, 4));
+    std::thread::sleep(Duration::from_millis(100));
+    world.server.signal("-CONT");
+    assert!(reading.join().unwrap());
+}
+
 /// More rows than one transaction takes.
 fn many(count: u32) -> Vec<Change> {
     let members = |id: u32| {
