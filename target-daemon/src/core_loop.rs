@@ -21,7 +21,7 @@ use crate::usage::Usage;
 use chunkstore::Layout;
 use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb};
 use protocol::peer::PeerMessage;
-use protocol::types::{CopysetId, LogIndex, Span, Time};
+use protocol::types::{ChunkId, CopysetId, LogIndex, Span, Time};
 use reactor::host::{CoreLoop, Turn};
 use reactor::{Completion, IoError, Listener, Op, Output as Done, Reactor};
 use std::sync::Arc;
@@ -169,6 +169,11 @@ impl<R: Reactor> Core<R> {
     /// What the shard has counted since its start.
     pub fn counts(&self) -> &Counts {
         self.shard.counts()
+    }
+
+    /// The chunks that a copyset holds here.
+    pub fn chunks_of(&self, id: CopysetId) -> Vec<ChunkId> {
+        self.shard.chunks_of(id)
     }
 
     /// The payload of an entry of the log, where it is in memory.

@@ -205,6 +205,12 @@ impl SimWorld {
         self.0.borrow().now
     }
 
+    /// What a node's clock shows.
+    pub fn clock(&self, node: usize) -> Time {
+        let world = self.0.borrow();
+        world.nodes[node].clock.local(world.now)
+    }
+
     /// A random number of the world's own, for the harness.
     pub fn random(&self) -> u64 {
         split_mix(&mut self.0.borrow_mut().random)

@@ -531,6 +531,11 @@ impl Shard {
         self.hosted.get(&id).map(|hosted| &hosted.replica)
     }
 
+    /// The chunks that a copyset holds here.
+    pub fn chunks_of(&self, id: CopysetId) -> Vec<ChunkId> {
+        self.store.chunks_of(id)
+    }
+
     /// The payload of an entry of the log, where it is in memory.
     pub fn entry_payload(&self, id: CopysetId, index: LogIndex) -> chunkstore::EntryPayload<Mem> {
         self.store.entry_payload(id, index)

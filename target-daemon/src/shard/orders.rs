@@ -131,7 +131,7 @@ impl Shard {
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
         let named = self.map.copysets.get(&id).is_none_or(|entry| entry.members.contains(&me));
         let replica = &hosted.replica;
-        let knows_better = replica.members().is_voter(me.target) && replica.commit_index() > after;
+        let knows_better = replica.members().find(me.target).is_some() && replica.commit_index() > after;
         if named || knows_better || replica.role() == Role::Leader {
             return;
         }
