@@ -56,6 +56,16 @@ impl Agent {
         (self.map, self.is_kept) = (Some(map), is_kept);
     }
 
+    /// The map in force, when it could not be written to disk: that is to be tried again.
+    pub fn unkept(&self) -> Option<&Arc<ClusterMap>> {
+        self.map.as_ref().filter(|_| !self.is_kept)
+    }
+
+    /// The map in force is on disk now.
+    pub fn kept(&mut self) {
+        self.is_kept = true;
+    }
+
     /// Notes what a shard reports of itself.
     pub fn note(&mut self, shard: u16, report: &FromShard) {
         match report {
@@ -133,8 +143,11 @@ mod tests {
         agent.adopt(map(1), false);
         let taken = agent.orders(&wanted, Time(5));
         assert!(matches!(&taken[..], [Order { what: OrderKind::Lead(TargetId(2)), .. }]), "{taken:?}");
-        agent.adopt(map(2), true);
+        assert_eq!(agent.unkept(), Some(&map(1)), "it is tried again");
+        agent.kept();
         assert_eq!(agent.orders(&wanted, Time(5)).len(), 2);
+        agent.adopt(map(2), true);
+        assert_eq!((agent.orders(&wanted, Time(5)).len(), agent.unkept()), (2, None));
         assert!(!agent.is_news(&map(2)) && !agent.is_news(&map(1)));
     }
 

@@ -54,6 +54,7 @@ async fn session(control: &Control, trouble: &mut Trouble) -> Result<std::conver
                 if let Some(map) = beat.map {
                     control.take_map(map)?;
                 }
+                control.keep_map();
                 pass_on(control, &beat.orders, sent);
                 last = Instant::now();
                 next = last + beat.interval;

@@ -160,6 +160,16 @@ impl Control {
         Ok(())
     }
 
+    /// Tries again to write a map that could not be written when it came.
+    fn keep_map(&self) {
+        let mut state = lock(&self.state);
+        let Some(map) = state.agent.unkept().cloned() else { return };
+        if map_cache::save(state.identity.dir(), &map).is_ok() {
+            tracing::info!(generation = map.generation, "the cluster map is kept on disk again");
+            state.agent.kept();
+        }
+    }
+
     /// Puts a map in force.
     fn adopt(&self, map: Arc<ClusterMap>, is_kept: bool) {
         self.process.map_generation.store(map.generation, Ordering::Relaxed);
