@@ -411,3 +411,26 @@ fn entries_that_a_later_leader_replaced_do_not_come_back() {
     rig.store.commit(CS, LogIndex(2));
     assert_eq!((read(&mut rig, 2), read(&mut rig, 3), read(&mut rig, 7)), (Ok(0), Ok(0), Ok(207)));
 }
+
+/// The log told that more was applied than what is left of it.
+#[test]
+fn an_applied_index_beyond_the_end_of_a_damaged_log_is_not_believed() {
+    let mut rig = rig();
+    for index in 1..=40 {
+        write(&mut rig, index, index as u16, 100 + index);
+        rig.settle();
+        rig.store.commit(CS, LogIndex(index));
+    }
+    rig.pass(100);
+    let payload = (0..176).find(|at| rig.disk.read_block(FileId::Log(0), *at) == block(105));
+    rig.disk.flip(FileId::Log(0), payload.expect("the fifth entry is in the log"), 8);
+    let (mut rig, found, _) = reopen(rig);
+    assert_eq!(
+        (found[0].entries.len(), found[0].applied, found[0].health),
+        (4, LogIndex(4), Health::Damaged)
+    );
+    write(&mut rig, 5, 5, 205);
+    rig.settle();
+    rig.store.commit(CS, LogIndex(5));
+    assert_eq!(read(&mut rig, 5), Ok(205));
+}

@@ -81,6 +81,16 @@ impl Scene {
                 let (now, to) = (c.clock(node(from)), TargetId(node(to) as u32 + 1));
                 said = format!("{:?}", c.with(node(from), |r| r.transfer_leadership(to, now)));
             }
+            // A vote is asked for without a pre-vote, as by one who was told to campaign.
+            ["ask", voter, candidate] => {
+                let (now, from) = (c.clock(node(voter)), addr(node(candidate) as u32 + 1));
+                let asks = c.replica(node(candidate));
+                let last_index = asks.last_index();
+                let last_term = asks.entry(last_index).map_or(Term(0), |e| e.term);
+                let term = Term(c.replica(node(voter)).term().0 + 1);
+                let kind = protocol::raft::Kind::Vote { last_index, last_term, transfer: None };
+                c.with(node(voter), |r| r.handle(from, protocol::raft::Message { term, kind }, now));
+            }
             ["members", who, ref ids @ ..] => {
                 let plus = ids.iter().position(|w| *w == "+").unwrap_or(ids.len());
                 let next = members(&numbers(&ids[..plus]), &numbers(&ids[(plus + 1).min(ids.len())..]));
