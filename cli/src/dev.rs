@@ -21,7 +21,7 @@ use crate::size::Size;
 use crate::volume::block_size;
 use clap::Args;
 use layout::Layout;
-use shape::{Shape, TARGETS_MAX, TARGETS_MIN};
+use shape::{Asked, Shape, TARGETS_MAX};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
@@ -31,9 +31,15 @@ pub struct DevArgs {
     /// Where the cluster lives; started again on the same folder it serves the same data.
     #[arg(long, value_name = "DIR", default_value = DEV_DIR)]
     dir: PathBuf,
-    /// How many targets [default: 3, or as many as there are]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(i64::from(TARGETS_MIN)..=i64::from(TARGETS_MAX)))]
+    /// How many targets [default: as many as replicas, or as there are]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(TARGETS_MAX)))]
     targets: Option<u32>,
+    /// Replicas of each volume, when the cluster is made [default: 3]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=5))]
+    replicas: Option<u32>,
+    /// Keep all data in memory, to see what the software costs without a disk. It is lost at the end.
+    #[arg(long)]
+    memory: bool,
     /// Size of the volume vol0, when it is made [default: 4G]
     #[arg(long)]
     size: Option<Size>,
@@ -82,7 +88,8 @@ pub async fn run(args: DevArgs) -> Outcome {
     let layout = Layout::at(&args.dir)?;
     let _lock = layout.lock()?;
     record::DevRecord::remove(layout.root());
-    let shape = Shape::settle(&layout, args.targets, args.shards)?;
+    let DevArgs { targets, shards, replicas, memory, .. } = args;
+    let shape = Shape::settle(&layout, Asked { targets, shards, replicas, memory })?;
     shape.check_free(&layout).await?;
     let plan = Plan {
         layout,
@@ -90,7 +97,8 @@ pub async fn run(args: DevArgs) -> Outcome {
         size: args.size,
         block_bytes: args.block_size,
         advertise: args.advertise,
-        restart: !args.no_restart,
+        // What was in memory cannot come back.
+        restart: !args.no_restart && !memory,
         offline_after: args.offline_after,
     };
     targets::write_configs(&plan)?;

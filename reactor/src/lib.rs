@@ -19,6 +19,7 @@ pub mod clock;
 pub mod disk;
 pub mod host;
 pub mod mailbox;
+pub mod memory;
 pub mod ring;
 pub mod sim;
 mod table;

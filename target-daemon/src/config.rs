@@ -45,6 +45,12 @@ pub struct TargetConfig {
     /// Memory for IO, of each shard.
     #[serde(default = "default_arena")]
     pub arena_bytes: u64,
+    /// Where the shards' data lies.
+    #[serde(default, skip_serializing_if = "Store::is_disk")]
+    pub store: Store,
+    /// Says once more, with `store = "memory"`, that all data is lost when the target ends.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub lose_all_at_exit: bool,
     /// What runs the shards' threads.
     #[serde(default)]
     pub host: Host,
@@ -158,6 +164,27 @@ pub enum Host {
     Bare,
 }
 
+/// Where a target's data lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Store {
+    /// In files below `dir`.
+    #[default]
+    Disk,
+    /// In memory, to see what a target costs without a disk. For benchmarks: a replica that forgets
+    /// what it acknowledged and whom it voted for is worse than none, so such a target runs once.
+    Memory,
+}
+
+impl Store {
+    fn is_disk(&self) -> bool {
+        *self == Self::Disk
+    }
+}
+
+fn is_no(flag: &bool) -> bool {
+    !flag
+}
 fn one() -> u16 {
     1
 }
@@ -223,6 +250,14 @@ impl TargetConfig {
                 election_timeout_ms,
                 "a leader whose heartbeats are a little late would be deposed",
                 "make it at least 3 times `heartbeat_ms`, and that at least 1",
+            );
+        }
+        if self.store == Store::Memory && !self.lose_all_at_exit {
+            return refuse(
+                "store",
+                "\"memory\"",
+                "all data of such a target is lost when it ends; it is for benchmarks",
+                "leave it out to keep data on the disk, or write `lose_all_at_exit = true` too",
             );
         }
         if self.export.io_timeout_s == Some(0) {
@@ -433,6 +468,16 @@ metrics = "127.0.0.1:7701"
     fn refused(from: &str, to: &str) -> Problem {
         assert!(GOOD.contains(from));
         TargetConfig::parse(&GOOD.replace(from, to), "target.toml").expect_err("must be refused")
+    }
+
+    #[test]
+    fn a_store_in_memory_must_be_said_twice() {
+        let problem = refused("id = 1", "id = 1\nstore = \"memory\"").to_string();
+        assert!(problem.contains("lose_all_at_exit"), "{problem}");
+        let twice = GOOD.replace("id = 1", "id = 1\nstore = \"memory\"\nlose_all_at_exit = true");
+        let config = TargetConfig::parse(&twice, "x").unwrap();
+        assert_eq!(config.store, Store::Memory);
+        assert_eq!(TargetConfig::parse(&config.to_toml(), "x").unwrap(), config);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A target from its configuration: format it, look at it, run it.
 
 use crate::assemble::{ShardPlan, build_core, cannot, format_shard};
-use crate::config::{Host as HostChoice, Listen, TargetConfig};
+use crate::config::{Host as HostChoice, Listen, Store, TargetConfig};
 use crate::control::{self, ShardPort, shard_ports};
 use crate::core_loop::{Core, Port as ListenFor};
 use crate::files::{FileMedia, Files};
@@ -37,7 +37,9 @@ const HIBERNATE_AFTER: Span = Span::ms(10_000);
 /// It is formatted already, the sizes cannot work, or the disk refuses.
 pub fn format(config: &TargetConfig) -> Result<(), Problem> {
     let identity = Identity::create(&config.dir, config.target())?;
-    for shard in 0..config.shards {
+    // What is in memory is made when the target starts.
+    let on_disk = if config.store == Store::Disk { config.shards } else { 0 };
+    for shard in 0..on_disk {
         let mut disk = HostDisk::new().map_err(|error| cannot("use the disk", &error))?;
         format_shard(&mut disk, &plan(config, &identity, shard))?;
     }
@@ -83,6 +85,9 @@ pub fn inspect(dir: &Path) -> Result<Vec<InspectReport>, Problem> {
 pub fn run(config: TargetConfig, ready: impl FnOnce(Box<dyn Fn() + Send + Sync>)) -> Result<(), Problem> {
     let identity = Identity::open(&config.dir, config.target())?;
     let _lock = DirLock::for_running(&config.dir)?;
+    if config.store == Store::Memory {
+        run_once(&config.dir)?;
+    }
     let host_setup = look_at_host(&config);
     let stop = Arc::new(AtomicBool::new(false));
     let shared = listen_shared(&config)?;
@@ -125,6 +130,29 @@ pub fn run(config: TargetConfig, ready: impl FnOnce(Box<dyn Fn() + Send + Sync>)
     ran.map_err(|error| cannot("run the shards", &error))?;
     let failed = failures.lock().unwrap_or_else(PoisonError::into_inner).pop();
     failed.map_or(Ok(()), Err)
+}
+
+/// The mark that a target in memory leaves.
+const RAN_IN_MEMORY: &str = "ran-in-memory";
+
+/// A target that keeps its data in memory must not come back under its name: its replicas would have
+/// forgotten what they acknowledged and whom they voted for, and outvote those that have not.
+fn run_once(dir: &Path) -> Result<(), Problem> {
+    let mark = dir.join(RAN_IN_MEMORY);
+    let made = std::fs::OpenOptions::new().write(true).create_new(true).open(&mark);
+    match made.and_then(|file| file.sync_all()) {
+        Ok(()) => {
+            tracing::warn!("the data of this target is in memory: all of it is lost when it ends");
+            Ok(())
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(Problem::new(
+            ProblemKind::NotReady,
+            format!("the target in {} kept its data in memory, and lost it when it ended", dir.display()),
+            "a replica without its past is no replica",
+            "begin a new cluster in an empty directory",
+        )),
+        Err(error) => Err(cannot("mark the directory", &error)),
+    }
 }
 
 /// Says what on this machine costs performance, and reads what `tune probe` found of the disk.
@@ -196,11 +224,16 @@ impl Build {
             arena_bytes: config.arena_bytes as usize,
             spin_us_max: config.spin_us_max,
             entries: ring_entries(self.limits),
+            memory_files: config.store == Store::Memory,
             ..RingConfig::default()
         };
-        let ring = Ring::woken_by(ring, parts.waker).map_err(|error| cannot("set up io_uring", &error))?;
+        let ring = Ring::woken_by(ring, parts.waker);
+        let mut ring = ring.map_err(|error| cannot("set up io_uring", &error))?;
         let mut plan = plan(config, &self.identity, shard_index);
         plan.layout = limited(plan.layout, self.limits);
+        if config.store == Store::Memory {
+            format_shard(&mut ring, &plan)?;
+        }
         build_core(ring, &plan, parts.port, parts.siblings, parts.stop, |ring| {
             self.listen(ring, shard_index, parts.listeners)
         })

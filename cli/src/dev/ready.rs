@@ -16,7 +16,7 @@ pub fn block(plan: &Plan, record: &DevRecord) -> String {
     let victim = &record.targets[0];
     format!(
         "\
-READY: {volume_name} ({size}, blocks of {block} bytes) on {targets} targets, 3 replicas
+READY: {volume_name} ({size}, blocks of {block} bytes) on {targets} {of_targets}, {replicas}{memory}
   in {dir}; mds = pid {mds_pid} at {mds}; {pids}
 
   look          nbdinfo {unix_quoted}
@@ -29,11 +29,21 @@ READY: {volume_name} ({size}, blocks of {block} bytes) on {targets} targets, 3 r
   check         ashlar volume check {volume_name} --dir {dir}
 
   every target serves the same volume: {all}
-  stop with Ctrl-C; start again with --dir {dir}: same data, same addresses",
+  stop with Ctrl-C; {after}",
         volume_name = volume.name,
         size = Size(volume.bytes),
         block = volume.block_bytes,
         targets = record.targets.len(),
+        of_targets = if record.targets.len() == 1 { "target" } else { "targets" },
+        replicas = match plan.shape.replicas {
+            1 => "1 replica".to_owned(),
+            many => format!("{many} replicas"),
+        },
+        memory = if plan.shape.memory { ", all in memory" } else { "" },
+        after = match plan.shape.memory {
+            true => "then all data is lost".to_owned(),
+            false => format!("start again with --dir {dir}: same data, same addresses"),
+        },
         mds_pid = record.mds.pid,
         mds = record.mds.endpoint,
         pids = pids.join(", "),

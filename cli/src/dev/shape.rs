@@ -14,8 +14,8 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-/// A volume has three replicas on three targets.
-pub const TARGETS_MIN: u32 = 3;
+/// Replicas of a volume, each on a target of its own.
+pub const REPLICAS: u32 = 3;
 /// More than anyone runs on one machine.
 pub const TARGETS_MAX: u32 = 32;
 /// Below the kernel's range for outgoing connections (32768 and up), so that none of those
@@ -35,6 +35,29 @@ pub struct Shape {
     pub mds: u16,
     /// The targets; the first has id 1.
     pub targets: Vec<TargetPorts>,
+    /// Replicas of each volume.
+    #[serde(default = "three")]
+    pub replicas: u32,
+    /// Whether the targets keep their data in memory.
+    #[serde(default)]
+    pub memory: bool,
+}
+
+fn three() -> u32 {
+    REPLICAS
+}
+
+/// What of the shape is asked for on the command line.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Asked {
+    /// How many targets.
+    pub targets: Option<u32>,
+    /// Shards of each.
+    pub shards: Option<u16>,
+    /// Replicas of each volume.
+    pub replicas: Option<u32>,
+    /// Data in memory.
+    pub memory: bool,
 }
 
 /// The ports of one target.
@@ -59,12 +82,12 @@ pub struct TargetPorts {
 
 impl Shape {
     /// The shape of the cluster in a folder: the kept one, grown where more is asked for now.
-    pub fn settle(layout: &Layout, targets: Option<u32>, shards: Option<u16>) -> Result<Self, Problem> {
+    pub fn settle(layout: &Layout, asked: Asked) -> Result<Self, Problem> {
         let kept = Self::read(layout)?;
         let mut ports = FreePorts::new(kept.as_ref());
         let shape = match &kept {
-            None => Self::fresh(targets.unwrap_or(TARGETS_MIN), shards.unwrap_or(1), &mut ports)?,
-            Some(kept) => kept.grown(targets, shards, &mut ports)?,
+            None => Self::fresh(asked, &mut ports)?,
+            Some(kept) => kept.grown(layout, asked, &mut ports)?,
         };
         let shape = shape.with_nvme(&mut ports)?;
         if kept.as_ref() != Some(&shape) {
@@ -87,18 +110,34 @@ impl Shape {
         })
     }
 
-    fn fresh(targets: u32, shards: u16, ports: &mut FreePorts) -> Result<Self, Problem> {
+    fn fresh(asked: Asked, ports: &mut FreePorts) -> Result<Self, Problem> {
+        let replicas = asked.replicas.unwrap_or(REPLICAS);
+        let (targets, shards) = (asked.targets.unwrap_or(replicas), asked.shards.unwrap_or(1));
+        if targets < replicas {
+            return Err(Problem::usage(format!("--targets {targets}: a volume has {replicas} replicas"))
+                .cause("each replica is on a target of its own")
+                .fix("ask for as many targets, or for fewer --replicas"));
+        }
         let mds = ports.take()?;
         let targets = (0..targets).map(|_| TargetPorts::fresh(shards, ports)).collect::<Result<_, _>>()?;
-        Ok(Self { mds, targets })
+        Ok(Self { mds, targets, replicas, memory: asked.memory })
     }
 
-    fn grown(
-        &self,
-        targets: Option<u32>,
-        shards: Option<u16>,
-        ports: &mut FreePorts,
-    ) -> Result<Self, Problem> {
+    fn grown(&self, layout: &Layout, asked: Asked, ports: &mut FreePorts) -> Result<Self, Problem> {
+        if self.memory || asked.memory {
+            let what = if self.memory { "had its data in memory, which is lost" } else { "is on a disk" };
+            let root = layout.root().display();
+            return Err(Problem::usage(format!("the cluster in {root} {what}"))
+                .cause("a cluster in memory lives as long as its `ashlar dev`")
+                .fix("begin in an empty folder (--dir)"));
+        }
+        let Asked { targets, shards, replicas, .. } = asked;
+        if replicas.is_some_and(|asked| asked != self.replicas) {
+            let there = self.replicas;
+            return Err(Problem::usage(format!("the cluster's volumes have --replicas {there} already"))
+                .cause("that is settled when its pool is made")
+                .fix("leave --replicas out, or start another cluster with --dir"));
+        }
         let mut shape = self.clone();
         let there = shape.targets.len() as u32;
         let asked = targets.unwrap_or(there);
@@ -233,6 +272,10 @@ mod tests {
         (dir, layout)
     }
 
+    fn asked(targets: Option<u32>, shards: Option<u16>) -> Asked {
+        Asked { targets, shards, ..Asked::default() }
+    }
+
     fn checked(shape: &Shape, layout: &Layout) -> Result<(), Problem> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(shape.check_free(layout))
@@ -241,16 +284,16 @@ mod tests {
     #[test]
     fn a_cluster_started_again_keeps_its_ports() {
         let (_dir, layout) = layout();
-        let first = Shape::settle(&layout, None, None).expect("settled");
+        let first = Shape::settle(&layout, Asked::default()).expect("settled");
         assert_eq!((first.targets.len(), first.shards()), (3, 1));
-        assert_eq!(Shape::settle(&layout, None, None).expect("kept"), first);
-        assert_eq!(Shape::settle(&layout, Some(3), Some(1)).expect("kept"), first);
+        assert_eq!(Shape::settle(&layout, Asked::default()).expect("kept"), first);
+        assert_eq!(Shape::settle(&layout, asked(Some(3), Some(1))).expect("kept"), first);
     }
 
     #[test]
     fn no_port_is_given_twice() {
         let (_dir, layout) = layout();
-        let shape = Shape::settle(&layout, Some(5), Some(4)).expect("settled");
+        let shape = Shape::settle(&layout, asked(Some(5), Some(4))).expect("settled");
         let ports = shape.ports();
         let distinct: BTreeSet<_> = ports.iter().map(|(port, _)| port).collect();
         assert_eq!((ports.len(), distinct.len()), (2 + 5 * 8, 2 + 5 * 8));
@@ -259,19 +302,45 @@ mod tests {
     #[test]
     fn targets_may_be_added_but_not_taken_away() {
         let (_dir, layout) = layout();
-        let three = Shape::settle(&layout, None, Some(2)).expect("settled");
-        let five = Shape::settle(&layout, Some(5), None).expect("grown");
+        let three = Shape::settle(&layout, asked(None, Some(2))).expect("settled");
+        let five = Shape::settle(&layout, asked(Some(5), None)).expect("grown");
         assert_eq!(five.targets[..3], three.targets);
         assert_eq!((five.targets.len(), five.shards()), (5, 2));
-        assert_eq!(Shape::settle(&layout, Some(3), None).expect_err("shrunk").exit().code(), 2);
-        assert_eq!(Shape::settle(&layout, None, Some(1)).expect_err("reshaped").exit().code(), 2);
-        assert_eq!(Shape::settle(&layout, None, None).expect("unharmed"), five);
+        assert_eq!(Shape::settle(&layout, asked(Some(3), None)).expect_err("shrunk").exit().code(), 2);
+        assert_eq!(Shape::settle(&layout, asked(None, Some(1))).expect_err("reshaped").exit().code(), 2);
+        assert_eq!(Shape::settle(&layout, Asked::default()).expect("unharmed"), five);
+    }
+
+    #[test]
+    fn replicas_are_chosen_once_and_need_as_many_targets() {
+        let (_dir, here) = layout();
+        let one = Asked { replicas: Some(1), ..Asked::default() };
+        let shape = Shape::settle(&here, one).expect("settled");
+        assert_eq!((shape.targets.len(), shape.replicas), (1, 1));
+        assert_eq!(Shape::settle(&here, Asked::default()).expect("kept"), shape);
+        let two = Asked { replicas: Some(2), ..Asked::default() };
+        assert_eq!(Shape::settle(&here, two).expect_err("changed").exit().code(), 2);
+        let (_dir, fresh) = layout();
+        assert_eq!(Shape::settle(&fresh, asked(Some(2), None)).expect_err("too few").exit().code(), 2);
+    }
+
+    #[test]
+    fn a_cluster_in_memory_is_not_started_again() {
+        let (_dir, here) = layout();
+        let memory = Asked { memory: true, ..Asked::default() };
+        Shape::settle(&here, memory).expect("settled");
+        for again in [memory, Asked::default()] {
+            assert_eq!(Shape::settle(&here, again).expect_err("lost").exit().code(), 2);
+        }
+        let (_dir, on_disk) = layout();
+        Shape::settle(&on_disk, Asked::default()).expect("settled");
+        assert_eq!(Shape::settle(&on_disk, memory).expect_err("on a disk").exit().code(), 2);
     }
 
     #[test]
     fn a_port_that_someone_took_is_named() {
         let (_dir, layout) = layout();
-        let shape = Shape::settle(&layout, None, None).expect("settled");
+        let shape = Shape::settle(&layout, Asked::default()).expect("settled");
         checked(&shape, &layout).expect("free as chosen");
         let port = shape.targets[1].nbd;
         let _taken = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("free");
@@ -283,7 +352,7 @@ mod tests {
     fn a_damaged_file_is_not_silently_replaced() {
         let (_dir, layout) = layout();
         fs::write(layout.cluster_json(), "{\"mds\": 1").expect("written");
-        let problem = Shape::settle(&layout, None, None).expect_err("damaged").to_string();
+        let problem = Shape::settle(&layout, Asked::default()).expect_err("damaged").to_string();
         assert!(problem.contains("is damaged"), "{problem}");
         assert_eq!(fs::read_to_string(layout.cluster_json()).expect("there"), "{\"mds\": 1");
     }

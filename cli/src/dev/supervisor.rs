@@ -232,6 +232,7 @@ fn mds_arguments(plan: &Plan) -> Vec<OsString> {
     arguments.extend([plan.mds_endpoint().into(), "--dir".into(), plan.layout.mds().into()]);
     arguments.extend(["--expect-targets".into(), targets.to_string().into()]);
     arguments.extend(["--offline-after".into(), plan.offline_after.to_string().into()]);
+    arguments.extend(["--replicas".into(), plan.shape.replicas.to_string().into()]);
     arguments.extend(["--copysets".into(), (targets * COPYSETS_A_TARGET).to_string().into()]);
     arguments
 }

@@ -8,7 +8,7 @@ use super::record::replace;
 use super::shape::TargetPorts;
 use crate::problem::Problem;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use target_daemon::config::{Export, Host, Listen, Log, Raft, TargetConfig};
+use target_daemon::config::{Export, Host, Listen, Log, Raft, Store, TargetConfig};
 use target_daemon::identity::Identity;
 
 /// Room for the volume and for as much again, at least this much. Disk space is taken only
@@ -64,6 +64,8 @@ fn config(
         cpus: Default::default(),
         capacity_bytes: size.saturating_mul(2).max(CAPACITY_BYTES_MIN),
         arena_bytes: 64 << 20,
+        store: if plan.shape.memory { Store::Memory } else { Store::Disk },
+        lose_all_at_exit: plan.shape.memory,
         host: Host::default(),
         spin_us_max: 200,
         catch_up_bytes_s: 32 << 20,
@@ -101,11 +103,11 @@ fn listen(plan: &Plan, id: u32, ports: &TargetPorts) -> Result<Listen, Problem> 
 mod tests {
     use super::*;
     use crate::dev::layout::Layout;
-    use crate::dev::shape::Shape;
+    use crate::dev::shape::{Asked, Shape};
 
     fn plan(layout: &Layout, advertise: &str) -> Plan {
         Plan {
-            shape: Shape::settle(layout, None, Some(2)).expect("settled"),
+            shape: Shape::settle(layout, Asked { shards: Some(2), ..Asked::default() }).expect("settled"),
             layout: layout.clone(),
             size: None,
             block_bytes: None,

@@ -32,6 +32,7 @@ use crate::api::{Addr, Completion, Disk, File, IoError, Listener, Op, OpenOption
 use crate::arena::Arena;
 use crate::clock::monotonic_now;
 use crate::disk::HostDisk;
+use crate::memory::MemoryDisk;
 use crate::table::Table;
 use aside::Aside;
 use net::{ListenEntry, SocketEntry};
@@ -60,11 +61,19 @@ pub struct RingConfig {
     /// Whether to register the arena with the kernel when the memlock limit allows. That pins
     /// (makes resident) all of it.
     pub register_arena: bool,
+    /// Keep files in memory instead of on a disk: for benchmarks, since all is lost at exit.
+    pub memory_files: bool,
 }
 
 impl Default for RingConfig {
     fn default() -> Self {
-        Self { arena_bytes: 64 << 20, entries: 256, spin_us_max: 10, register_arena: false }
+        Self {
+            arena_bytes: 64 << 20,
+            entries: 256,
+            spin_us_max: 10,
+            register_arena: false,
+            memory_files: false,
+        }
     }
 }
 
@@ -85,6 +94,8 @@ pub struct Ring {
     /// Slots handed to the kernel and not yet reaped.
     in_kernel: u32,
     disk: HostDisk,
+    /// Takes the disk's place, where that is wanted.
+    memory: Option<MemoryDisk>,
     sockets: Table<SocketEntry>,
     listeners: Table<ListenEntry>,
     arena: Arena,
@@ -127,6 +138,7 @@ impl Ring {
             reaped: Vec::new(),
             in_kernel: 0,
             disk: HostDisk::new()?,
+            memory: config.memory_files.then(MemoryDisk::new),
             sockets: Table::new(),
             listeners: Table::new(),
             arena,
@@ -151,6 +163,13 @@ impl Ring {
     /// The file table, for questions such as [`HostDisk::is_direct`].
     pub fn disk(&self) -> &HostDisk {
         &self.disk
+    }
+
+    fn files(&mut self) -> &mut dyn Disk {
+        match &mut self.memory {
+            Some(memory) => memory,
+            None => &mut self.disk,
+        }
     }
 
     fn arm_wake(&mut self) {
@@ -400,43 +419,43 @@ impl Reactor for Ring {
 
 impl Disk for Ring {
     fn open(&mut self, path: &Path, options: OpenOptions) -> Result<File, IoError> {
-        self.disk.open(path, options)
+        self.files().open(path, options)
     }
     fn close_file(&mut self, file: File) {
-        self.disk.close_file(file);
+        self.files().close_file(file);
     }
     fn file_len(&mut self, file: File) -> Result<u64, IoError> {
-        self.disk.file_len(file)
+        self.files().file_len(file)
     }
     fn read_blocking(&mut self, file: File, offset: u64, into: &mut [u8]) -> Result<usize, IoError> {
-        self.disk.read_blocking(file, offset, into)
+        self.files().read_blocking(file, offset, into)
     }
     fn write_blocking(&mut self, file: File, offset: u64, from: &[u8]) -> Result<(), IoError> {
-        self.disk.write_blocking(file, offset, from)
+        self.files().write_blocking(file, offset, from)
     }
     fn sync_blocking(&mut self, file: File) -> Result<(), IoError> {
-        self.disk.sync_blocking(file)
+        self.files().sync_blocking(file)
     }
     fn allocate_blocking(&mut self, file: File, offset: u64, bytes: u64) -> Result<(), IoError> {
-        self.disk.allocate_blocking(file, offset, bytes)
+        self.files().allocate_blocking(file, offset, bytes)
     }
     fn truncate(&mut self, file: File, bytes: u64) -> Result<(), IoError> {
-        self.disk.truncate(file, bytes)
+        self.files().truncate(file, bytes)
     }
     fn create_dir_all(&mut self, path: &Path) -> Result<(), IoError> {
-        self.disk.create_dir_all(path)
+        self.files().create_dir_all(path)
     }
     fn list_dir(&mut self, path: &Path) -> Result<Vec<String>, IoError> {
-        self.disk.list_dir(path)
+        self.files().list_dir(path)
     }
     fn rename(&mut self, from: &Path, to: &Path) -> Result<(), IoError> {
-        self.disk.rename(from, to)
+        self.files().rename(from, to)
     }
     fn remove_file(&mut self, path: &Path) -> Result<(), IoError> {
-        self.disk.remove_file(path)
+        self.files().remove_file(path)
     }
     fn exists(&mut self, path: &Path) -> bool {
-        self.disk.exists(path)
+        self.files().exists(path)
     }
 }
 

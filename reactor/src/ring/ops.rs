@@ -11,8 +11,9 @@ use socket2::SockAddr;
 
 use super::net::{from_addr, new_socket, to_addr};
 use super::{REGISTERED_BYTES_MAX, Ring};
-use crate::api::{Addr, Completion, IoBuf, IoError, IoList, Listener, Op, Output, Socket, list_len};
+use crate::api::{Addr, Completion, Disk, IoBuf, IoError, IoList, Listener, Op, Output, Socket, list_len};
 use crate::arena::BufMut;
+use crate::memory::MemoryDisk;
 
 /// The kernel's limit on the pieces of one vectored call.
 const IOVECS_MAX: usize = 1024;
@@ -90,6 +91,15 @@ impl Ring {
 
     /// Takes an op in: to the queue, to a socket's waiting sends, or straight to its end.
     pub(super) fn accept_op(&mut self, token: u64, op: Op) {
+        let op = match &mut self.memory {
+            None => op,
+            Some(memory) => match in_memory(memory, op) {
+                InMemory::Done(result, buf, bufs) => {
+                    return self.done.push(Completion { token, result, buf, bufs });
+                }
+                InMemory::Other(op) => op,
+            },
+        };
         match op {
             Op::ReadAt { file, offset, buf, bytes } => {
                 assert!(bytes as usize <= buf.len(), "a read must fit in its buffer");
@@ -489,6 +499,36 @@ impl Slot {
                 break;
             }
         }
+    }
+}
+
+/// What became of an op where files are in memory.
+enum InMemory {
+    /// Its result, and the buffers that it gives back.
+    Done(Result<Output, IoError>, Option<BufMut>, IoList),
+    /// It is not on a file.
+    Other(Op),
+}
+
+/// Does an op on a file at once, in memory.
+fn in_memory(memory: &mut MemoryDisk, op: Op) -> InMemory {
+    match op {
+        Op::ReadAt { file, offset, mut buf, bytes } => {
+            let result = memory.read(file, offset, &mut buf[..bytes as usize]);
+            InMemory::Done(result.map(|count| Output::Read(count as u32)), Some(buf), IoList::new())
+        }
+        Op::WriteAt { file, offset, bufs, .. } => {
+            let result = memory.write(file, offset, &bufs);
+            InMemory::Done(result.map(|()| Output::Written), None, bufs)
+        }
+        Op::Sync { file } => {
+            InMemory::Done(memory.sync_blocking(file).map(|()| Output::Synced), None, IoList::new())
+        }
+        Op::Allocate { file, offset, bytes } => {
+            let result = memory.allocate_blocking(file, offset, bytes);
+            InMemory::Done(result.map(|()| Output::Allocated), None, IoList::new())
+        }
+        other => InMemory::Other(other),
     }
 }
 
