@@ -58,11 +58,14 @@ enum Kind {
     Copy { copyset: CopysetId, index: LogIndex, lsn: u64 },
 }
 
+/// A read of one block, or of a run that lies together, stays off the heap.
+type Parts<P> = SmallVec<[Part<P>; 1]>;
+
 struct Read<P> {
     kind: Kind,
     chunk: ChunkId,
     range: BlockRange,
-    parts: Vec<Part<P>>,
+    parts: Parts<P>,
     outstanding: usize,
 }
 
@@ -115,7 +118,7 @@ impl<P: Payload> Store<P> {
 
     fn new_read(&mut self, kind: Kind, chunk: ChunkId, range: BlockRange) -> u64 {
         self.reads.next += 1;
-        let read = Read { kind, chunk, range, parts: Vec::new(), outstanding: 0 };
+        let read = Read { kind, chunk, range, parts: Parts::new(), outstanding: 0 };
         self.reads.reads.insert(self.reads.next, read);
         self.reads.next
     }
@@ -219,14 +222,14 @@ impl<P: Payload> Store<P> {
                     Some(ram) => (Source::Ram, Some((ram.clone(), 0))),
                     None => (Source::Log { lsn: meta.lsn, at: meta.at }, None),
                 };
-                vec![Part { first: 0, source, crcs: meta.crcs.clone(), data }]
+                Parts::from_iter([Part { first: 0, source, crcs: meta.crcs.clone(), data }])
             }
         };
         self.submit_parts(id, parts);
     }
 
-    fn plan_chunk(&self, chunk: ChunkId, range: BlockRange) -> Vec<Part<P>> {
-        let mut parts: Vec<Part<P>> = Vec::new();
+    fn plan_chunk(&self, chunk: ChunkId, range: BlockRange) -> Parts<P> {
+        let mut parts: Parts<P> = Parts::new();
         for block in range.blocks() {
             let (source, crc, data) = self.locate(chunk, block);
             if let Some(last) = parts.last_mut()
@@ -277,7 +280,7 @@ impl<P: Payload> Store<P> {
         }
     }
 
-    fn submit_parts(&mut self, id: u64, parts: Vec<Part<P>>) {
+    fn submit_parts(&mut self, id: u64, parts: Parts<P>) {
         let mut outstanding = 0;
         for (nth, part) in parts.iter().enumerate() {
             let pending = Pending::Part { read: id, part: nth };
@@ -326,7 +329,7 @@ impl<P: Payload> Store<P> {
         if moved > 0 {
             self.stats.read_retries += 1;
             self.stats.moved_blocks += moved + bad.len() as u64;
-            self.reads.reads.insert(id, Read { parts: Vec::new(), ..read });
+            self.reads.reads.insert(id, Read { parts: Parts::new(), ..read });
             return self.plan(id);
         }
         self.stats.corrupt_blocks += bad.len() as u64;

@@ -637,15 +637,11 @@ impl<P: Payload> Store<P> {
 
     /// The chunk's state, made if there is none.
     pub(crate) fn chunk(&mut self, copyset: CopysetId, chunk: ChunkId) -> &mut Chunk<P> {
-        if let Some(state) = self.copysets.get_mut(&copyset) {
-            state.chunks.insert(chunk);
-        }
-        self.chunks.entry(chunk).or_insert_with(|| Chunk {
-            copyset,
-            slot: None,
-            overlay: BTreeMap::new(),
-            refs: 0,
-            flushes: 0,
+        self.chunks.entry(chunk).or_insert_with(|| {
+            if let Some(state) = self.copysets.get_mut(&copyset) {
+                state.chunks.insert(chunk);
+            }
+            Chunk { copyset, slot: None, overlay: BTreeMap::new(), refs: 0, flushes: 0 }
         })
     }
 
@@ -666,7 +662,9 @@ impl<P: Payload> Store<P> {
         }
         let added = state.overlay.len() - before;
         self.overlay_blocks += added as u64;
-        self.dirty.insert(chunk);
+        if before == 0 {
+            self.dirty.insert(chunk);
+        }
     }
 
     fn overlay_zero(

@@ -49,7 +49,7 @@ mod tests;
 use crate::volume::cut::{Cursor, Extent};
 use crate::volume::route::{Attempt, Link, Route};
 use protocol::map::{ClusterMap, VolumeEntry};
-use protocol::peer::{IoOp, IoOutcome, IoReply, IoRequest};
+use protocol::peer::{Crcs, IoOp, IoOutcome, IoReply, IoRequest};
 use protocol::types::{CopysetId, ENTRY_BYTES_MAX, SEGMENT_BYTES, ShardAddr, Span, Term, Time, VolumeId};
 use slab::Slab;
 use smallvec::SmallVec;
@@ -217,7 +217,7 @@ pub enum Action<P> {
         /// Bit n: block n is in the payload; the others are zeroes.
         present: u32,
         /// CRC-32C of each block that is present.
-        crcs: Vec<u32>,
+        crcs: Crcs,
         /// The present blocks, in order.
         payload: Payload<P>,
     },

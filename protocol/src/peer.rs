@@ -8,6 +8,10 @@
 use crate::raft::{Members, Message};
 use crate::types::{BlockRange, ChunkId, CopysetId, LogIndex, ShardAddr, Term};
 use rkyv::{Archive, Deserialize, Serialize};
+use smallvec::SmallVec;
+
+/// One CRC-32C a block; those of short ranges stay off the heap.
+pub type Crcs = SmallVec<[u32; 8]>;
 
 /// One message on a peer link.
 #[derive(Clone, PartialEq, Debug, Archive, Serialize, Deserialize)]
@@ -93,7 +97,7 @@ pub enum IoOutcome {
     Data {
         present: u32,
         /// CRC-32C of each block that is present.
-        crcs: Vec<u32>,
+        crcs: Crcs,
     },
     /// Runs of the asked range as (blocks, holds data), in order, adding up to its length.
     Status { runs: Vec<(u16, bool)> },

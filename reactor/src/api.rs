@@ -150,8 +150,9 @@ pub enum IoBuf {
         /// The bytes.
         bytes: [u8; INLINE_BYTES_MAX],
     },
-    /// Bytes on the heap, for what is rare (control messages). Not aligned either.
-    Owned(Box<[u8]>),
+    /// Bytes on the heap, for what is longer than that. Not aligned either. Completions hand them
+    /// back, so that their memory can be used again.
+    Owned(Vec<u8>),
     /// So many zeroes, at most [`SLAB_BYTES`], from a static block, aligned.
     Zeroes(u32),
 }

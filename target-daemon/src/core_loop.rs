@@ -86,6 +86,8 @@ pub struct Core<R: Reactor> {
     /// Listeners whose accept failed, to be tried again at the next slow tick.
     accept_again: Vec<usize>,
     completions: Vec<Completion>,
+    /// From the links; empty between turns.
+    heard: Vec<LinkEvent>,
     slow_at: Time,
     stopping: Option<Time>,
     stopped: bool,
@@ -123,9 +125,15 @@ impl<R: Reactor> Core<R> {
             listeners,
             accept_again: Vec::new(),
             completions: Vec::new(),
+            heard: Vec::new(),
             stopping: None,
             stopped: false,
         }
+    }
+
+    /// Wakes it from any thread.
+    pub fn waker(&self) -> reactor::Waker {
+        self.reactor.waker()
     }
 
     /// How every copyset here stands.
@@ -377,7 +385,9 @@ impl<R: Reactor> Core<R> {
     }
 
     fn link_events(&mut self, now: Time) {
-        for event in self.links.take_events() {
+        let mut events = std::mem::take(&mut self.heard);
+        self.links.take_events(&mut events);
+        for event in events.drain(..) {
             match event {
                 LinkEvent::Up(peer) => self.export.volume().link_up(peer, now),
                 LinkEvent::Down(peer) => {
@@ -393,6 +403,7 @@ impl<R: Reactor> Core<R> {
                 }
             }
         }
+        self.heard = events;
     }
 
     fn shard_output(&mut self, output: Output, now: Time) {

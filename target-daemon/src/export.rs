@@ -25,7 +25,8 @@ use protocol::types::{
 };
 use reactor::{Arena, Completion, Op, Reactor, Socket};
 use slab::Slab;
-use std::collections::{BTreeMap, VecDeque};
+use smallvec::SmallVec;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use transport::{NbdCloseReason, NbdConn, NbdEvent, NbdLimits, Owner, ReadPart, ReadParts, ReqId};
 
@@ -44,10 +45,21 @@ pub enum ExportOut {
 
 /// What a request of [`VolumeIo`] was made for.
 enum Purpose {
-    Read { offset: u64, length: u32, parts: BTreeMap<u64, ReadParts>, corrupt: bool },
+    Read { offset: u64, length: u32, parts: Gathered, corrupt: bool },
     Write { offset: u64, length: u32 },
     Zero { length: u64 },
     Status,
+}
+
+/// Parts of a read by their offset, in order; as a rule just one, off the heap.
+type Gathered = SmallVec<[(u64, ReadParts); 1]>;
+
+/// All parts of a read in one list.
+fn joined(mut parts: Gathered) -> ReadParts {
+    match parts.len() {
+        1 => parts.remove(0).1,
+        _ => parts.into_iter().flat_map(|(_, list)| list).collect(),
+    }
 }
 
 /// Whose request it is: the protocol, and the place among its connections.
@@ -114,6 +126,8 @@ pub struct Export {
     /// Requests that [`VolumeIo`] had no room for.
     deferred: VecDeque<(usize, Request<Mem>)>,
     out: VecDeque<ExportOut>,
+    /// Of one connection; empty between calls.
+    heard: Vec<NbdEvent>,
     me: ShardAddr,
     counts: ExportCounts,
     counters: Arc<ShardCounters>,
@@ -140,6 +154,7 @@ impl Export {
             pending: Slab::new(),
             deferred: VecDeque::new(),
             out: VecDeque::new(),
+            heard: Vec::new(),
             me,
             counts: ExportCounts::default(),
             counters,
@@ -205,7 +220,7 @@ impl Export {
         let (owner, _) = Owner::split(completion.token);
         let key = owner.index as usize;
         let Some(conn) = self.conns.get_mut(key) else { return };
-        let mut events = Vec::new();
+        let mut events = std::mem::take(&mut self.heard);
         conn.on_completion(reactor, completion, &mut events);
         self.take(key, events, now);
     }
@@ -233,14 +248,14 @@ impl Export {
 
     /// Sends answers, looks at what came. True if that brought new requests.
     pub fn pump<R: Reactor>(&mut self, reactor: &mut R, now: Time) -> bool {
-        let keys: Vec<usize> = self.conns.iter().map(|(key, _)| key).collect();
         let share = self.share_bytes(reactor.arena());
         let mut any = false;
-        for key in keys {
-            self.conns[key].limit_bytes(share);
-            if self.conns[key].needs_pump() {
-                let mut events = Vec::new();
-                self.conns[key].pump(reactor, &mut events);
+        for key in 0..self.conns.capacity() {
+            let Some(conn) = self.conns.get_mut(key) else { continue };
+            conn.limit_bytes(share);
+            if conn.needs_pump() {
+                let mut events = std::mem::take(&mut self.heard);
+                conn.pump(reactor, &mut events);
                 any |= !events.is_empty();
                 self.take(key, events, now);
             }
@@ -268,10 +283,11 @@ impl Export {
         self.nvme.stop();
     }
 
-    fn take(&mut self, key: usize, events: Vec<NbdEvent>, now: Time) {
-        for event in events {
+    fn take(&mut self, key: usize, mut events: Vec<NbdEvent>, now: Time) {
+        for event in events.drain(..) {
             self.event(key, event, now);
         }
+        self.heard = events;
     }
 
     fn event(&mut self, key: usize, event: NbdEvent, now: Time) {
@@ -292,7 +308,7 @@ impl Export {
             }
             NbdEvent::Closed { reason } => self.closed(key, &reason, now),
             NbdEvent::Read { req, offset, length } => {
-                let purpose = Purpose::Read { offset, length, parts: BTreeMap::new(), corrupt: false };
+                let purpose = Purpose::Read { offset, length, parts: Gathered::new(), corrupt: false };
                 self.begin_nbd(key, req, purpose, now, |volume| Request::Read {
                     volume,
                     offset,
@@ -430,11 +446,12 @@ impl Export {
         }
     }
 
-    /// An answer from a shard; `payload` in as many runs as it came in.
+    /// An answer from a shard; `payload` in as many runs as it came in. The shard verified the data as it
+    /// read it: what has not left this target's memory since is not verified again.
     pub fn reply(&mut self, from: ShardAddr, mut reply: IoReply, payload: Mems, now: Time) {
-        let blocks = payload.iter().flat_map(|run| (0..run.blocks()).map(move |at| run.window(at, 1)));
-        let blocks: client::volume::Payload<Mem> = blocks.collect();
-        if let IoOutcome::Data { crcs, .. } = &reply.outcome
+        let blocks = blocks_of(payload);
+        if from.target != self.me.target
+            && let IoOutcome::Data { crcs, .. } = &reply.outcome
             && !blocks.iter().map(|block| crc_at_rest(block_crc(block.block(0)))).eq(crcs.iter().copied())
         {
             // Damaged on its way: asked again, as if the leader had been busy.
@@ -523,7 +540,8 @@ impl Export {
                 push_data(&mut list, run, from as usize, to as usize, *crc);
             }
         }
-        parts.insert(offset, list);
+        let place = parts.partition_point(|(at, _)| *at < offset);
+        parts.insert(place, (offset, list));
     }
 
     fn ended(&mut self, key: usize, result: Result<(), Failure>, now: Time) {
@@ -545,7 +563,7 @@ impl Export {
         let Some(conn) = self.conns.get_mut(conn) else { return };
         match pending.purpose {
             Purpose::Read { offset, parts, .. } => {
-                conn.read_done(pending.req, offset, result.map(|()| parts.into_values().flatten().collect()));
+                conn.read_done(pending.req, offset, result.map(|()| joined(parts)));
             }
             Purpose::Write { offset, .. } => conn.write_piece_done(pending.req, offset, result),
             Purpose::Zero { .. } => conn.zero_done(pending.req, result),
@@ -596,6 +614,13 @@ impl Export {
     pub fn me(&self) -> ShardAddr {
         self.me
     }
+}
+
+fn blocks_of(payload: Mems) -> client::volume::Payload<Mem> {
+    if payload.iter().all(|run| run.blocks() == 1) {
+        return payload;
+    }
+    payload.iter().flat_map(|run| (0..run.blocks()).map(move |at| run.window(at, 1))).collect()
 }
 
 fn description(volume: &str) -> String {

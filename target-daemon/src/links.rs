@@ -16,7 +16,7 @@ use chunkstore::Payload;
 use protocol::map::ClusterMap;
 use protocol::peer::{Hello, IoOp, IoRequest, PeerMessage};
 use protocol::types::{BLOCK_BYTES, ShardAddr, Span, Time};
-use reactor::{Addr, Arena, Completion, IoBuf, Op, Output, Reactor, Socket};
+use reactor::{Addr, Arena, Completion, IoList, Op, Output, Reactor, Socket};
 use slab::Slab;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -78,6 +78,8 @@ pub struct Links {
     serials: BTreeMap<u64, usize>,
     next_serial: u64,
     events: Vec<LinkEvent>,
+    /// Of one link; empty between calls.
+    heard: Vec<PeerEvent>,
     siblings: Vec<Sibling>,
     /// Whether the siblings were told as up.
     siblings_up: bool,
@@ -104,6 +106,7 @@ impl Links {
             serials: BTreeMap::new(),
             next_serial: 0,
             events: Vec::new(),
+            heard: Vec::new(),
             siblings,
             siblings_up: false,
         }
@@ -155,7 +158,7 @@ impl Links {
         for key in self.keys() {
             let mut events = Vec::new();
             self.links[key].conn.tick(reactor, now, &mut events);
-            self.take(reactor, key, events);
+            self.take(reactor, key, &mut events);
         }
     }
 
@@ -226,20 +229,22 @@ impl Links {
         let (owner, _) = Owner::split(completion.token);
         let key = owner.index as usize;
         let Some(link) = self.links.get_mut(key) else { return };
-        let mut events = Vec::new();
+        let mut events = std::mem::take(&mut self.heard);
         link.conn.on_completion(reactor, completion, &mut events);
-        self.take(reactor, key, events);
+        self.take(reactor, key, &mut events);
+        self.heard = events;
     }
 
     /// Sends and receives; to be called once all answers of a turn are queued.
     pub fn pump<R: Reactor>(&mut self, reactor: &mut R) {
         self.pump_siblings(reactor.arena());
-        for key in self.keys() {
+        for key in 0..self.links.capacity() {
             let Some(link) = self.links.get_mut(key) else { continue };
             if link.conn.needs_pump() {
-                let mut events = Vec::new();
+                let mut events = std::mem::take(&mut self.heard);
                 link.conn.pump(reactor, &mut events);
-                self.take(reactor, key, events);
+                self.take(reactor, key, &mut events);
+                self.heard = events;
             }
             if self.links.get(key).is_some_and(|link| link.conn.is_done()) {
                 let link = self.links.remove(key);
@@ -292,13 +297,14 @@ impl Links {
         self.siblings.iter().any(Sibling::is_behind)
     }
 
-    /// What has come.
-    pub fn take_events(&mut self) -> Vec<LinkEvent> {
-        std::mem::take(&mut self.events)
+    /// What has come, given for an empty list, so that both keep their memory.
+    pub fn take_events(&mut self, events: &mut Vec<LinkEvent>) {
+        debug_assert!(events.is_empty(), "what came before is dealt with");
+        std::mem::swap(&mut self.events, events);
     }
 
-    fn take<R: Reactor>(&mut self, reactor: &mut R, key: usize, events: Vec<PeerEvent>) {
-        for event in events {
+    fn take<R: Reactor>(&mut self, reactor: &mut R, key: usize, events: &mut Vec<PeerEvent>) {
+        for event in events.drain(..) {
             match event {
                 PeerEvent::Hello(hello) => self.hello_came(reactor, key, hello),
                 PeerEvent::Message { message, payload } => {
@@ -374,7 +380,7 @@ impl Links {
     fn cut<R: Reactor>(&mut self, reactor: &mut R, key: usize) {
         let mut events = Vec::new();
         self.links[key].conn.close(reactor, &mut events);
-        self.take(reactor, key, events);
+        self.take(reactor, key, &mut events);
     }
 
     /// Sends on one's own link; false when there is none (the message is lost).
@@ -425,7 +431,7 @@ fn sibling_serial(shard: u16) -> u64 {
 }
 
 /// A message's block data as it goes over the wire: a write only its own bytes.
-fn parts(message: &PeerMessage, payload: &Mems) -> Vec<IoBuf> {
+fn parts(message: &PeerMessage, payload: &Mems) -> IoList {
     if let PeerMessage::Io(IoRequest { op: IoOp::Write { offset, length, .. }, .. }) = message {
         let lead = *offset as usize % BLOCK_BYTES;
         return payload.first().map(|data| data.io(lead, lead + *length as usize)).into_iter().collect();

@@ -9,7 +9,6 @@ use protocol::types::{BLOCK_BYTES, ENTRY_BYTES_MAX};
 use reactor::{Arena, Buf, BufMut, IoBuf};
 use slab::Slab;
 use smallvec::SmallVec;
-use std::collections::BTreeMap;
 
 /// A request of a connection; given again once its last event is answered.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -170,30 +169,33 @@ pub(crate) fn count_answer<Q: Request>(requests: &mut Slab<Q>, id: ReqId, over: 
 pub(crate) struct InOrder {
     /// Bytes that are on their way.
     pub sent: u32,
-    /// Answers that wait for an earlier one, by their offset within the request.
-    held: BTreeMap<u32, ReadParts>,
+    /// Answers that wait for an earlier one, by their offset within the request, in order. As a rule there
+    /// is one, which waits for nothing: it stays off the heap.
+    held: SmallVec<[(u32, ReadParts); 1]>,
 }
 
 impl InOrder {
     pub fn hold(&mut self, at: u32, parts: ReadParts) {
-        self.held.insert(at, parts);
+        let place = self.held.partition_point(|(other, _)| *other < at);
+        self.held.insert(place, (at, parts));
     }
     /// The next answer in order, if it is here; it counts as sent.
     pub fn next(&mut self) -> Option<(u32, ReadParts)> {
         let at = self.sent;
-        let parts = self.held.remove(&at)?;
+        self.held.first().filter(|(first, _)| *first == at)?;
+        let (_, parts) = self.held.remove(0);
         self.sent += bytes_of(&parts) as u32;
         Some((at, parts))
     }
     pub fn has_first(&self) -> bool {
-        self.held.contains_key(&0)
+        self.held.first().is_some_and(|(first, _)| *first == 0)
     }
     pub fn is_empty(&self) -> bool {
         self.held.is_empty()
     }
     /// Drops what waits; how many bytes that was.
     pub fn clear(&mut self) -> usize {
-        core::mem::take(&mut self.held).values().map(bytes_of).sum()
+        self.held.drain(..).map(|(_, parts)| bytes_of(&parts)).sum()
     }
 }
 

@@ -12,6 +12,7 @@
 //! submitted any more, and every buffer is given up as its operation completes.
 
 use crate::token::Owner;
+use reactor::api::INLINE_BYTES_MAX;
 use reactor::{BufMut, Completion, IoBuf, IoError, IoList, Op, Output, Reactor, Socket};
 use std::collections::VecDeque;
 
@@ -24,6 +25,9 @@ pub const DIRECT_BYTES_MIN: usize = 16 << 10;
 pub const SEND_BUFS_MAX: usize = 256;
 /// Most bytes of one send, up to the buffer that reaches it.
 pub const SEND_BYTES_MAX: usize = 1 << 20;
+
+/// Sent texts whose memory is kept for the next ones.
+const SPARE_TEXTS_MAX: usize = 4;
 
 const OP_RECV: u8 = 0;
 const OP_SEND: u8 = 1;
@@ -78,6 +82,7 @@ pub struct Stream {
     sending_bytes: usize,
     sending: bool,
     spare: IoList,
+    spare_texts: Vec<Vec<u8>>,
     closing: bool,
     closed: bool,
 }
@@ -101,6 +106,7 @@ impl Stream {
             sending_bytes: 0,
             sending: false,
             spare: IoList::new(),
+            spare_texts: Vec::new(),
             closing: false,
             closed: false,
         }
@@ -204,6 +210,11 @@ impl Stream {
     fn seal(&mut self) {
         if !self.text.is_empty() {
             self.queued_bytes += self.text.len();
+            if self.text.len() > INLINE_BYTES_MAX {
+                let next = self.spare_texts.pop().unwrap_or_default();
+                self.queue.push_back(IoBuf::Owned(core::mem::replace(&mut self.text, next)));
+                return;
+            }
             self.queue.push_back(IoBuf::copy(&self.text));
             self.text.clear();
         }
@@ -305,7 +316,14 @@ impl Stream {
         self.sending = false;
         self.sending_bytes = 0;
         self.spare = completion.bufs;
-        self.spare.clear();
+        for buf in self.spare.drain(..) {
+            if let IoBuf::Owned(mut text) = buf
+                && self.spare_texts.len() < SPARE_TEXTS_MAX
+            {
+                text.clear();
+                self.spare_texts.push(text);
+            }
+        }
         match completion.result {
             Ok(_) => Happened::Sent,
             Err(error) => Happened::Failed(error),

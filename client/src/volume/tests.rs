@@ -61,7 +61,7 @@ impl Bench {
         bench.not_leader(to, ask, Some(1), 5);
         let (to, read) = bench.next_sent();
         assert_eq!((to, read.term), (shard(1), Term(5)));
-        bench.answer(to, read, IoOutcome::Data { present: 0, crcs: vec![] });
+        bench.answer(to, read, IoOutcome::Data { present: 0, crcs: vec![].into() });
         bench.told.clear();
         bench
     }
@@ -231,7 +231,7 @@ fn a_long_read_is_cut_and_never_has_more_in_flight_than_allowed() {
         assert!(bench.sent.len() < 2, "a copyset may take a quarter: 2 pieces of 128 KiB");
         let IoOp::Read { range, .. } = request.op else { panic!("{request:?}") };
         covered += range.bytes();
-        bench.answer(to, request, IoOutcome::Data { present: 0, crcs: vec![] });
+        bench.answer(to, request, IoOutcome::Data { present: 0, crcs: vec![].into() });
     }
     assert_eq!(covered, (8 << 20) + BLOCK_BYTES);
     assert_eq!(bench.done(), [(1, Ok(()))]);
@@ -255,8 +255,8 @@ fn a_status_joins_runs_across_chunks_and_is_cut_to_what_was_asked() {
 fn nonsense_from_a_peer_fails_the_request_and_nothing_else() {
     for outcome in [
         IoOutcome::Done,
-        IoOutcome::Data { present: 0b10, crcs: vec![1] },
-        IoOutcome::Data { present: 1, crcs: vec![] },
+        IoOutcome::Data { present: 0b10, crcs: vec![1].into() },
+        IoOutcome::Data { present: 1, crcs: vec![].into() },
         IoOutcome::Status { runs: vec![] },
     ] {
         let mut bench = Bench::led(Config::default());
@@ -346,7 +346,7 @@ fn an_aborted_client_leaves_no_action_no_piece_and_no_count() {
         IoReply {
             id: request.id,
             copyset: request.copyset,
-            outcome: IoOutcome::Data { present: 0, crcs: vec![] },
+            outcome: IoOutcome::Data { present: 0, crcs: vec![].into() },
         },
         Payload::new(),
         bench.now,
@@ -356,7 +356,7 @@ fn an_aborted_client_leaves_no_action_no_piece_and_no_count() {
     assert!(bench.told.is_empty() && bench.io.pieces.is_empty());
     assert_eq!((bench.io.in_flight, bench.io.read_bytes, bench.io.open_requests()), (0, 0, 0));
     let late = bench.next_sent();
-    bench.answer(late.0, late.1, IoOutcome::Data { present: 0, crcs: vec![] });
+    bench.answer(late.0, late.1, IoOutcome::Data { present: 0, crcs: vec![].into() });
     assert!(bench.told.is_empty());
 }
 

@@ -122,7 +122,7 @@ fn every_message() -> Vec<(&'static str, PeerMessage)> {
         ("io_zero", io(IoOp::Zero { chunk: chunk(1), offset: 0, length: CHUNK_BYTES as u32 })),
         ("io_status", io(IoOp::Status { chunk: chunk(1), range: BlockRange::CHUNK })),
         ("reply_done", reply(IoOutcome::Done)),
-        ("reply_data", reply(IoOutcome::Data { present: 0b101, crcs: vec![1, 2] })),
+        ("reply_data", reply(IoOutcome::Data { present: 0b101, crcs: vec![1, 2].into() })),
         ("reply_status", reply(IoOutcome::Status { runs: vec![(4000, false), (96, true)] })),
         ("reply_not_leader", reply(IoOutcome::NotLeader { leader: Some(shard(2, 1)), term: Term(6) })),
         ("fetch_begin", fetch(Fetch::Begin)),
@@ -204,10 +204,10 @@ fn payload_lands_with_the_alignment_of_its_blocks() {
     assert_eq!(parts_of(&write(3584, 1024)), [(3584, 1024, 2)]);
     assert_eq!(parts_of(&write(131_072 + 512, 131_072 - 512)), [(512, 130_560, 32)]);
     assert_eq!(
-        parts_of(&reply(IoOutcome::Data { present: u32::MAX, crcs: vec![0; 32] })),
+        parts_of(&reply(IoOutcome::Data { present: u32::MAX, crcs: vec![0; 32].into() })),
         [(0, 131_072, 32)]
     );
-    assert_eq!(parts_of(&reply(IoOutcome::Data { present: 0, crcs: vec![] })), []);
+    assert_eq!(parts_of(&reply(IoOutcome::Data { present: 0, crcs: vec![].into() })), []);
 }
 
 #[test]
@@ -242,7 +242,7 @@ fn senseless_messages_are_refused_by_both_sides() {
         (io_write(u32::MAX - 511, 1024), Extent),
         (io_zero(0, CHUNK_BYTES as u32 + 512), Extent),
         (io_zero(CHUNK_BYTES as u32, 512), Extent),
-        (reply(IoOutcome::Data { present: 1, crcs: vec![] }), Count),
+        (reply(IoOutcome::Data { present: 1, crcs: vec![].into() }), Count),
         (reply(IoOutcome::Status { runs: vec![] }), Count),
         (reply(IoOutcome::Status { runs: vec![(4096, true), (1, false)] }), Count),
         (reply(IoOutcome::Status { runs: vec![(0, true), (1, false)] }), Count),

@@ -4,7 +4,9 @@
 //! address is a port of it. Whichever shard accepts a connection keeps it: an IO queue is the
 //! shard's alone, commands of admin queues go to the [subsystems](crate::subsystems) of the target.
 
-use super::{CONNECTIONS_MAX, ConnInfo, ConnKey, Export, Failure, Pending, Purpose, zero_range};
+use super::{
+    CONNECTIONS_MAX, ConnInfo, ConnKey, Export, Failure, Gathered, Pending, Purpose, joined, zero_range,
+};
 use crate::core_loop::kind;
 use crate::mem::Mem;
 use crate::subsystems::Seat;
@@ -15,7 +17,6 @@ use protocol::nvme_tcp::{Status, Violation};
 use protocol::types::{BLOCK_BYTES, Time, VolumeId, block_crc};
 use reactor::{Completion, Op, Reactor, Socket};
 use slab::Slab;
-use std::collections::BTreeMap;
 use transport::{NbdLimits, NvmeCloseReason, NvmeConn, NvmeEvent, NvmeLimits, Owner, ReqId};
 
 /// The NVMe side of one shard.
@@ -28,6 +29,8 @@ pub(super) struct Nvme {
     serial: u32,
     /// Connections that the controllers want closed.
     to_close: Vec<usize>,
+    /// Of one connection; empty between calls.
+    heard: Vec<NvmeEvent>,
 }
 
 /// What is known of a connection beside its bytes.
@@ -49,6 +52,7 @@ impl Nvme {
             seat,
             serial: 0,
             to_close: Vec::new(),
+            heard: Vec::new(),
         }
     }
 
@@ -115,7 +119,7 @@ impl Nvme {
         let result = result.map_err(|failure| status(failure, reading));
         match pending.purpose {
             Purpose::Read { offset, parts, .. } => {
-                conn.read_done(pending.req, offset, result.map(|()| parts.into_values().flatten().collect()));
+                conn.read_done(pending.req, offset, result.map(|()| joined(parts)));
             }
             Purpose::Write { offset, .. } => conn.write_piece_done(pending.req, offset, result),
             Purpose::Zero { .. } => conn.zero_done(pending.req, result),
@@ -160,7 +164,7 @@ impl Export {
         let (owner, _) = Owner::split(completion.token);
         let key = owner.index as usize;
         let Some(conn) = self.nvme.conns.get_mut(key) else { return };
-        let mut events = Vec::new();
+        let mut events = std::mem::take(&mut self.nvme.heard);
         conn.on_completion(reactor, completion, &mut events);
         self.take_nvme(key, events, now);
     }
@@ -191,12 +195,11 @@ impl Export {
             any = true;
         }
         let share = self.share_bytes(reactor.arena());
-        let keys: Vec<usize> = self.nvme.conns.iter().map(|(key, _)| key).collect();
-        for key in keys {
-            let conn = &mut self.nvme.conns[key];
+        for key in 0..self.nvme.conns.capacity() {
+            let Some(conn) = self.nvme.conns.get_mut(key) else { continue };
             conn.limit_bytes(share);
             if conn.needs_pump() {
-                let mut events = Vec::new();
+                let mut events = std::mem::take(&mut self.nvme.heard);
                 conn.pump(reactor, &mut events);
                 any |= !events.is_empty();
                 self.take_nvme(key, events, now);
@@ -208,10 +211,11 @@ impl Export {
         any
     }
 
-    fn take_nvme(&mut self, key: usize, events: Vec<NvmeEvent>, now: Time) {
-        for event in events {
+    fn take_nvme(&mut self, key: usize, mut events: Vec<NvmeEvent>, now: Time) {
+        for event in events.drain(..) {
             self.event_nvme(key, event, now);
         }
+        self.nvme.heard = events;
     }
 
     fn event_nvme(&mut self, key: usize, event: NvmeEvent, now: Time) {
@@ -240,7 +244,7 @@ impl Export {
             }
             NvmeEvent::Closed { reason } => self.closed_nvme(key, &reason, now),
             NvmeEvent::Read { req, offset, length } => {
-                let purpose = Purpose::Read { offset, length, parts: BTreeMap::new(), corrupt: false };
+                let purpose = Purpose::Read { offset, length, parts: Gathered::new(), corrupt: false };
                 let length = length.into();
                 self.begin_nvme(key, req, purpose, now, |volume| Request::Read { volume, offset, length });
             }

@@ -23,6 +23,8 @@ pub struct PendingWrite {
     pub length: u32,
     /// The covering blocks with the data at its place in them; `None` writes zeroes.
     pub data: Option<Mem>,
+    /// Of the data, where it is one whole block.
+    pub crc: Option<u32>,
 }
 
 /// A proposed entry whose fate a request waits for.
@@ -44,6 +46,32 @@ pub struct Outbox {
     pub behind: VecDeque<protocol::raft::Message>,
 }
 
+/// Payloads by the index of their entry, in order: they come and go at the ends, as a rule.
+#[derive(Default)]
+pub struct Incoming(VecDeque<(LogIndex, Mem, Crcs)>);
+
+impl Incoming {
+    /// Lays a payload ready; one that was there for the same entry is dropped.
+    pub fn insert(&mut self, index: LogIndex, payload: Mem, crcs: Crcs) {
+        let place = self.0.partition_point(|(at, ..)| *at < index);
+        match self.0.get_mut(place).filter(|(at, ..)| *at == index) {
+            Some(there) => *there = (index, payload, crcs),
+            None => self.0.insert(place, (index, payload, crcs)),
+        }
+    }
+
+    /// Takes the payload of an entry.
+    pub fn remove(&mut self, index: LogIndex) -> Option<(Mem, Crcs)> {
+        let place = self.0.binary_search_by_key(&index, |(at, ..)| *at).ok()?;
+        self.0.remove(place).map(|(_, payload, crcs)| (payload, crcs))
+    }
+
+    /// Drops all.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
 /// Most messages held for one peer behind a payload that is read from the log. More are dropped:
 /// Raft sends again.
 pub const OUTBOX_MAX: usize = 64;
@@ -53,7 +81,7 @@ pub struct Hosted {
     /// The Raft core.
     pub replica: Replica,
     /// Payloads that were handed in and whose `Persist` has not come yet.
-    pub incoming: BTreeMap<LogIndex, (Mem, Crcs)>,
+    pub incoming: Incoming,
     /// In order of index.
     pub waiters: VecDeque<Waiter>,
     /// The order of overlapping writes.
@@ -79,7 +107,7 @@ impl Hosted {
     pub fn new(replica: Replica) -> Self {
         Self {
             replica,
-            incoming: BTreeMap::new(),
+            incoming: Incoming::default(),
             waiters: VecDeque::new(),
             ordering: Ordering::default(),
             affinity: Affinity::default(),

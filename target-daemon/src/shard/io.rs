@@ -19,6 +19,9 @@ const SECTOR: u32 = 512;
 /// Most requests under way in a shard; more are answered `Busy`.
 pub(super) const REQUESTS_MAX: usize = 8192;
 
+/// Writes that wait for room in the log may hold one part in so many of the arena.
+const SLOWED_SHARE: usize = 8;
+
 /// A write or zero under way; it may have up to three parts.
 pub struct Request {
     origin: Origin,
@@ -87,7 +90,7 @@ impl Shard {
             IoOp::Read { chunk, range } => self.begin_read(origin, &request, chunk, range),
             IoOp::Status { chunk, range } => self.begin_status(origin, &request, chunk, range),
             IoOp::Write { chunk, offset, length, crc } => {
-                self.begin_write(origin, &request, chunk, (offset, length), crc, payload);
+                self.begin_write(origin, request, chunk, (offset, length), crc, payload);
             }
             IoOp::Zero { chunk, offset, length } => self.begin_zero(origin, &request, chunk, offset, length),
         }
@@ -271,7 +274,9 @@ impl Shard {
             return self.answer(origin, request.id, request.copyset, IoOutcome::Busy, Mems::new());
         }
         let key = self.open_request(origin, request, u64::from(length), true);
-        self.start_part(key, chunk, offset, length, Some(data));
+        // The checksum of one whole block is the one that it keeps.
+        let is_block = length as usize == BLOCK_BYTES && within == 0;
+        self.start_part(key, chunk, (offset, length), Some(data), is_block.then_some(crc));
         self.part_done(key);
     }
 
@@ -285,11 +290,11 @@ impl Shard {
         let end = offset + length;
         let (inner_start, inner_end) = (offset.next_multiple_of(block), end / block * block);
         if inner_start > inner_end {
-            self.start_part(key, chunk, offset, length, None);
+            self.start_part(key, chunk, (offset, length), None, None);
         } else {
             let parts = [(offset, inner_start), (inner_start, inner_end), (inner_end, end)];
             for (from, to) in parts.into_iter().filter(|(from, to)| to > from) {
-                self.start_part(key, chunk, from, to - from, None);
+                self.start_part(key, chunk, (from, to - from), None, None);
             }
         }
         self.part_done(key);
@@ -307,13 +312,20 @@ impl Shard {
         })
     }
 
-    fn start_part(&mut self, key: usize, chunk: ChunkId, offset: u32, length: u32, data: Option<Mem>) {
+    fn start_part(
+        &mut self,
+        key: usize,
+        chunk: ChunkId,
+        (offset, length): (u32, u32),
+        data: Option<Mem>,
+        crc: Option<u32>,
+    ) {
         self.requests[key].open += 1;
         let id = self.requests[key].copyset;
         let range = covering(offset, length);
         let partial =
             !(offset as usize).is_multiple_of(BLOCK_BYTES) || !(length as usize).is_multiple_of(BLOCK_BYTES);
-        let write = PendingWrite { request: key, offset, length, data };
+        let write = PendingWrite { request: key, offset, length, data, crc };
         let Some(hosted) = self.hosted.get_mut(&id) else { return self.part_not_leader(key, id) };
         if let Some(step) = hosted.ordering.arrive(chunk, range, partial, write) {
             self.ordered_step(id, step, chunk, range);
@@ -357,8 +369,11 @@ impl Shard {
             Ok(index) => {
                 if let Some(data) = write.data {
                     let data = data.window(0, blocks);
-                    let crcs: Crcs = (0..blocks).map(|at| block_crc(data.block(at))).collect();
-                    hosted.incoming.insert(index, (data, crcs));
+                    let crcs = match write.crc {
+                        Some(crc) => Crcs::from_elem(crc, 1),
+                        None => (0..blocks).map(|at| block_crc(data.block(at))).collect(),
+                    };
+                    hosted.incoming.insert(index, data, crcs);
                 }
                 let term = hosted.replica.term();
                 hosted.waiters.push_back(Waiter { index, term, request: write.request });
@@ -395,7 +410,7 @@ impl Shard {
         };
         match self.merge(&data, &pending, range) {
             Some(merged) => {
-                let whole = PendingWrite { data: Some(merged), ..pending };
+                let whole = PendingWrite { data: Some(merged), crc: None, ..pending };
                 self.propose_write(copyset, whole, chunk, range);
             }
             None => {
@@ -488,9 +503,9 @@ fn is_write(offset: u32, length: u32) -> bool {
 
 /// What a read found, as a reply tells it: which blocks are present, their checksums
 /// (as at rest: see `types::crc_at_rest`) and their data.
-pub(super) fn spread(data: &ReadData<Mem>) -> (u32, Vec<u32>, Mems) {
+pub(super) fn spread(data: &ReadData<Mem>) -> (u32, protocol::peer::Crcs, Mems) {
     let (mut present, mut at) = (0_u32, 0);
-    let (mut all_crcs, mut payload) = (Vec::new(), Mems::new());
+    let (mut all_crcs, mut payload) = (protocol::peer::Crcs::new(), Mems::new());
     for piece in data {
         match piece {
             ReadPiece::Zero { count } => at += count,

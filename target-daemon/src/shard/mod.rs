@@ -219,6 +219,8 @@ pub struct Shard {
     counts: Counts,
     failed: bool,
     now: Time,
+    /// Requests whose entry is applied, and whether it is theirs; empty between events.
+    done: Vec<(usize, bool)>,
 }
 
 impl Shard {
@@ -249,6 +251,7 @@ impl Shard {
             counts: Counts::default(),
             failed: false,
             now,
+            done: Vec::new(),
         };
         for copyset in recovered {
             let (id, installing) = (copyset.id, copyset.installing);

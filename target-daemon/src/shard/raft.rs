@@ -91,7 +91,7 @@ impl Shard {
                 hosted.incoming.clear();
                 return false;
             }
-            hosted.incoming.insert(entry.index, (data, told));
+            hosted.incoming.insert(entry.index, data, told);
         }
         true
     }
@@ -141,7 +141,7 @@ impl Shard {
     fn stage_entry(&mut self, id: CopysetId, index: LogIndex) {
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
         let entry = *hosted.replica.entry(index).expect("a replica persists entries that it holds");
-        let (payload, crcs) = match hosted.incoming.remove(&index) {
+        let (payload, crcs) = match hosted.incoming.remove(index) {
             Some((payload, crcs)) => (Some(payload), crcs),
             None => (None, Crcs::new()),
         };
@@ -153,7 +153,7 @@ impl Shard {
     fn apply(&mut self, id: CopysetId, up_to: LogIndex) {
         self.store.commit(id, up_to);
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
-        let mut done = Vec::new();
+        let mut done = std::mem::take(&mut self.done);
         while let Some(waiter) = hosted.waiters.front().filter(|w| w.index <= up_to) {
             let kept = hosted.replica.entry(waiter.index).is_some_and(|e| e.term == waiter.term);
             done.push((waiter.request, kept));
@@ -161,13 +161,14 @@ impl Shard {
         }
         hosted.ordering.applied(up_to);
         hosted.replica.applied(up_to);
-        for (request, kept) in done {
+        for (request, kept) in done.drain(..) {
             if kept {
                 self.part_done(request);
             } else {
                 self.part_not_leader(request, id);
             }
         }
+        self.done = done;
     }
 
     /// Leadership lost: what was not proposed goes back at once; what was proposed is answered

@@ -62,7 +62,12 @@ impl Shard {
         match result {
             Ok(data) => {
                 let (present, crcs, payload) = io::spread(&data);
-                self.tell_with(origin, copyset, Fetched::Blocks { chunk, range, present, crcs }, payload);
+                self.tell_with(
+                    origin,
+                    copyset,
+                    Fetched::Blocks { chunk, range, present, crcs: crcs.to_vec() },
+                    payload,
+                );
             }
             Err(ReadError::Corrupt(bad)) => {
                 // Not to be handed on. Mend it here too; the asker comes again.

@@ -150,7 +150,7 @@ fn outcome(dice: &mut Dice) -> IoOutcome {
     match dice.below(6) {
         0 => {
             let (present, crcs) = data(dice);
-            IoOutcome::Data { present, crcs }
+            IoOutcome::Data { present, crcs: crcs.into() }
         }
         1 => IoOutcome::Status {
             runs: (0..dice.below(9)).map(|n| (dice.below(600) as u16, n % 2 == 0)).collect(),

@@ -360,7 +360,7 @@ impl World {
             IoOp::Read { range, .. } => {
                 let values: Vec<u64> = range.blocks().map(|b| group.blocks[b]).collect();
                 let present = ((1u64 << range.count) - 1) as u32;
-                (IoOutcome::Data { present, crcs: vec![0; range.count.into()] }, values)
+                (IoOutcome::Data { present, crcs: vec![0; range.count.into()].into() }, values)
             }
             _ => (IoOutcome::Done, vec![]),
         };
