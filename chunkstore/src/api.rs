@@ -80,6 +80,8 @@ pub struct Layout {
     pub table_cache_max: usize,
     /// Payload blocks kept in memory for entries and the overlay at most; older ones are read back from the log.
     pub ram_blocks_max: usize,
+    /// Whether blocks are flushed before they would have to be read back from the log.
+    pub flush_ahead: bool,
     /// Nanoseconds of idleness after which the last batch is attested by a seal batch.
     pub seal_idle_ns: u64,
     /// Nanoseconds of idleness after which the overlay is flushed.
@@ -104,6 +106,7 @@ impl Default for Layout {
             flush_in_flight_max: 4,
             table_cache_max: 1024,
             ram_blocks_max: 8192,
+            flush_ahead: true,
             seal_idle_ns: 50_000_000,
             flush_idle_ns: 2_000_000_000,
         }

@@ -3,6 +3,10 @@
 //! A checkpoint is written when every block that its replay would not bring back is in its slot
 //! and synced, and every record that it takes for granted is durable. No flush job runs between
 //! the snapshot and its durability, so the snapshot's table pages are the ones on disk.
+//!
+//! Between rounds the flusher works ahead: what has been in memory for longest goes to its slot before
+//! memory runs out, since from then on it would have to be read back from the log, a block at a time.
+//! That ends without a checkpoint, so after a crash it is as a round that was not finished.
 
 use crate::api::*;
 use crate::checkpoint::{self, Checkpoint, CopysetImage, SlotImage};
@@ -45,6 +49,10 @@ pub(crate) struct Base {
 /// The state of the round in progress, and what lasts from round to round.
 pub(crate) struct Round<P> {
     phase: Phase,
+    /// Only flushes, ahead of need.
+    ahead: bool,
+    /// Not ahead again before this.
+    ahead_after: Time,
     /// Replay begins here afterwards.
     target: u64,
     /// Blocks of lower LSN are flushed.
@@ -91,6 +99,8 @@ impl<P> Default for Round<P> {
     fn default() -> Self {
         Self {
             phase: Phase::Idle,
+            ahead: false,
+            ahead_after: Time(0),
             target: 0,
             below: 0,
             covers: 0,
@@ -146,10 +156,17 @@ impl<P: Payload> Store<P> {
         if self.round.phase == Phase::Idle {
             self.begin_round();
         }
+        if self.round.phase == Phase::Idle {
+            self.begin_ahead();
+        }
         if self.round.phase == Phase::Flush {
             self.start_jobs();
-            self.copy_forward();
-            self.end_flush();
+            if self.round.ahead {
+                self.end_ahead();
+            } else {
+                self.copy_forward();
+                self.end_flush();
+            }
         }
         if self.round.phase == Phase::Sync
             && self.round.outstanding == 0
@@ -225,6 +242,48 @@ impl<P: Payload> Store<P> {
         self.open_round(self.log.uses[keep].first_lsn, stop || keep == 0);
     }
 
+    /// Begins to flush the older half of what is in memory, when the overlay fills half of that.
+    fn begin_ahead(&mut self) {
+        let full = self.overlay_blocks > self.layout.ram_blocks_max as u64 / 2;
+        if !self.layout.flush_ahead || !full || self.now < self.round.ahead_after || !self.round_can_begin() {
+            return;
+        }
+        let Some(middle) = self.ram.get(self.ram.len() / 2) else { return };
+        let below = middle.lsn.min(self.log.durable + 1);
+        let round = &mut self.round;
+        (round.phase, round.ahead, round.below) = (Phase::Flush, true, below);
+        round.floors.clear();
+        round.flush_to.clear();
+        self.queue_wanted();
+        if self.flush.queue.is_empty() {
+            self.round.ahead_after = self.now + RETRY;
+        }
+    }
+
+    fn end_ahead(&mut self) {
+        if self.flush.busy() || !self.flush.queue.is_empty() {
+            return;
+        }
+        if !self.flush.slotless.is_empty() || !self.flush.spoilt.is_empty() {
+            self.round.ahead_after = self.now + RETRY;
+        }
+        (self.round.phase, self.round.ahead) = (Phase::Idle, false);
+    }
+
+    /// Queues all chunks that have something for this round, the oldest first.
+    fn queue_wanted(&mut self) {
+        let mut chunks: Vec<(u64, ChunkId)> = Vec::new();
+        for chunk in &self.dirty {
+            let state = &self.chunks[chunk];
+            let wanted = state.overlay.values().filter(|b| self.round.wants(state.copyset, b.lsn, b.index));
+            chunks.extend(wanted.map(|b| b.lsn).min().map(|lsn| (lsn, *chunk)));
+        }
+        chunks.sort_unstable();
+        self.flush.queue = chunks.into_iter().map(|(_, chunk)| chunk).collect();
+        self.flush.slotless.clear();
+        self.flush.spoilt.clear();
+    }
+
     /// Nothing is flushed before the batch of the start is durable: slots are given out under its LSN.
     fn round_can_begin(&self) -> bool {
         !self.log.uses.is_empty() && self.log.durable > self.recovered
@@ -284,19 +343,10 @@ impl<P: Payload> Store<P> {
         }
         let copied = self.round.copies.iter().filter_map(|(id, index)| self.copysets.get(id)?.get(*index));
         self.round.copy_blocks = self.copy_cost(copied);
-        let mut chunks: Vec<(u64, ChunkId)> = Vec::new();
-        for chunk in &self.dirty {
-            let state = &self.chunks[chunk];
-            let wanted = state.overlay.values().filter(|b| self.round.wants(state.copyset, b.lsn, b.index));
-            chunks.extend(wanted.map(|b| b.lsn).min().map(|lsn| (lsn, *chunk)));
-        }
-        chunks.sort_unstable();
         let whole = self.copysets.iter().filter(|(_, c)| flush_all && !c.installing);
         self.round.flushed = whole.map(|(id, c)| (*id, c.applied)).collect();
         self.round.bases = self.copysets.keys().map(|id| (*id, self.base(*id))).collect();
-        self.flush.queue = chunks.into_iter().map(|(_, chunk)| chunk).collect();
-        self.flush.slotless.clear();
-        self.flush.spoilt.clear();
+        self.queue_wanted();
     }
 
     /// Copies what waits, group by group: a group's payload fits in one batch, so that small entries take no

@@ -34,6 +34,10 @@ const HINT_SHARE: usize = 32;
 /// that no two shards can fill up with proposals that each needs the other to take.
 const OWN_EIGHTHS: usize = 2;
 const TAKEN_EIGHTHS: usize = 3;
+/// Writes are held back when less than one part in so many of the log is room for them, ...
+const WINDOW_SHARE: usize = 5;
+/// ... and then at most so many are under way.
+const WINDOW_MAX: usize = 256;
 
 /// Most log blocks of entries that wait to be applied, of so many replicas. Beyond the limit that is looked at
 /// before entries are taken (a lone one always is), what was applied waits again after a start, as far as
@@ -255,6 +259,12 @@ impl<P: Payload> Store<P> {
     pub fn can_append(&self, copyset: CopysetId, from: LogIndex, entries: usize, blocks: usize) -> bool {
         let replaced = self.copysets.get(&copyset).map_or(0, |c| c.waiting_blocks(from));
         self.can_stage(blocks) && self.may_wait(replaced, entries + blocks, TAKEN_EIGHTHS)
+    }
+    /// How many writes a leader had better have under way: fewer, the less room the log has, so that hosts
+    /// are slowed down to what the flusher can do before they are stopped by a log that is full.
+    pub fn write_window(&self) -> usize {
+        let (room, full) = (self.log.room() as usize, self.log.ready_blocks() / WINDOW_SHARE);
+        if room >= full { usize::MAX } else { 1 + WINDOW_MAX * room / full }
     }
     fn may_wait(&self, replaced: usize, more: usize, eighths: usize) -> bool {
         let waiting = self.waiting_blocks - replaced;

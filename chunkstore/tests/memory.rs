@@ -44,7 +44,7 @@ fn filled(layout: &Layout) -> Rig {
 
 #[test]
 fn jobs_of_the_flusher_do_not_wait_for_memory_that_they_hold_themselves() {
-    let layout = Layout { log_segments: 16, reserve_slots: 4, ..small_layout() };
+    let layout = Layout { log_segments: 16, reserve_slots: 4, flush_ahead: false, ..small_layout() };
     let mut rig = filled(&layout);
     assert!(rig.store.stats().overlay_blocks > 10 * layout.ram_blocks_max as u64, "most is in the log only");
     let budget = ENTRY_BLOCKS_MAX * layout.flush_in_flight_max;
@@ -80,6 +80,62 @@ fn jobs_of_the_flusher_do_not_wait_for_memory_that_they_hold_themselves() {
         });
         assert_eq!(read, Some(seeds(index)));
     }
+}
+
+#[test]
+fn what_leaves_memory_is_in_its_slot_already_and_not_read_back_from_the_log() {
+    let layout = Layout { log_segments: 16, reserve_slots: 4, ram_blocks_max: 512, ..small_layout() };
+    let mut rig = filled(&layout);
+    rig.pass(20);
+    let stats = rig.store.stats();
+    assert!(stats.overlay_blocks <= layout.ram_blocks_max as u64, "{} blocks wait", stats.overlay_blocks);
+    assert!(stats.flushed_blocks > 0 && stats.checkpoints <= 1, "flushed, without a round: {stats:?}");
+    assert_eq!(stats.log_reads, 0, "from memory");
+    let (mut rig, ..) = rig.crash(&layout, &mut Rng(7));
+    for index in 1..=ENTRIES_A_CHUNK * u64::from(CHUNKS) {
+        rig.store.commit(CS, LogIndex(index));
+        let (nth, within) = ((index - 1) / ENTRIES_A_CHUNK, (index - 1) % ENTRIES_A_CHUNK);
+        let range = BlockRange { first: within as u16 * COUNT, count: COUNT };
+        rig.store.read(index, chunk(nth as u32), range);
+        rig.settle();
+        let read = rig.events.iter().find_map(|event| match event {
+            Event::Read { token, result: Ok(data) } if *token == index => Some(Rig::read_seeds(data)),
+            _ => None,
+        });
+        assert_eq!(read, Some(seeds(index)), "entry {index} after a power cut");
+    }
+}
+
+#[test]
+fn writes_are_slowed_before_the_log_is_full_and_go_on_once_it_is_flushed() {
+    let layout = Layout { log_segments: 16, reserve_slots: 4, flush_ahead: false, ..small_layout() };
+    let mut rig = Rig::new(&layout);
+    rig.pass(2000);
+    assert_eq!(rig.store.write_window(), usize::MAX, "an empty log");
+    rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
+    let (mut index, mut windows) = (0, Vec::new());
+    while rig.store.can_propose(COUNT.into()) {
+        index += 1;
+        let body = Body::Write { chunk: chunk(0), range: BlockRange { first: 0, count: COUNT } };
+        let crcs: Vec<u32> = seeds(index).iter().map(|seed| block_crc(&block(*seed))).collect();
+        let entry = Entry { term: Term(1), index: LogIndex(index), body };
+        rig.store.stage(Record::Entry { copyset: CS, entry }, Some(Buf::of(&seeds(index))), &crcs);
+        // Nothing is flushed: operations on chunks and checkpoints do not end.
+        rig.drain();
+        while let Some(at) = rig.ops.iter().position(|op| {
+            matches!(op, Op::Write { file: FileId::Log(_), .. } | Op::Create { file: FileId::Log(_), .. })
+        }) {
+            rig.complete(at);
+            rig.drain();
+        }
+        rig.store.commit(CS, LogIndex(index));
+        windows.push(rig.store.write_window());
+    }
+    assert!(windows.is_sorted_by(|before, after| before >= after), "ever fewer: {windows:?}");
+    let slowed = windows.iter().filter(|window| **window < usize::MAX).count();
+    assert!(slowed > 1 && *windows.last().unwrap() < 128, "long before the log is full: {windows:?}");
+    rig.pass(3000);
+    assert_eq!(rig.store.write_window(), usize::MAX, "all is flushed");
 }
 
 /// A copyset amid a catch-up applies nothing until its end, whatever its log holds.

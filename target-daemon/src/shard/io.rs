@@ -34,6 +34,20 @@ pub struct Request {
     is_write: bool,
 }
 
+/// A write or zero that waits for the log to have more room.
+pub struct Slowed {
+    origin: Origin,
+    request: IoRequest,
+    payload: Mems,
+}
+
+impl Slowed {
+    /// Blocks of memory that it holds.
+    fn blocks(&self) -> usize {
+        self.payload.iter().map(Payload::blocks).sum()
+    }
+}
+
 /// A read under way.
 pub struct ReadWork {
     pub(super) origin: Origin,
@@ -81,18 +95,68 @@ impl Shard {
             return self.answer_not_leader(origin, id, copyset);
         }
         hosted.affinity.count(from.target);
-        if self.requests.len() + self.work.len() >= REQUESTS_MAX {
+        if self.requests.len() + self.work.len() + self.slowed.len() >= REQUESTS_MAX {
             self.counts.busy += 1;
             return self.answer(origin, id, copyset, IoOutcome::Busy, Mems::new());
         }
+        // None overtakes one that waits: of two copies of a write, the one that came by a link that is
+        // gone must not be the later.
+        let writes = matches!(request.op, IoOp::Write { .. } | IoOp::Zero { .. });
+        if writes && (!self.slowed.is_empty() || !self.has_room(&request)) {
+            return self.slow(Slowed { origin, request, payload });
+        }
+        self.begin(origin, &request, payload);
+    }
+
+    /// Lets a write wait, unless too much waits already: what waits holds memory that the flusher needs.
+    fn slow(&mut self, write: Slowed) {
+        let blocks = write.blocks();
+        if self.slowed_blocks + blocks > self.arena.capacity_blocks() / SLOWED_SHARE {
+            self.counts.busy += 1;
+            let (id, copyset) = (write.request.id, write.request.copyset);
+            return self.answer(write.origin, id, copyset, IoOutcome::Busy, Mems::new());
+        }
+        self.slowed_blocks += blocks;
+        self.slowed.push_back(write);
+    }
+
+    /// Whether there is room in the log for a write, and for as many as are under way.
+    fn has_room(&self, request: &IoRequest) -> bool {
+        let blocks = match request.op {
+            IoOp::Write { length, .. } => (length as usize / BLOCK_BYTES + 1).min(ENTRY_BLOCKS_MAX),
+            _ => 0,
+        };
+        self.requests.len() < self.store.write_window() && self.store.can_propose(blocks)
+    }
+
+    /// Begins the write that has waited longest, if there is room now; true if one has ended its wait.
+    pub(super) fn let_slowed_go(&mut self) -> bool {
+        let Some(Slowed { request, .. }) = self.slowed.front() else { return false };
+        let replica = self.hosted.get(&request.copyset).map(|hosted| &hosted.replica);
+        let leads = replica.is_some_and(|r| r.role() == Role::Leader && r.term() == request.term);
+        if leads && !self.has_room(request) {
+            return false;
+        }
+        let write = self.slowed.pop_front().expect("looked at");
+        self.slowed_blocks -= write.blocks();
+        let Slowed { origin, request, payload } = write;
+        if leads {
+            self.begin(origin, &request, payload);
+        } else {
+            self.answer_not_leader(origin, request.id, request.copyset);
+        }
+        true
+    }
+
+    fn begin(&mut self, origin: Origin, request: &IoRequest, payload: Mems) {
         match request.op {
             IoOp::WhoLeads => {}
-            IoOp::Read { chunk, range } => self.begin_read(origin, &request, chunk, range),
-            IoOp::Status { chunk, range } => self.begin_status(origin, &request, chunk, range),
+            IoOp::Read { chunk, range } => self.begin_read(origin, request, chunk, range),
+            IoOp::Status { chunk, range } => self.begin_status(origin, request, chunk, range),
             IoOp::Write { chunk, offset, length, crc } => {
                 self.begin_write(origin, request, chunk, (offset, length), crc, payload);
             }
-            IoOp::Zero { chunk, offset, length } => self.begin_zero(origin, &request, chunk, offset, length),
+            IoOp::Zero { chunk, offset, length } => self.begin_zero(origin, request, chunk, offset, length),
         }
     }
 

@@ -211,16 +211,20 @@ pub struct Shard {
     pace: Pace,
     work: Slab<Work>,
     requests: Slab<io::Request>,
+    /// Writes that wait for the log to have more room, in the order in which they came.
+    slowed: VecDeque<io::Slowed>,
+    /// Blocks of memory that they hold.
+    slowed_blocks: usize,
     repairs: BTreeMap<(CopysetId, ChunkId, u16), repair::Repair>,
     /// Tickets whose batch is not durable yet, in order of LSN.
     persisting: VecDeque<(Lsn, CopysetId, u64)>,
     out: VecDeque<Output>,
+    /// Requests whose entry is applied, and whether it is theirs; empty between events.
+    done: Vec<(usize, bool)>,
     freed: BTreeSet<VolumeId>,
     counts: Counts,
     failed: bool,
     now: Time,
-    /// Requests whose entry is applied, and whether it is theirs; empty between events.
-    done: Vec<(usize, bool)>,
 }
 
 impl Shard {
@@ -244,14 +248,16 @@ impl Shard {
             housekeeping_at: now,
             work: Slab::new(),
             requests: Slab::new(),
+            slowed: VecDeque::new(),
+            slowed_blocks: 0,
             repairs: BTreeMap::new(),
             persisting: VecDeque::new(),
             out: VecDeque::new(),
+            done: Vec::new(),
             freed: BTreeSet::new(),
             counts: Counts::default(),
             failed: false,
             now,
-            done: Vec::new(),
         };
         for copyset in recovered {
             let (id, installing) = (copyset.id, copyset.installing);
@@ -371,6 +377,7 @@ impl Shard {
     /// Whether there is work that housekeeping moves on.
     fn is_busy(&self) -> bool {
         !self.requests.is_empty()
+            || !self.slowed.is_empty()
             || !self.work.is_empty()
             || !self.repairs.is_empty()
             || self.hosted.values().any(Hosted::is_busy)
@@ -591,7 +598,12 @@ impl Shard {
             while let Some(event) = self.store.poll_event() {
                 self.store_event(event);
             }
-            let Some(id) = self.touched.pop_front() else { return };
+            let Some(id) = self.touched.pop_front() else {
+                if self.let_slowed_go() {
+                    continue;
+                }
+                return;
+            };
             if let Some(hosted) = self.hosted.get_mut(&id) {
                 hosted.touched = false;
             }
@@ -646,6 +658,8 @@ impl Shard {
         self.touched.clear();
         self.timers.clear();
         self.persisting.clear();
+        self.slowed.clear();
+        self.slowed_blocks = 0;
         self.out.push_back(Output::Failed { why });
     }
 

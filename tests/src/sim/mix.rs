@@ -367,6 +367,7 @@ fn small_layout(draw: &mut Draw) -> Layout {
         flush_in_flight_max: draw.of(&[1, 4]),
         table_cache_max: draw.of(&[1, 2, 64]),
         ram_blocks_max: draw.of(&[1, 64, 1024]),
+        flush_ahead: true,
         seal_idle_ns: 50_000_000,
         flush_idle_ns: draw.of(&[200_000_000, 2_000_000_000]),
     }
