@@ -82,6 +82,9 @@ pub struct Layout {
     pub ram_blocks_max: usize,
     /// Whether blocks are flushed before they would have to be read back from the log.
     pub flush_ahead: bool,
+    /// Discarded blocks that may wait to be flushed, beyond as many blocks as the log has; each takes
+    /// about 80 bytes of memory.
+    pub zero_blocks_max: u64,
     /// Nanoseconds of idleness after which the last batch is attested by a seal batch.
     pub seal_idle_ns: u64,
     /// Nanoseconds of idleness after which the overlay is flushed.
@@ -107,6 +110,7 @@ impl Default for Layout {
             table_cache_max: 1024,
             ram_blocks_max: 8192,
             flush_ahead: true,
+            zero_blocks_max: 1 << 18,
             seal_idle_ns: 50_000_000,
             flush_idle_ns: 2_000_000_000,
         }

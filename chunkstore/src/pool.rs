@@ -1,8 +1,8 @@
 //! Chunk slots: which are ready, free, in use, and freed but not yet reusable.
 
 use crate::table::Pages;
-use protocol::types::{ChunkId, CopysetId};
-use std::collections::BTreeSet;
+use protocol::types::{ChunkId, CopysetId, VolumeId};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A slot in use.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +30,8 @@ pub(crate) struct Pool {
     /// Slots whose pages were written since the last checkpoint.
     pub touched: BTreeSet<u32>,
     count: u64,
+    /// Slots in use by each volume of each copyset that has any.
+    by_owner: BTreeMap<(CopysetId, VolumeId), u32>,
 }
 
 impl Pool {
@@ -48,8 +50,7 @@ impl Pool {
     pub(crate) fn adopt(&mut self, number: u32, slot: Slot) -> bool {
         let fits = self.free.remove(&number);
         if fits {
-            self.slots[number as usize] = Some(slot);
-            self.used += 1;
+            self.put(number, slot);
         }
         fits
     }
@@ -67,19 +68,33 @@ impl Pool {
         let number = self.free.pop_first()?;
         self.count += 1;
         let generation = (durable_lsn << 20) | (self.count & 0xf_ffff);
-        self.slots[number as usize] = Some(Slot { chunk, copyset, generation, pages: Pages::NONE });
-        self.used += 1;
+        self.put(number, Slot { chunk, copyset, generation, pages: Pages::NONE });
         Some(number)
+    }
+    fn put(&mut self, number: u32, slot: Slot) {
+        *self.by_owner.entry((slot.copyset, slot.chunk.volume)).or_default() += 1;
+        self.slots[number as usize] = Some(slot);
+        self.used += 1;
     }
     /// Frees a slot, to be reused after the next checkpoint.
     pub(crate) fn retire(&mut self, number: u32) {
-        self.slots[number as usize] = None;
+        let slot = self.slots[number as usize].take().expect("a slot in use is retired");
         self.used -= 1;
+        let owner = (slot.copyset, slot.chunk.volume);
+        let left = self.by_owner.get_mut(&owner).expect("counted when it was put in use");
+        *left -= 1;
+        if *left == 0 {
+            self.by_owner.remove(&owner);
+        }
         self.retired.push(number);
     }
     /// Slots that no checkpoint names any more.
     pub(crate) fn release(&mut self, numbers: Vec<u32>) {
         self.free.extend(numbers);
+    }
+    /// Slots in use, by copyset and volume.
+    pub(crate) fn in_use(&self) -> impl Iterator<Item = (CopysetId, VolumeId, u32)> {
+        self.by_owner.iter().map(|((copyset, volume), slots)| (*copyset, *volume, *slots))
     }
     pub(crate) fn get(&self, number: u32) -> Option<&Slot> {
         self.slots.get(number as usize)?.as_ref()

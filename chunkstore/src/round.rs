@@ -181,9 +181,8 @@ impl<P: Payload> Store<P> {
             return None;
         }
         let idle = Time(self.last_stage.0.saturating_add(self.layout.flush_idle_ns));
-        let pressure = self.pressed() || self.round.past_damage.is_some();
         let at = match () {
-            () if pressure => Some(self.round.retry_at.unwrap_or(self.now)),
+            () if self.is_urgent() => Some(self.round.retry_at.unwrap_or(self.now)),
             () if self.overlay_blocks > 0 || !self.pool.retired.is_empty() => Some(idle),
             () if self.preformat.idle() && (self.log.ready, self.pool.ready) != self.round.last_ready => {
                 Some(idle)
@@ -199,6 +198,12 @@ impl<P: Payload> Store<P> {
             Phase::Flush => self.round.retry_at,
             Phase::Sync | Phase::Write => None,
         }
+    }
+
+    /// Whether somebody may have to wait for the end of a round.
+    fn is_urgent(&self) -> bool {
+        let slots_wait = !self.pool.retired.is_empty() && !self.can_allocate(1);
+        self.pressed() || self.round.past_damage.is_some() || slots_wait || self.is_crowded()
     }
 
     fn pressed(&self) -> bool {
@@ -636,7 +641,7 @@ impl<P: Payload> Store<P> {
         if self.round.past_damage.is_some_and(|lsn| lsn <= self.log.uses[0].first_lsn) {
             self.round.past_damage = None;
         }
-        if self.pressed() || self.round.past_damage.is_some() {
+        if self.is_urgent() {
             self.round.retry_at = Some(self.now + RETRY);
         }
         if self.stopping && !self.round.stop_done {

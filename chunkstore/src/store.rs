@@ -11,10 +11,12 @@ use crate::pool::Pool;
 use crate::preformat::Preformat;
 use crate::read::{Pending, Reads};
 use crate::round::Round;
+use crate::table::Table;
 use crate::tables::{Tables, Waiter};
 use protocol::raft::{Body, Entry, HardState, Members};
 use protocol::types::{
-    BlockRange, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, Term, Time, VolumeId, crc_at_rest,
+    BlockRange, CHUNK_BLOCKS, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, Term, Time, VolumeId,
+    crc_at_rest,
 };
 use rustc_hash::FxBuildHasher;
 use smallvec::SmallVec;
@@ -266,6 +268,20 @@ impl<P: Payload> Store<P> {
         let (room, full) = (self.log.room() as usize, self.log.ready_blocks() / WINDOW_SHARE);
         if room >= full { usize::MAX } else { 1 + WINDOW_MAX * room / full }
     }
+    /// Whether a leader may stage a discard. One of a few bytes covers thousands of blocks, each of
+    /// which takes memory until it is flushed; one of a whole chunk takes none.
+    pub fn can_zero(&self, range: BlockRange) -> bool {
+        range == BlockRange::CHUNK
+            || self.overlay_blocks + u64::from(range.count) <= self.overlay_blocks_max()
+    }
+    /// What the log can hold, and as much again of blocks that are only known to be zeroes.
+    fn overlay_blocks_max(&self) -> u64 {
+        self.log.ready_blocks() as u64 + self.layout.zero_blocks_max
+    }
+    /// Whether discards that are not flushed begin to take much memory.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.overlay_blocks > self.overlay_blocks_max() - self.layout.zero_blocks_max / 4 * 3
+    }
     fn may_wait(&self, replaced: usize, more: usize, eighths: usize) -> bool {
         let waiting = self.waiting_blocks - replaced;
         waiting == 0 || waiting + more <= self.log.ready_blocks() / 8 * eighths
@@ -340,6 +356,14 @@ impl<P: Payload> Store<P> {
     pub fn free_slots(&self) -> usize {
         let promised = self.chunks.len() - self.pool.used;
         self.pool.capacity().saturating_sub(self.pool.used + self.pool.retired.len() + promised)
+    }
+    /// Slots in use: those of one volume in one copyset at a time, for all that have any.
+    pub fn slots_in_use(&self) -> impl Iterator<Item = (CopysetId, VolumeId, u32)> {
+        self.pool.in_use()
+    }
+    /// Whether freed slots can be given out soon: after the next checkpoint.
+    pub fn slots_come_back(&self) -> bool {
+        !self.pool.retired.is_empty()
     }
     /// Whether the chunk has a slot, or one promised to it.
     pub fn has_slot(&self, chunk: ChunkId) -> bool {
@@ -677,6 +701,9 @@ impl<P: Payload> Store<P> {
         }
     }
 
+    /// A chunk that is discarded whole, at once or bit by bit, gives up its slot here. A replay that
+    /// finds the slot given up does the same entries again, in their order; and the slot has no other
+    /// owner before a checkpoint that does not name it is durable, and the entry with it.
     fn overlay_zero(
         &mut self,
         copyset: CopysetId,
@@ -687,23 +714,28 @@ impl<P: Payload> Store<P> {
     ) {
         let Some(state) = self.chunks.get_mut(&chunk) else { return };
         debug_assert_eq!(state.copyset, copyset);
-        let table = state.slot.and_then(|slot| self.tables.get(slot));
+        if range == BlockRange::CHUNK {
+            return self.drop_chunk(chunk);
+        }
         let before = state.overlay.len();
-        for block in range.blocks() {
-            let zero_below = state.slot.is_none() || table.is_some_and(|t| t.expected(block) == Some(0));
-            let over = OverlayBlock { lsn, index, at: 0, crc: 0, ram: None };
-            match state.overlay.get_mut(&(block as u16)) {
-                Some(present) => *present = over,
-                None if zero_below => {}
-                None => {
-                    state.overlay.insert(block as u16, over);
-                }
+        match state.slot {
+            // Nothing lies beneath that had to be covered.
+            None => state.overlay.retain(|block, _| !range.blocks().contains(&usize::from(*block))),
+            Some(slot) => {
+                let over = OverlayBlock { lsn, index, at: 0, crc: 0, ram: None };
+                cover(&mut state.overlay, range, &over, self.tables.get(slot));
             }
         }
-        self.overlay_blocks += (state.overlay.len() - before) as u64;
+        let nothing_left =
+            state.overlay.len() == CHUNK_BLOCKS && state.overlay.values().all(|over| over.crc == 0);
+        self.overlay_blocks = self.overlay_blocks + state.overlay.len() as u64 - before as u64;
+        if nothing_left {
+            return self.drop_chunk(chunk);
+        }
         if !state.overlay.is_empty() {
             self.dirty.insert(chunk);
         }
+        self.tidy_chunk(chunk);
     }
 
     /// Forgets a chunk's content and frees its slot.
@@ -731,6 +763,25 @@ impl<P: Payload> Store<P> {
                 owner.chunks.remove(&chunk);
             }
             self.chunks.remove(&chunk);
+        }
+    }
+}
+
+/// Lays zeroes over blocks of a slot, but where its table (if it is at hand) has zeroes already.
+fn cover<P: Clone>(
+    overlay: &mut BTreeMap<u16, OverlayBlock<P>>,
+    range: BlockRange,
+    zero: &OverlayBlock<P>,
+    table: Option<&Table>,
+) {
+    for block in range.blocks() {
+        let zero_below = table.is_some_and(|table| table.expected(block) == Some(0));
+        match overlay.get_mut(&(block as u16)) {
+            Some(present) => *present = zero.clone(),
+            None if zero_below => {}
+            None => {
+                overlay.insert(block as u16, zero.clone());
+            }
         }
     }
 }

@@ -100,6 +100,8 @@ struct World {
     layout: Layout,
     /// More of everything that is rare: a full log, tiny caches, replicas that come and go.
     hard: bool,
+    /// Discards of half a chunk and of whole ones.
+    discards: bool,
 }
 
 fn chunk_of(copyset: CopysetId, n: u64) -> ChunkId {
@@ -107,8 +109,11 @@ fn chunk_of(copyset: CopysetId, n: u64) -> ChunkId {
 }
 
 impl World {
-    fn new(seed: u64, hard: bool) -> Self {
+    fn new(seed: u64, hard: bool, discards: bool) -> Self {
         let (mut layout, mut rng) = (small_layout(), Rng(seed));
+        if discards {
+            layout.zero_blocks_max = 6000;
+        }
         if hard {
             layout.table_cache_max = 1 + rng.below(2) as usize;
             layout.log_segments = 4 + rng.below(3) as u32;
@@ -126,6 +131,7 @@ impl World {
             reads: BTreeMap::new(),
             layout,
             hard,
+            discards,
         };
         for id in [CopysetId(1), CopysetId(2)] {
             let members = Members::new(&[ShardAddr { target: TargetId(id.0), shard: 0 }], &[]).expect("fits");
@@ -151,6 +157,11 @@ impl World {
             if self.rng.chance(small) { 1 + self.rng.below(4) } else { 1 + self.rng.below(32) } as usize;
         let range = BlockRange::new(first, count).expect("fits");
         match self.rng.below(20) {
+            15..19 if self.discards => {
+                let (first, count) =
+                    [(0, 4096), (0, 2048), (2048, 2048), (1, 4095)][self.rng.below(4) as usize];
+                (Body::Zero { chunk, range: BlockRange::new(first, count).expect("fits") }, vec![])
+            }
             0..15 => {
                 let seeds: Vec<u64> = (0..count as u64).map(|n| self.next + n).collect();
                 self.next += count as u64;
@@ -484,8 +495,8 @@ impl World {
     }
 }
 
-fn run(seed: u64, hard: bool) -> Stats {
-    let (steps, mut world) = (1500, World::new(seed, hard));
+fn run(seed: u64, hard: bool, discards: bool) -> Stats {
+    let (steps, mut world) = (1500, World::new(seed, hard, discards));
     for _ in 0..steps {
         world.step();
     }
@@ -514,9 +525,9 @@ const FAILED_ONCE: [(u64, bool); 11] = [
     (75, true),
 ];
 
-fn check(seed: u64, hard: bool) {
-    if std::panic::catch_unwind(|| run(seed, hard)).is_err() {
-        panic!("failed with SEED={seed}, hard: {hard}");
+fn check(seed: u64, hard: bool, discards: bool) {
+    if std::panic::catch_unwind(|| run(seed, hard, discards)).is_err() {
+        panic!("failed with SEED={seed}, hard: {hard}, discards: {discards}");
     }
 }
 
@@ -531,15 +542,20 @@ fn seeds() -> std::ops::Range<u64> {
 
 #[test]
 fn seeds_that_failed_once_match_the_model() {
-    FAILED_ONCE.iter().for_each(|(seed, hard)| check(*seed, *hard));
+    FAILED_ONCE.iter().for_each(|(seed, hard)| check(*seed, *hard, false));
 }
 
 #[test]
 fn random_work_with_power_cuts_matches_the_model() {
-    seeds().for_each(|seed| check(seed, false));
+    seeds().for_each(|seed| check(seed, false, false));
 }
 
 #[test]
 fn random_work_in_a_full_log_with_tiny_caches_matches_the_model() {
-    seeds().for_each(|seed| check(seed, true));
+    seeds().for_each(|seed| check(seed, true, false));
+}
+
+#[test]
+fn random_work_with_discards_of_whole_chunks_matches_the_model() {
+    seeds().for_each(|seed| check(seed, seed % 2 == 1, true));
 }

@@ -421,10 +421,15 @@ impl Shard {
         let blocks = body.payload_blocks();
         // Not before its turn: others may have been promised the last slot since it came.
         if write.data.is_some() && !self.store.has_slot(chunk) && !self.store.can_allocate(1) {
+            if self.store.slots_come_back() {
+                self.counts.busy += 1;
+                return self.part_ended(write.request, IoOutcome::Busy);
+            }
             self.counts.no_space += 1;
             return self.part_ended(write.request, IoOutcome::NoSpace);
         }
-        if !self.store.can_propose(blocks) {
+        let room = self.store.can_propose(blocks) && (write.data.is_some() || self.store.can_zero(range));
+        if !room {
             self.counts.busy += 1;
             return self.part_ended(write.request, IoOutcome::Busy);
         }
@@ -472,6 +477,11 @@ impl Shard {
             // As for a read: another replica leads soon.
             Err(_) => return self.part_ended(pending.request, IoOutcome::Busy),
         };
+        let is_zero = |piece: &ReadPiece<Mem>| matches!(piece, ReadPiece::Zero { .. });
+        if pending.data.is_none() && data.iter().all(is_zero) {
+            // Zeroes over zeroes: no slot is taken up for them.
+            return self.propose_write(copyset, pending, chunk, range);
+        }
         match self.merge(&data, &pending, range) {
             Some(merged) => {
                 let whole = PendingWrite { data: Some(merged), crc: None, ..pending };

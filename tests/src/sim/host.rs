@@ -9,7 +9,7 @@ use super::history::{History, Register, Ticket};
 use super::{Draw, Failure, Mix};
 use protocol::nbd::client::{self, Reply};
 use protocol::nbd::wire::{FIXED_NEWSTYLE, GREETING_BYTES, NO_ZEROES, chunk, cmd, cmd_flag, opt, rep};
-use protocol::types::{BLOCK_BYTES, Span, Time};
+use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, Span, Time};
 use reactor::sim::{SimReactor, SimWorld};
 use reactor::{Addr, Completion, IoBuf, IoList, Op, Output, Reactor, Socket};
 use rustc_hash::FxHashSet;
@@ -474,7 +474,12 @@ impl Host {
         let dice = self.draw.below(1000);
         let (reads, zeroes, flushes) =
             (self.mix.reads_permille, self.mix.zeroes_permille, self.mix.flushes_permille);
-        let (offset, length) = self.place();
+        let (mut offset, mut length) = self.place();
+        let is_zeroes = (reads + flushes..reads + flushes + zeroes).contains(&dice);
+        // Nothing is drawn for it in the families that have none.
+        if self.mix.discards_permille > 0 && is_zeroes && self.draw.chance(self.mix.discards_permille) {
+            (offset, length) = self.discard(offset);
+        }
         debug_assert!(offset + u64::from(length) <= self.bytes);
         if dice < reads {
             return self.read(offset, length, now);
@@ -482,9 +487,7 @@ impl Host {
         if dice < reads + flushes {
             return self.request(cmd::FLUSH, 0, (0, 0), What::Nothing, &[], now);
         }
-        let first = offset / self.unit;
-        let units = first..first + u64::from(length) / self.unit;
-        let registers: Vec<Register> = units.map(|unit| (self.volume as u32, unit)).collect();
+        let registers = self.registers(offset, length);
         if self.mix.exclusive {
             let mut busy = self.busy.borrow_mut();
             if registers.iter().any(|register| busy.contains(register)) {
@@ -493,7 +496,7 @@ impl Host {
             busy.extend(&registers);
         }
         let fua = if self.draw.chance(100) { cmd_flag::FUA } else { 0 };
-        if dice < reads + flushes + zeroes {
+        if is_zeroes {
             let tickets = self.begin(&registers, 0, now);
             // A trim leaves parts of blocks as they are: only whole blocks may be trimmed here.
             let whole =
@@ -508,6 +511,28 @@ impl Host {
             encode(*unit, value, self.unit as usize, &mut data);
         }
         self.request(cmd::WRITE, fua, (offset, length), What::Write(tickets), &data, now);
+    }
+
+    /// The chunk of a place, or half of it.
+    fn discard(&mut self, offset: u64) -> (u64, u32) {
+        let chunk = CHUNK_BYTES as u64;
+        let base = offset / chunk * chunk;
+        match self.draw.below(4) {
+            0 => (base, CHUNK_BYTES as u32 / 2),
+            1 => (base + chunk / 2, CHUNK_BYTES as u32 / 2),
+            _ => (base, CHUNK_BYTES as u32),
+        }
+    }
+
+    /// The units of a range that any host ever looks at.
+    fn registers(&self, offset: u64, length: u32) -> Vec<Register> {
+        let window = self.mix.windows.1 * BLOCK_BYTES as u64;
+        let used = |unit: &u64| {
+            let at = unit * self.unit;
+            self.windows.iter().any(|first| (*first..*first + window).contains(&at))
+        };
+        let units = offset / self.unit..(offset + u64::from(length)) / self.unit;
+        units.filter(used).map(|unit| (self.volume as u32, unit)).collect()
     }
 
     fn begin(&mut self, registers: &[Register], value: u64, now: Time) -> Vec<Ticket> {

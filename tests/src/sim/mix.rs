@@ -13,9 +13,10 @@ use protocol::types::{BLOCK_BYTES, Span};
 /// again and again, under clocks that drift as far as is allowed; `wire` inverts bits between shards; `beyond`
 /// damages two disks of three: the right answer is to stop; `full` has fewer slots than chunks, and file
 /// systems that fill up: hosts are told so, and what was written stays; `late` lets requests arrive long after their
-/// sender has asked again elsewhere, while leadership goes to and fro.
-pub const FAMILIES: [&str; 10] =
-    ["swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond", "full", "late"];
+/// sender has asked again elsewhere, while leadership goes to and fro; `discard` trims chunks whole and by halves
+/// where there is not one slot more than chunks.
+pub const FAMILIES: [&str; 11] =
+    ["swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond", "full", "late", "discard"];
 
 /// What may go wrong, and about how often; `None` leaves it out.
 #[derive(Clone, Copy, Default, Debug)]
@@ -95,6 +96,8 @@ pub struct Mix {
     pub zeroes_permille: u64,
     /// See `reads_permille`.
     pub flushes_permille: u64,
+    /// Of zeroes, those that are trims of a whole chunk or of half of one, in a thousand.
+    pub discards_permille: u64,
     /// The longest request, in blocks.
     pub blocks_max: u64,
     /// Places of a volume that are used: windows, and blocks of each.
@@ -132,6 +135,7 @@ impl Mix {
             reads_permille: 400,
             zeroes_permille: 50,
             flushes_permille: 10,
+            discards_permille: 0,
             blocks_max: 40,
             windows: (2, 96),
             exclusive: false,
@@ -219,6 +223,17 @@ impl Mix {
                 mix.faults.crash = draw.chance(500).then_some(Span::ms(3_000));
                 mix.election_timeout = Span::ms(200);
             }
+            "discard" => {
+                mix.volumes = vec![(64 << 20, 4096), (32 << 20, 512)];
+                (mix.hosts, mix.windows) = (4, (6, 40));
+                (mix.layout.slots_per_file, mix.layout.slots_max) = (1, 6);
+                (mix.zeroes_permille, mix.discards_permille) = (200, 250);
+                mix.load = Span::ms(8_000);
+                mix.faults = Faults { down_max: Span::ms(2_000), ..Faults::default() };
+                mix.faults.crash = Some(Span::ms(1_000));
+                mix.faults.crash_all_permille = 300;
+                mix.faults.transfer = Some(Span::ms(1_500));
+            }
             "wire" => {
                 mix.faults.wire_flip_ppm = 3_000;
                 mix.load = Span::ms(8_000);
@@ -255,6 +270,7 @@ impl Mix {
             reads_permille: draw.of(&[100, 300, 500]),
             zeroes_permille: draw.of(&[0, 50, 200]),
             flushes_permille: draw.of(&[0, 20]),
+            discards_permille: 0,
             blocks_max: draw.of(&[1, 4, 33, 80]),
             windows: draw.of(&[(1, 4), (1, 40), (3, 64), (4, 200)]),
             exclusive: draw.chance(500),
@@ -336,6 +352,7 @@ pub const SIMPLER: &[(&str, Simpler)] = &[
     ("no rot in the log", |mix| mix.faults.rot_log_permille = 0),
     ("no rot in chunks", |mix| mix.faults.rot_chunks = None),
     ("no impatient hosts", |mix| mix.patience = None),
+    ("no discards", |mix| mix.discards_permille = 0),
     ("no zeroes", |mix| mix.zeroes_permille = 0),
     ("no flushes", |mix| mix.flushes_permille = 0),
     ("one host", |mix| mix.hosts = 1),
@@ -368,6 +385,7 @@ fn small_layout(draw: &mut Draw) -> Layout {
         table_cache_max: draw.of(&[1, 2, 64]),
         ram_blocks_max: draw.of(&[1, 64, 1024]),
         flush_ahead: true,
+        zero_blocks_max: 4096,
         seal_idle_ns: 50_000_000,
         flush_idle_ns: draw.of(&[200_000_000, 2_000_000_000]),
     }
