@@ -84,7 +84,28 @@ pub struct Shown {
     /// "zone", "host" or "target": what no two replicas of a copyset share.
     failure_domain: String,
     capacity_bytes: u64,
-    allocated_bytes: u64,
+    #[serde(flatten)]
+    space: Space,
+}
+
+/// Bytes of all volumes of a pool or of the cluster.
+#[derive(Serialize)]
+pub struct Space {
+    /// As hosts see them.
+    pub logical_bytes: u64,
+    /// Of chunks that hold data, each counted once.
+    pub allocated_bytes: u64,
+    /// Of chunks that hold data, over all replicas.
+    pub replicated_bytes: u64,
+    /// Of segments that were ever written: what a pool's capacity is held against.
+    pub reserved_bytes: u64,
+}
+
+impl From<pb::Space> for Space {
+    fn from(space: pb::Space) -> Self {
+        let pb::Space { logical_bytes, allocated_bytes, replicated_bytes, reserved_bytes } = space;
+        Self { logical_bytes, allocated_bytes, replicated_bytes, reserved_bytes }
+    }
 }
 
 impl From<&pb::Pool> for Shown {
@@ -96,7 +117,7 @@ impl From<&pb::Pool> for Shown {
             copysets: pool.copysets.len(),
             failure_domain: pool.failure_domain.clone(),
             capacity_bytes: pool.capacity_bytes,
-            allocated_bytes: pool.allocated_bytes,
+            space: Space::from(pool.space.unwrap_or_default()),
         }
     }
 }
@@ -212,9 +233,23 @@ pub fn listing(pools: &[Shown]) -> String {
             pool.replicas.to_string(),
             pool.copysets.to_string(),
             pool.failure_domain.clone(),
-            Size(pool.allocated_bytes).to_string(),
+            Size(pool.space.logical_bytes).to_string(),
+            Size(pool.space.allocated_bytes).to_string(),
+            Size(pool.space.replicated_bytes).to_string(),
+            Size(pool.space.reserved_bytes).to_string(),
             Size(pool.capacity_bytes).to_string(),
         ]
     });
-    table(&["POOL", "REPLICAS", "COPYSETS", "APART BY", "ALLOCATED", "CAPACITY"], rows)
+    let header = [
+        "POOL",
+        "REPLICAS",
+        "COPYSETS",
+        "APART BY",
+        "LOGICAL",
+        "ALLOCATED",
+        "REPLICATED",
+        "RESERVED",
+        "CAPACITY",
+    ];
+    table(&header, rows)
 }

@@ -3,7 +3,7 @@
 
 use crate::cluster::ClusterArgs;
 use crate::output::{OutputArgs, table};
-use crate::pool;
+use crate::pool::{self, Space};
 use crate::problem::{Exit, Outcome};
 use crate::size::Size;
 use crate::volume;
@@ -35,6 +35,8 @@ struct Shown {
     copysets: Vec<CopysetShown>,
     pools: Vec<pool::Shown>,
     volumes: Vec<volume::Shown>,
+    /// Of all volumes, those in the bin and being removed included.
+    space: Space,
     tasks: Vec<TaskShown>,
     /// Replicas that are to be moved, built or taken away.
     outstanding: u32,
@@ -140,6 +142,7 @@ fn shown(status: &pb::StatusResponse) -> Shown {
         targets: status.targets.iter().map(TargetShown::from).collect(),
         copysets: status.copysets.iter().map(CopysetShown::from).collect(),
         volumes: status.volumes.iter().map(volume::Shown::from).collect(),
+        space: Space::from(status.space.unwrap_or_default()),
         tasks: status.tasks.iter().map(task).collect(),
         outstanding: status.outstanding,
         eta_ms: status.eta_ms,
@@ -287,7 +290,11 @@ fn text(status: &Shown) -> String {
         false => format!("{}\n", pool::listing(&status.pools)),
     };
     let (targets, volumes) = (few_targets(&status.targets), few_volumes(&status.volumes));
-    format!("{headline}\n{copysets}\n{moves}\n{targets}\n{pools}{volumes}{}", warnings(&status.warnings))
+    let space = space(&status.space);
+    format!(
+        "{headline}\n{copysets}\n{space}\n{moves}\n{targets}\n{pools}{volumes}{}",
+        warnings(&status.warnings)
+    )
 }
 
 /// All that matters when all is well.
@@ -322,6 +329,15 @@ fn few_volumes(volumes: &[volume::Shown]) -> String {
         0..=LISTED_MAX => volume::listing(volumes),
         many => format!("{many} volumes (`ashlar volume ls`)"),
     }
+}
+
+fn space(space: &Space) -> String {
+    format!(
+        "volumes of {}: {} allocated, {} over all replicas",
+        Size(space.logical_bytes),
+        Size(space.allocated_bytes),
+        Size(space.replicated_bytes)
+    )
 }
 
 /// Targets, one a line.

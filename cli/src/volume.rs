@@ -147,13 +147,16 @@ pub struct Shown {
     block_bytes: u32,
     pool: String,
     copysets: Vec<u32>,
+    /// Of chunks that hold data, each counted once.
     allocated_bytes: u64,
     exports: Vec<&'static str>,
     deleting: bool,
     /// It is in the bin until then, in seconds since 1970.
     purge_at_s: Option<u64>,
-    /// What it takes up over all replicas.
+    /// Of chunks that hold data, over all replicas.
     replicated_bytes: u64,
+    /// Of segments that were ever written: what the pool's capacity is held against.
+    reserved_bytes: u64,
 }
 
 impl From<&pb::Volume> for Shown {
@@ -170,6 +173,7 @@ impl From<&pb::Volume> for Shown {
             deleting: volume.deleting,
             purge_at_s: volume.purge_at_s,
             replicated_bytes: volume.replicated_bytes,
+            reserved_bytes: volume.reserved_bytes,
         }
     }
 }
@@ -207,7 +211,7 @@ pub fn listing(volumes: &[Shown]) -> String {
     if volumes.is_empty() {
         return "no volumes; make one: ashlar volume create NAME --size 10G\n".into();
     }
-    let header = ["VOLUME", "SIZE", "ALLOCATED", "BLOCK", "POOL", "COPYSETS", "EXPORTS"];
+    let header = ["VOLUME", "SIZE", "ALLOCATED", "REPLICATED", "BLOCK", "POOL", "COPYSETS", "EXPORTS"];
     let rows = volumes.iter().map(|volume| {
         let state = match volume.purge_at_s {
             _ if volume.deleting => "being removed".into(),
@@ -218,6 +222,7 @@ pub fn listing(volumes: &[Shown]) -> String {
             volume.name.clone(),
             Size(volume.bytes).to_string(),
             Size(volume.allocated_bytes).to_string(),
+            Size(volume.replicated_bytes).to_string(),
             volume.block_bytes.to_string(),
             volume.pool.clone(),
             volume.copysets.len().to_string(),
@@ -231,7 +236,7 @@ async fn show(args: OneArgs) -> Outcome {
     let volume = stat(&args.cluster.connect()?, &args.name).await?;
     args.output.print(&Shown::from(&volume), |v| {
         format!(
-            "{} (id {})\n  size       {} ({} bytes)\n  block      {} bytes\n  allocated  {}, {} over all replicas\n  pool       {}\n  copysets   {}\n  exports    {}\n",
+            "{} (id {})\n  size       {} ({} bytes)\n  block      {} bytes\n  allocated  {}, {} over all replicas, {} reserved\n  pool       {}\n  copysets   {}\n  exports    {}\n",
             v.name,
             v.id,
             Size(v.bytes),
@@ -239,6 +244,7 @@ async fn show(args: OneArgs) -> Outcome {
             v.block_bytes,
             Size(v.allocated_bytes),
             Size(v.replicated_bytes),
+            Size(v.reserved_bytes),
             v.pool,
             v.copysets.iter().map(u32::to_string).collect::<Vec<_>>().join(" "),
             if v.exports.is_empty() { "none".into() } else { v.exports.join(" ") },

@@ -2,7 +2,7 @@
 //! state; a refusal is one line that says what, why and what to do.
 
 use crate::record::{Endpoints, Uuid};
-use crate::state::{Command, Heartbeat, Membership, Registration, Replica, Usage, VolumeRef};
+use crate::state::{Command, Heartbeat, Membership, Registration, Replica, Slots, Usage, VolumeRef};
 use protocol::control::{
     Problem, ProblemKind, allowed_hosts, check_name, limits, pb, protocol_from_pb, shard_from_pb,
 };
@@ -130,6 +130,8 @@ fn endpoints(endpoints: pb::Endpoints) -> Result<Endpoints, Problem> {
 pub fn heartbeat(request: pb::HeartbeatRequest) -> Result<Heartbeat, Problem> {
     within("replicas", request.replicas.len(), limits::COPYSETS_MAX)?;
     within("freed volumes", request.freed_volumes.len(), limits::VOLUMES_MAX)?;
+    // Volumes that were purged a moment ago may be among them.
+    within("volumes", request.volumes.len(), 2 * limits::VOLUMES_MAX)?;
     let usage = request.usage.unwrap_or_default();
     Ok(Heartbeat {
         target: TargetId(request.target),
@@ -143,7 +145,13 @@ pub fn heartbeat(request: pb::HeartbeatRequest) -> Result<Heartbeat, Problem> {
         replicas: request.replicas.iter().map(replica).collect::<Result<_, _>>()?,
         freed: request.freed_volumes.into_iter().map(VolumeId).collect(),
         failed_shards: request.failed_shards.iter().filter_map(|at| u16::try_from(*at).ok()).collect(),
+        slots: request.volumes.iter().map(slots).collect(),
+        slots_whole: request.volumes_whole,
     })
+}
+
+fn slots(of: &pb::VolumeSlots) -> (VolumeId, Slots) {
+    (VolumeId(of.volume), Slots { held: of.held.into(), led: of.led.into() })
 }
 
 fn replica(status: &pb::ReplicaStatus) -> Result<Replica, Problem> {

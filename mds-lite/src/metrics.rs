@@ -112,9 +112,12 @@ fn page(state: &State, now: Time) -> String {
     let help = "What volumes of a pool may take up, before replication.";
     let room = pools.iter().map(|(name, pool, _)| (*name, state.pool_capacity(pool)));
     page.each("ashlar_mds_pool_capacity_bytes", help, "pool", room);
-    let help = "What volumes of a pool take up, before replication.";
-    let taken = pools.iter().map(|(name, _, id)| (*name, state.pool_allocated(*id)));
+    let help = "Of chunks of a pool that hold data, before replication.";
+    let taken = pools.iter().map(|(name, _, id)| (*name, state.space_of_pool(Some(*id)).allocated));
     page.each("ashlar_mds_pool_allocated_bytes", help, "pool", taken);
+    let help = "Of segments of a pool that were ever written, before replication: held against its capacity.";
+    let reserved = pools.iter().map(|(name, _, id)| (*name, state.pool_reserved(*id)));
+    page.each("ashlar_mds_pool_reserved_bytes", help, "pool", reserved);
     let volumes = state.volumes.values().filter(|volume| volume.is_live()).count();
     page.one("ashlar_mds_volumes", "gauge", "Volumes that are not deleted or in the bin.", volumes as u64);
     let help = "Of the cluster map; grows with each change.";

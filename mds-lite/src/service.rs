@@ -75,16 +75,19 @@ impl Mds for Service {
 
     async fn heartbeat(&self, request: Request<pb::HeartbeatRequest>) -> Answer<pb::HeartbeatResponse> {
         let beat = intake::heartbeat(request.into_inner())?;
-        let (known, owner) = (beat.known_generation, self.owner()?);
-        let told = |reply, state: &crate::state::State, now| match reply {
-            Reply::Orders(orders) => {
-                Ok((state.policy().heartbeat.0 / 1_000_000, view::away(state, now), orders))
-            }
+        let (known, target, owner) = (beat.known_generation, beat.target, self.owner()?);
+        let told = move |reply, state: &crate::state::State, now| match reply {
+            Reply::Orders(orders) => Ok(pb::HeartbeatResponse {
+                map: None,
+                interval_ms: (state.policy().heartbeat.0 / 1_000_000) as u32,
+                away: view::away(state, now),
+                orders,
+                wants_volumes: state.wants_slots(target),
+            }),
             other => unreachable!("a heartbeat is answered by orders, not {other:?}"),
         };
-        let (interval_ms, away, orders) = owner.command(Command::Heartbeat(beat), told).await?;
-        let interval_ms = interval_ms as u32;
-        answer(pb::HeartbeatResponse { map: newer_than(&owner, known), interval_ms, away, orders })
+        let response = owner.command(Command::Heartbeat(beat), told).await?;
+        answer(pb::HeartbeatResponse { map: newer_than(&owner, known), ..response })
     }
 
     async fn get_map(&self, request: Request<pb::GetMapRequest>) -> Answer<pb::GetMapResponse> {

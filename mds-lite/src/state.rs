@@ -8,6 +8,7 @@
 
 mod error;
 pub mod schedule;
+mod space;
 mod targets;
 mod volumes;
 
@@ -21,6 +22,8 @@ use protocol::types::{CopysetId, LogIndex, ShardAddr, Span, TargetId, Term, Time
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
+
+pub use space::{Slots, Space};
 
 /// The pool that is created by itself, and used when none is named.
 pub const POOL_DEFAULT: &str = "default";
@@ -223,6 +226,10 @@ pub struct Heartbeat {
     pub freed: Vec<VolumeId>,
     /// Shards whose disk failed.
     pub failed_shards: BTreeSet<u16>,
+    /// Chunk slots of volumes: of all that have some, or of those whose number changed.
+    pub slots: BTreeMap<VolumeId, Slots>,
+    /// Those not named have none.
+    pub slots_whole: bool,
 }
 
 /// Space on a target, in bytes.
@@ -351,6 +358,7 @@ pub struct State {
     /// In memory only: who has freed which deleted volume.
     freed: BTreeMap<VolumeId, BTreeSet<TargetId>>,
     schedule: schedule::Schedule,
+    space: space::Reported,
 }
 
 impl State {
@@ -374,6 +382,7 @@ impl State {
             seen: BTreeMap::new(),
             freed: BTreeMap::new(),
             schedule: schedule::Schedule::default(),
+            space: space::Reported::default(),
         };
         for change in records {
             state.apply_one(change);
@@ -405,6 +414,7 @@ impl State {
             Command::RemoveTarget(target) => self.remove_target(target, now),
             Command::Tick { unix_s } => {
                 self.tick(now);
+                self.forget_space_of_offline(now);
                 Ok(Decision { changes: self.purge(unix_s), reply: Reply::Done })
             }
         }
@@ -429,6 +439,7 @@ impl State {
             Change::TargetRemoved(id) => {
                 self.targets.remove(&id);
                 self.seen.remove(&id);
+                self.space.forget(id);
             }
             Change::Pool(id, record) => drop(self.pools.insert(id, record)),
             Change::Copyset(id, record) => drop(self.copysets.insert(id, record)),
@@ -500,8 +511,9 @@ impl State {
         held.iter().map(room).min().map_or(0, |bytes| u64::try_from(bytes).unwrap_or(u64::MAX))
     }
 
-    /// What a pool's volumes take up, before replication, those being deleted included.
-    pub fn pool_allocated(&self, pool: PoolId) -> u64 {
+    /// What a pool's volumes may fill of the segments that they have begun to write, before replication,
+    /// those being deleted included.
+    pub fn pool_reserved(&self, pool: PoolId) -> u64 {
         let of = |id: &VolumeId, volume: &VolumeRecord| {
             self.allocated.get(id).map_or(0, |allocated| allocated.bytes_of(volume))
         };

@@ -2,7 +2,7 @@
 
 use crate::record::{Endpoints, PoolId, TargetRecord, VolumeRecord};
 use crate::state::schedule::{Presence, Task};
-use crate::state::{Leader, Membership, Replica, State, Usage};
+use crate::state::{Leader, Membership, Replica, Space, State, Usage};
 use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb, shard_to_pb};
 use protocol::map::ExportProtocol;
 use protocol::types::{ChunkId, CopysetId, ShardAddr, TargetId, Time, VolumeId};
@@ -14,7 +14,7 @@ pub(crate) fn volume(state: &State, id: VolumeId) -> Result<pb::Volume, Problem>
 }
 
 fn volume_of(state: &State, id: VolumeId, record: &VolumeRecord) -> pb::Volume {
-    let allocated = state.allocation(id);
+    let (allocated, space) = (state.allocation(id), state.space_of(id));
     let exports = state.exports.keys().filter(|(volume, _)| *volume == id);
     pb::Volume {
         id: id.0,
@@ -26,10 +26,11 @@ fn volume_of(state: &State, id: VolumeId, record: &VolumeRecord) -> pb::Volume {
         deleting: record.deleted,
         segments: record.segments(),
         allocated_segments: allocated.count(),
-        allocated_bytes: allocated.bytes_of(record),
+        allocated_bytes: space.allocated,
         exports: exports.map(|(_, protocol)| protocol_to_pb(*protocol).into()).collect(),
         purge_at_s: record.purge_at_s.filter(|_| !record.deleted),
-        replicated_bytes: allocated.bytes_of(record) * u64::from(state.pools[&record.pool].replicas),
+        replicated_bytes: space.replicated,
+        reserved_bytes: space.reserved,
     }
 }
 
@@ -54,7 +55,7 @@ pub(crate) fn pool(state: &State, id: PoolId) -> pb::Pool {
         replicas: record.replicas,
         copysets: record.copysets.iter().map(|id| id.0).collect(),
         capacity_bytes: state.pool_capacity(record),
-        allocated_bytes: state.pool_allocated(id),
+        space: Some(space(state.space_of_pool(Some(id)))),
         failure_domain: state.pool_domain(id).map_or(String::new(), |domain| domain.to_string()),
     }
 }
@@ -162,6 +163,16 @@ pub(crate) fn status(state: &State, now: Time) -> pb::StatusResponse {
         tasks: state.tasks().map(|(id, of)| task(state, now, id, of)).collect(),
         outstanding: outstanding as u32,
         eta_ms: eta.map(|eta| eta.0 / 1_000_000),
+        space: Some(space(state.space_of_pool(None))),
+    }
+}
+
+fn space(space: Space) -> pb::Space {
+    pb::Space {
+        logical_bytes: space.logical,
+        allocated_bytes: space.allocated,
+        replicated_bytes: space.replicated,
+        reserved_bytes: space.reserved,
     }
 }
 

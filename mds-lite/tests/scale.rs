@@ -4,7 +4,7 @@
 use ashlar_mds_lite::placement::{Node, Wanted, place};
 use ashlar_mds_lite::record::{Counters, Endpoints, Uuid, VolumeRecord};
 use ashlar_mds_lite::state::{
-    Change, Command, Heartbeat, Membership, Policy, Registration, Replica, Reply, State, Usage,
+    Change, Command, Heartbeat, Membership, Policy, Registration, Replica, Reply, Slots, State, Usage,
 };
 use ashlar_mds_lite::store::{RedbStore, Store};
 use protocol::control::{map_to_pb, pb};
@@ -88,6 +88,9 @@ fn heartbeats(state: &State) -> Vec<Heartbeat> {
         replicas,
         freed: Vec::new(),
         failed_shards: Default::default(),
+        // Written to a little everywhere, in one interval.
+        slots: (1..=100).map(|id| (VolumeId(id), Slots { held: 40, led: 13 })).collect(),
+        slots_whole: true,
     };
     reports.into_iter().map(beat).collect()
 }

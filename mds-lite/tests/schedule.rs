@@ -307,6 +307,8 @@ impl World {
             replicas: self.targets[&id].replicas.iter().map(replica).collect(),
             freed: Vec::new(),
             failed_shards: BTreeSet::new(),
+            slots: BTreeMap::new(),
+            slots_whole: true,
         };
         let Some(reply) = self.run(Command::Heartbeat(beat)) else {
             self.run(Command::Register(registration(id)));

@@ -328,6 +328,7 @@ impl<R: Reactor> Core<R> {
             export: *self.export.counts(),
             reactor: self.reactor.stats(),
             standings: self.shard.standings(),
+            volumes: self.shard.volume_slots(),
             connections: self.export.connections().count(),
             arena_blocks: (arena.used_blocks(), arena.capacity_blocks()),
             slots_max: self.layout.slots_max,

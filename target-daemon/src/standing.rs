@@ -2,10 +2,11 @@
 
 use crate::control::ShardPort;
 use crate::export::ExportCounts;
-use crate::shard::{ChunkCheck, CopysetStanding, Counts, Membership};
+use crate::shard::{ChunkCheck, CopysetStanding, Counts, Membership, VolumeSlots};
 use copyset::{Health, Lag, Role};
 use protocol::control::{pb, shard_to_pb};
-use protocol::types::{BLOCK_BYTES, CHUNK_BYTES};
+use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, VolumeId};
+use std::collections::BTreeMap;
 
 /// What is published once a second.
 pub struct Snapshot {
@@ -23,6 +24,8 @@ pub struct Snapshot {
     pub reactor: reactor::Stats,
     /// How every copyset stands.
     pub standings: Vec<CopysetStanding>,
+    /// Chunk slots in use, by volume.
+    pub volumes: BTreeMap<VolumeId, VolumeSlots>,
     /// Hosts connected.
     pub connections: usize,
     /// Arena blocks in use and in all.
@@ -91,7 +94,12 @@ fn status(now: &Snapshot) -> pb::ShardStatus {
         blocks_repaired: store.repaired_blocks,
         failed: now.failed,
         failure: String::new(),
+        volumes: now.volumes.iter().map(|(volume, slots)| volume_slots(*volume, *slots)).collect(),
     }
+}
+
+fn volume_slots(volume: VolumeId, slots: VolumeSlots) -> pb::VolumeSlots {
+    pb::VolumeSlots { volume: volume.0, held: slots.held, led: slots.led }
 }
 
 fn count(standings: &[CopysetStanding], which: impl Fn(&CopysetStanding) -> bool) -> u64 {

@@ -5,7 +5,7 @@
 
 use anyhow::{Context, ensure};
 use ashlar_tests::cluster::{DevCluster, wait_until, with_cluster};
-use ashlar_tests::tools::{LONG_LIMIT, by_length, fio_verify, have};
+use ashlar_tests::tools::{LONG_LIMIT, Run, by_length, fio_verify, have};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -138,4 +138,103 @@ fn a_target_lost_for_good_and_one_drained_leave_everything_whole_without_an_io_e
         })?;
         cluster.check_replicas()
     });
+}
+
+/// What `ashlar volume show` prints of a volume's space: allocated and replicated, in chunks of 16 MiB.
+fn chunks_of(cluster: &DevCluster, volume: &str) -> anyhow::Result<(u64, u64)> {
+    let shown = json(cluster, &["volume", "show", volume])?;
+    let chunks = |key: &str| shown[key].as_u64().map(|bytes| bytes >> 24).context(key.to_owned());
+    Ok((chunks("allocated_bytes")?, chunks("replicated_bytes")?))
+}
+
+fn ensure_chunks(cluster: &DevCluster, volume: &str, allocated: u64) -> anyhow::Result<()> {
+    wait_until(20 * SECOND, || {
+        let found = chunks_of(cluster, volume)?;
+        ensure!(found == (allocated, 3 * allocated), "{volume} has {found:?} chunks, not {allocated}");
+        Ok(())
+    })
+}
+
+/// What all volumes take up over all replicas, and what targets say is used, in chunks.
+fn chunks_of_all(cluster: &DevCluster) -> anyhow::Result<(u64, u64)> {
+    let status = json(cluster, &["status"])?;
+    let targets = status["targets"].as_array().context("no targets")?;
+    let used = targets.iter().filter_map(|target| target["used_bytes"].as_u64()).sum::<u64>();
+    Ok((status["space"]["replicated_bytes"].as_u64().context("no space")? >> 24, used >> 24))
+}
+
+fn qemu_io(uri: &str, commands: &[&str]) -> anyhow::Result<()> {
+    let options = commands.iter().flat_map(|command| ["-c", *command]);
+    let ran = Run::new("qemu-io").args(["-f", "raw", "-d", "unmap"]).args(options).arg(uri).ok()?;
+    ensure!(!ran.stdout.contains("failed") && !ran.stderr.contains("failed"), "{}{}", ran.stdout, ran.stderr);
+    Ok(())
+}
+
+/// The parts of a volume that are told as holes, in order.
+fn holes(uri: &str) -> anyhow::Result<Vec<(u64, u64)>> {
+    let ran = Run::new("nbdinfo").args(["--map", "--json", uri]).ok()?;
+    let map: Vec<Value> = serde_json::from_str(&ran.stdout)?;
+    let hole = |part: &Value| {
+        (part["type"] == 3)
+            .then(|| (part["offset"].as_u64().unwrap_or(0), part["length"].as_u64().unwrap_or(0)))
+    };
+    Ok(map.iter().filter_map(hole).collect())
+}
+
+#[test]
+fn a_volume_gives_its_space_back_when_it_is_trimmed_and_when_the_bin_is_emptied() {
+    if !have(&["qemu-io", "nbdinfo"]) {
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    with_cluster(DevCluster::start("256M"), |cluster| {
+        let uri = cluster.uri(0)?;
+        qemu_io(&uri, &["write -P 0xa1 0 32M", "write -P 0xa2 32M 32M", "flush"])?;
+        ensure_chunks(cluster, "vol0", 4)?;
+        ensure!(holes(&uri)? == [(64 * MIB, 192 * MIB)], "{:?}", holes(&uri)?);
+        // One chunk whole, one in two parts, of one a part only.
+        qemu_io(&uri, &["discard 0 16M", "discard 20M 12M", "discard 16M 4M", "discard 40M 8M", "flush"])?;
+        let after = [(0, 32 * MIB), (40 * MIB, 8 * MIB), (64 * MIB, 192 * MIB)];
+        ensure!(holes(&uri)? == after, "{:?}", holes(&uri)?);
+        ensure_chunks(cluster, "vol0", 2)?;
+        qemu_io(&cluster.uri(2)?, &["read -P 0 0 32M", "read -P 0xa2 32M 8M", "read -P 0 40M 8M"])?;
+        // The next owner of the slots.
+        json(cluster, &["volume", "create", "next", "--size", "64M"])?;
+        json(cluster, &["export", "add", "next"])?;
+        let next = uri.replacen("/vol0", "/next", 1);
+        qemu_io(
+            &next,
+            &["write -P 0xb1 1M 64k", "write -P 0xb1 17M 64k", "read -P 0 0 1M", "read -P 0 18M 46M"],
+        )?;
+        ensure_chunks(cluster, "next", 2)?;
+        // All is accounted for.
+        wait_until(10 * SECOND, || {
+            let (volumes, targets) = chunks_of_all(cluster)?;
+            ensure!(volumes == targets && volumes == 12, "{volumes} of volumes, {targets} on targets");
+            Ok(())
+        })?;
+        cluster.check_replicas()?;
+        a_volumes_end(cluster)
+    });
+}
+
+/// Renamed, put into the bin, taken out again under another name, purged: nothing is left on any replica.
+fn a_volumes_end(cluster: &DevCluster) -> anyhow::Result<()> {
+    let refused = cluster.ashlar(&["volume", "rm", "next"]).end()?;
+    ensure!(refused.code == Some(1), "an exported volume was removed: {refused:?}");
+    json(cluster, &["export", "rm", "next"])?;
+    json(cluster, &["volume", "rename", "next", "other"])?;
+    json(cluster, &["volume", "rm", "other"])?;
+    ensure!(cluster.ashlar(&["volume", "show", "other"]).end()?.code == Some(1), "one in the bin is found");
+    json(cluster, &["volume", "undelete", "other", "--as", "again"])?;
+    ensure_chunks(cluster, "again", 2)?;
+    ensure!(cluster.ashlar(&["volume", "rm", "again", "--purge"]).end()?.code == Some(2), "without --yes");
+    json(cluster, &["volume", "rm", "again", "--purge", "--yes"])?;
+    wait_until(20 * SECOND, || {
+        let (volumes, targets) = chunks_of_all(cluster)?;
+        ensure!((volumes, targets) == (6, 6), "{volumes} of volumes, {targets} on targets");
+        let all = json(cluster, &["volume", "ls", "--all"])?;
+        ensure!(all.as_array().is_some_and(|all| all.len() == 1), "{all}");
+        Ok(())
+    })
 }

@@ -39,6 +39,8 @@ pub struct Beat {
     pub away: BTreeSet<TargetId>,
     /// What is wanted of replicas on the target.
     pub orders: Vec<pb::Order>,
+    /// The next is to tell the space of all volumes.
+    pub wants_volumes: bool,
 }
 
 /// A volume by its name, as requests have it.
@@ -79,7 +81,8 @@ impl MdsClient {
         let response = self.link.repeat(async |c| stub(c).heartbeat(request.clone()).await).await?;
         let interval = Duration::from_millis(response.interval_ms.into()).clamp(BEAT_MIN, BEAT_MAX);
         let away = response.away.into_iter().map(TargetId).collect();
-        Ok(Beat { map: self.map(response.map)?, interval, away, orders: response.orders })
+        let pb::HeartbeatResponse { map, orders, wants_volumes, .. } = response;
+        Ok(Beat { map: self.map(map)?, interval, away, orders, wants_volumes })
     }
 
     /// The current map if newer than `known` (0: any), and the last reported leaders.

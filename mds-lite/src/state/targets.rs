@@ -46,6 +46,7 @@ impl State {
             reported: false,
         };
         self.seen.insert(id, seen);
+        self.space.forget(id);
         Ok(Decision { changes, reply: Reply::Done })
     }
 
@@ -278,6 +279,7 @@ impl State {
             reported: true,
         };
         self.seen.insert(target, seen);
+        self.take_slots(target, beat.slots, beat.slots_whole);
         changes.extend(self.free(target, &beat.freed));
         if !changes.is_empty() {
             changes.push(Change::Counters(self.next_generation()));

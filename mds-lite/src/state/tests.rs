@@ -5,7 +5,7 @@ use super::*;
 use crate::store::{RedbStore, Store};
 use proptest::prelude::*;
 use protocol::control::ProblemKind;
-use protocol::types::{ChunkId, SEGMENT_BYTES};
+use protocol::types::{CHUNK_BYTES, ChunkId, SEGMENT_BYTES};
 use tempfile::TempDir;
 
 const GIB: u64 = SEGMENT_BYTES;
@@ -111,6 +111,8 @@ fn beat(id: u32, freed: &[VolumeId]) -> Heartbeat {
         replicas: Vec::new(),
         freed: freed.to_vec(),
         failed_shards: BTreeSet::new(),
+        slots: BTreeMap::new(),
+        slots_whole: false,
     }
 }
 
@@ -263,7 +265,7 @@ fn a_volume_grows_and_never_shrinks_and_what_its_last_segment_takes_up_must_fit(
     // Of the 4 GiB 3.5 are taken: the short segment may grow by all that is left.
     mds.run(resize(9 * GIB)).unwrap();
     assert_eq!((mds.generation(), mds.state.map.volumes[&id].bytes), (before + 1, 9 * GIB));
-    assert_eq!(mds.state.pool_allocated(1), 4 * GIB);
+    assert_eq!(mds.state.pool_reserved(1), 4 * GIB);
     assert_eq!(mds.refused(allocate(id, &[1])), ProblemKind::NoSpace);
     let mds = mds.restart();
     assert_eq!(mds.state.map.volumes[&id].bytes, 9 * GIB);
@@ -625,7 +627,7 @@ fn a_volume_in_the_bin_is_not_served_nor_freed_and_comes_back_with_all_it_held()
     mds.run(Command::DeleteVolume { volume: named("vol0"), purge_at_s: Some(1000) }).unwrap();
     assert!(!mds.state.map.volumes.contains_key(&id), "neither served nor told to be freed");
     assert_eq!(mds.refused(allocate(id, &[1])), ProblemKind::NotFound);
-    assert!(mds.state.pool_allocated(1) > 0, "it takes up space still");
+    assert!(mds.state.pool_reserved(1) > 0, "it takes up space still");
     // Its name is free meanwhile, and it can come back only under a free one.
     let second = mds.create("vol0", GIB).unwrap();
     let undelete = |name: &str| Command::UndeleteVolume { volume: named("vol0"), name: name.into() };
@@ -787,4 +789,51 @@ fn the_report_of_a_deposed_leader_changes_nothing_that_a_later_one_told() {
     let mut mds = mds.restart();
     mds.run(report(members[2], 4, &members, true)).unwrap();
     assert_eq!(mds.state.map.copysets[&id].members, newer);
+}
+
+/// A heartbeat that tells (volume, held, led).
+fn slots(id: u32, told: &[(VolumeId, u64, u64)], slots_whole: bool) -> Command {
+    let slots = told.iter().map(|(volume, held, led)| (*volume, Slots { held: *held, led: *led })).collect();
+    Command::Heartbeat(Heartbeat { slots, slots_whole, ..beat(id, &[]) })
+}
+
+#[test]
+fn space_is_the_sum_of_what_targets_told_last_and_no_more_after_restarts_and_losses() {
+    let mut mds = Mds::ready(16 * GIB);
+    let (one, two) = (mds.create("one", GIB).unwrap(), mds.create("two", 2 * GIB).unwrap());
+    let chunk = CHUNK_BYTES as u64;
+    let taken = |mds: &Mds, id| {
+        let space = mds.state.space_of(id);
+        (space.allocated / chunk, space.replicated / chunk)
+    };
+    mds.run(slots(1, &[(one, 9, 9)], false)).unwrap();
+    assert_eq!(taken(&mds, one), (0, 0), "changes to something unknown say nothing");
+    assert!(mds.state.wants_slots(TargetId(1)));
+    mds.run(slots(1, &[(one, 3, 2), (two, 1, 0)], true)).unwrap();
+    mds.run(slots(2, &[(one, 3, 1), (two, 1, 1)], true)).unwrap();
+    mds.run(slots(3, &[(one, 3, 0)], true)).unwrap();
+    assert!(!mds.state.wants_slots(TargetId(1)));
+    assert_eq!((taken(&mds, one), taken(&mds, two)), ((3, 9), (1, 2)));
+    let all = mds.state.space_of_pool(None);
+    assert_eq!(all, mds.state.space_of_pool(Some(1)));
+    assert_eq!((all.logical, all.allocated / chunk, all.replicated / chunk), (3 * GIB, 4, 11));
+    // A trim; a volume that is not named stays as it was.
+    mds.run(slots(1, &[(one, 1, 1)], false)).unwrap();
+    mds.run(slots(3, &[(one, 0, 0)], false)).unwrap();
+    assert_eq!((taken(&mds, one), taken(&mds, two)), ((2, 4), (1, 2)));
+    // What was told whole before does not count twice.
+    mds.run(slots(2, &[(one, 3, 2)], true)).unwrap();
+    assert_eq!((taken(&mds, one), taken(&mds, two)), ((3, 4), (0, 1)));
+    mds.run(Command::Register(target(2, 16 * GIB))).unwrap();
+    assert_eq!(taken(&mds, one), (1, 1), "it starts and tells again");
+    let mut mds = mds.restart();
+    assert!(mds.state.wants_slots(TargetId(1)) && taken(&mds, one) == (0, 0));
+    mds.run(slots(1, &[(one, 1, 1)], true)).unwrap();
+    assert_eq!(taken(&mds, one), (1, 1));
+    // Its replicas are built elsewhere, so they are counted there.
+    mds.now = mds.now + mds.state.policy().offline_after + Span::ms(1000);
+    mds.run(slots(2, &[(one, 1, 1)], true)).unwrap();
+    mds.run(Command::Tick { unix_s: 0 }).unwrap();
+    assert_eq!(taken(&mds, one), (1, 1));
+    assert!(mds.state.wants_slots(TargetId(1)) && !mds.state.wants_slots(TargetId(2)));
 }

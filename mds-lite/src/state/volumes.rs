@@ -55,7 +55,7 @@ impl State {
         let allocated = self.allocation(id);
         let wanted = allocated.bytes_of(&grown) - allocated.bytes_of(record);
         let pool = &self.pools[&record.pool];
-        let (capacity, held) = (self.pool_capacity(pool), self.pool_allocated(record.pool));
+        let (capacity, held) = (self.pool_capacity(pool), self.pool_reserved(record.pool));
         if wanted > 0 && held.saturating_add(wanted) > capacity {
             return Err(error::no_space(&pool.name, capacity, held, wanted));
         }
@@ -149,7 +149,7 @@ impl State {
             return Ok(Decision::unchanged(Reply::Allocated(bytes)));
         }
         let pool = &self.pools[&volume.pool];
-        let (capacity, held) = (self.pool_capacity(pool), self.pool_allocated(volume.pool));
+        let (capacity, held) = (self.pool_capacity(pool), self.pool_reserved(volume.pool));
         if held.saturating_add(wanted) > capacity {
             return Err(error::no_space(&pool.name, capacity, held, wanted));
         }

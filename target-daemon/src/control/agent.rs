@@ -5,6 +5,7 @@
 //! takes an older one, which names it, for the newest.
 
 use super::FromShard;
+use super::space::Space;
 use crate::shard::{Order, OrderKind};
 use protocol::control::{pb, shard_from_pb};
 use protocol::map::ClusterMap;
@@ -25,13 +26,14 @@ pub struct Agent {
     freed: BTreeMap<VolumeId, BTreeSet<u16>>,
     /// Why each shard that refuses work does so.
     failed: BTreeMap<u16, String>,
+    space: Space,
 }
 
 impl Agent {
     /// A target of so many shards on this disk, without a map.
     pub fn new(target: TargetId, disk: [u8; 16], shards: u16) -> Self {
         let (freed, failed) = (BTreeMap::new(), BTreeMap::new());
-        Self { target, disk, shards, map: None, is_kept: false, freed, failed }
+        Self { target, disk, shards, map: None, is_kept: false, freed, failed, space: Space::default() }
     }
 
     /// The map in force.
@@ -78,8 +80,9 @@ impl Agent {
     }
 
     /// The next heartbeat, from what the shards posted last.
-    pub fn heartbeat(&self, shards: Vec<pb::ShardStatus>, capacity_bytes: u64) -> pb::HeartbeatRequest {
+    pub fn heartbeat(&mut self, shards: Vec<pb::ShardStatus>, capacity_bytes: u64) -> pb::HeartbeatRequest {
         let usage = usage_of(&shards, capacity_bytes);
+        let (volumes, volumes_whole) = self.space.tell(&shards);
         let freed = self.freed.iter().filter(|(_, by)| by.len() == usize::from(self.shards));
         pb::HeartbeatRequest {
             target: self.target.0,
@@ -89,7 +92,14 @@ impl Agent {
             freed_volumes: freed.map(|(volume, _)| volume.0).collect(),
             failed_shards: self.failed.keys().map(|shard| u32::from(*shard)).collect(),
             replicas: shards.into_iter().flat_map(|shard| shard.replicas).collect(),
+            volumes,
+            volumes_whole,
         }
+    }
+
+    /// The last heartbeat was answered; the next one is to tell the space of all volumes, or what changes.
+    pub fn answered(&mut self, wants_volumes: bool) {
+        self.space.taken(wants_volumes);
     }
 
     /// What the shards are to do, by the answer to a heartbeat that was sent at `sent`. Orders go to all shards,
@@ -154,13 +164,13 @@ mod tests {
     #[test]
     fn a_volume_is_freed_when_every_shard_said_so() {
         let mut agent = Agent::new(TargetId(1), [1; 16], 2);
-        let freed = |agent: &Agent| agent.heartbeat(Vec::new(), 0).freed_volumes;
+        let freed = |agent: &mut Agent| agent.heartbeat(Vec::new(), 0).freed_volumes;
         agent.note(0, &FromShard::Freed { volume: VolumeId(3) });
         agent.note(0, &FromShard::Freed { volume: VolumeId(3) });
-        assert!(freed(&agent).is_empty());
+        assert!(freed(&mut agent).is_empty());
         agent.note(1, &FromShard::Freed { volume: VolumeId(3) });
-        assert_eq!(freed(&agent), [3]);
+        assert_eq!(freed(&mut agent), [3]);
         agent.adopt(map(1), true);
-        assert!(freed(&agent).is_empty(), "the map does not list it any more");
+        assert!(freed(&mut agent).is_empty(), "the map does not list it any more");
     }
 }

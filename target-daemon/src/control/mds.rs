@@ -50,6 +50,7 @@ async fn session(control: &Control, trouble: &mut Trouble) -> Result<std::conver
                 let sent = monotonic_now();
                 let beat = client.heartbeat(heartbeat(control)).await?;
                 heard(control);
+                lock(&control.state).agent.answered(beat.wants_volumes);
                 control.subsystems.set_away(beat.away);
                 if let Some(map) = beat.map {
                     control.take_map(map)?;

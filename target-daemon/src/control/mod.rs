@@ -13,6 +13,7 @@ mod map_cache;
 mod mds;
 mod queue;
 mod segments;
+mod space;
 #[cfg(test)]
 mod tests;
 mod web;

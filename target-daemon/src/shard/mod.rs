@@ -183,6 +183,15 @@ pub struct CopysetStanding {
     pub membership: Option<Membership>,
 }
 
+/// Chunk slots of one volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VolumeSlots {
+    /// In use here.
+    pub held: u32,
+    /// In copysets that are led from here: over all targets each chunk is among them once.
+    pub led: u32,
+}
+
 /// A copyset's membership as its leader knows it.
 #[derive(Clone, Debug)]
 pub struct Membership {
@@ -529,6 +538,18 @@ impl Shard {
             }),
         };
         self.hosted.iter().map(standing).collect()
+    }
+
+    /// Chunk slots that each volume has here, and those of them that are in copysets led from here.
+    pub fn volume_slots(&self) -> BTreeMap<VolumeId, VolumeSlots> {
+        let mut all: BTreeMap<VolumeId, VolumeSlots> = BTreeMap::new();
+        for (copyset, volume, slots) in self.store.slots_in_use() {
+            let leads = self.hosted.get(&copyset).is_some_and(|h| h.replica.role() == Role::Leader);
+            let of = all.entry(volume).or_default();
+            of.held += slots;
+            of.led += if leads { slots } else { 0 };
+        }
+        all
     }
 
     /// The replicas here, in order.

@@ -175,10 +175,15 @@ fn heartbeat(dice: &mut Dice) -> pb::HeartbeatRequest {
         leader: dice.below(5) as u32,
         ..pb::ReplicaStatus::default()
     };
+    let known_generation = dice.odd();
+    // Drawn from what is drawn already, so that inputs that were kept mean what they meant.
+    let slots = pb::VolumeSlots { volume: target, held: known_generation as u32, led: target };
     pb::HeartbeatRequest {
         target,
         disk_uuid: vec![target as u8; 16],
-        known_generation: dice.odd(),
+        known_generation,
+        volumes: vec![slots; (known_generation % 3) as usize],
+        volumes_whole: known_generation % 2 == 0,
         replicas: (0..dice.below(5)).map(|_| replica(dice)).collect(),
         freed_volumes: (0..dice.below(3)).map(|_| dice.below(4) as u32).collect(),
         ..pb::HeartbeatRequest::default()
