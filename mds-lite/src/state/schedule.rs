@@ -97,6 +97,8 @@ pub(super) struct Schedule {
     tasks: BTreeMap<CopysetId, Task>,
     /// Until when an order may be acted on that names a target as a replica of a copyset.
     named: BTreeMap<(CopysetId, TargetId), Time>,
+    /// Until when a target may act on an order to free its replica of a copyset.
+    dropping: BTreeMap<(CopysetId, TargetId), Time>,
     /// Since when a target that is online has not reported a replica that it should have.
     missing: BTreeMap<(CopysetId, TargetId), Time>,
     /// Leadership that is to go from a target to another.
@@ -206,16 +208,13 @@ impl State {
         let mut named = Vec::new();
         for (id, task) in &self.schedule.tasks {
             let hosts = task.to.filter(|to| to.target == target);
-            let reported = self.seen[&target].replicas.contains_key(id);
-            if let Some(to) = hosts.filter(|_| !reported) {
+            if let Some(to) = hosts.filter(|to| !self.is_held(*id, *to)) {
                 orders.push(order(*id, pb::order::What::HostOnShard(to.shard.into())));
                 named.push((*id, target));
             }
             let leads = self.leading(*id, now).is_some_and(|(leader, _)| leader == target);
             // The new replica is there before anybody counts on it.
-            let there = task.to.is_none_or(|to| {
-                self.seen.get(&to.target).is_some_and(|seen| seen.replicas.contains_key(id))
-            });
+            let there = task.to.is_none_or(|to| self.is_held(*id, to));
             if leads && there {
                 let members = task.goal.iter().copied().map(protocol::control::shard_to_pb).collect();
                 orders.push(order(*id, pb::order::What::Voters(pb::Voters { members })));
@@ -229,8 +228,21 @@ impl State {
         let until = now + ORDER_VALID;
         self.schedule.named.extend(named.into_iter().map(|key| (key, until)));
         let orphans = self.seen[&target].replicas.keys().filter_map(|id| self.drop_after(*id, target, now));
+        let orphans: Vec<_> = orphans.collect();
+        self.schedule.dropping.extend(orphans.iter().map(|(id, _)| ((*id, target), until)));
+        let orphans = orphans.into_iter();
         orders.extend(orphans.map(|(id, index)| order(id, pb::order::What::DropAfter(index.0))));
         orders
+    }
+
+    /// Whether a target reports a replica of a copyset on that very shard.
+    fn is_held(&self, id: CopysetId, at: ShardAddr) -> bool {
+        self.seen.get(&at.target).and_then(|seen| seen.replicas.get(&id)).is_some_and(|r| r.shard == at.shard)
+    }
+
+    /// Whether a target may still follow an order to free its replica of a copyset: a new one would be freed too.
+    fn is_dropping(&self, id: CopysetId, target: TargetId, now: Time) -> bool {
+        self.schedule.dropping.get(&(id, target)).is_some_and(|until| now <= *until)
     }
 
     /// Whether a replica that a target reports is none of its copyset's any more, and as of which index.
@@ -277,6 +289,7 @@ impl State {
             self.balance_leaders(now);
         }
         self.schedule.named.retain(|_, until| now < *until + ORDER_VALID + ORDER_VALID);
+        self.schedule.dropping.retain(|_, until| now <= *until);
     }
 
     /// Then it is more likely that the MDS is cut off than that all of them are lost, and the few that are left
@@ -446,6 +459,12 @@ impl State {
         to: Option<ShardAddr>,
         now: Time,
     ) {
+        // A replica that was there before, and is not freed yet, is taken on where it lies: a target has one of
+        // a copyset at most.
+        let old = to.and_then(|to| self.seen.get(&to.target)?.replicas.get(&id));
+        let place = |to: ShardAddr| ShardAddr { shard: old.map_or(to.shard, |old| old.shard), ..to };
+        let goal = goal.into_iter().map(|m| if Some(m) == to { place(m) } else { m }).collect();
+        let to = to.map(place);
         tracing::info!(copyset = id.0, why = why.word(), ?from, ?to, "replica is to move");
         let task = Task { why, goal, from, to, began: now, progress_at: now, progress: (0, 0, 0) };
         self.schedule.tasks.insert(id, task);
@@ -464,7 +483,9 @@ impl State {
         let busy = self.busy();
         let takes = |node: &&Node| {
             let tasks = busy.get(&node.target).copied().unwrap_or(0);
-            tasks < self.policy.tasks_a_target && self.has_room(node.target)
+            tasks < self.policy.tasks_a_target
+                && self.has_room(node.target)
+                && !self.is_dropping(id, node.target, now)
         };
         let free: Vec<Node> = nodes.iter().filter(takes).cloned().collect();
         // A replica that was begun there already is worth keeping.
@@ -605,7 +626,8 @@ impl State {
                 };
                 let Some(step) = placement::next_move(&nodes, domain, &copysets, movable) else { break };
                 let taken = busy.get(&step.to.target).copied().unwrap_or(0);
-                if taken >= self.policy.tasks_a_target || !self.has_room(step.to.target) {
+                let dropping = self.is_dropping(ids[step.copyset], step.to.target, now);
+                if taken >= self.policy.tasks_a_target || !self.has_room(step.to.target) || dropping {
                     break;
                 }
                 let members = copysets[step.copyset].iter();
