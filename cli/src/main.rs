@@ -175,7 +175,7 @@ mod tests {
             "volume",
             "volume create v",
             "dev --size 4X",
-            "dev --targets 2",
+            "dev --targets 0",
             "dev --block-size 1000",
         ] {
             let words = std::iter::once("ashlar").chain(line.split_whitespace());

@@ -167,7 +167,7 @@ fn run_many(args: &Args) -> usize {
     let failures = failures.into_inner().expect("no panic holds it");
     let took = begun.elapsed().as_secs_f64();
     let simulated = total.span.0 as f64 / 1e9;
-    println!("{:?}\n{:?}", total.faults, total.shards);
+    println!("{:?}\n{:?}\n{:?}", total.faults, total.shards, total.mds);
     println!(
         "{passed} seeds passed, {} failed {failures:?}: {} turns, {:.2} simulated hours in {took:.0} s ({:.0} times real time), {} requests answered, {} of unknown fate, {} errors, {} doubles",
         failures.len(),

@@ -3,15 +3,16 @@
 //! A node of the world is one shard. The shards of a target share a fate: power fails for all
 //! of them. The control thread is played by whoever holds the ends of the shards' ports.
 
+use super::mds_guard::Guard;
 use super::witness::Witness;
 use super::{Draw, Failure, Mix};
 use protocol::control::pb;
 use protocol::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
-use protocol::types::{CopysetId, ShardAddr, Span, TargetId, VolumeId};
+use protocol::types::{CopysetId, ShardAddr, Span, TargetId, Time, VolumeId};
 use reactor::host::{CoreLoop, Turn};
 use reactor::sim::{SimReactor, SimWorld};
 use reactor::{IoError, Reactor};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::ops::AddAssign;
 use std::path::PathBuf;
@@ -19,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use target_daemon::CopysetStanding;
 use target_daemon::assemble::{ShardPlan, build_core, format_shard};
-use target_daemon::control::{ControlEnds, ShardPort, ToShard, shard_ports};
+use target_daemon::control::{ControlEnds, FromShard, ShardPort, ToShard, shard_ports};
 use target_daemon::core_loop::{Core, Port};
 use target_daemon::siblings::{Sibling, mesh};
 
@@ -31,6 +32,9 @@ const TABLE_BYTES: u64 = 16 * 4096;
 
 /// How often what a shard holds in memory is looked at: once in so many turns.
 const USAGE_EVERY: u64 = 32;
+
+/// The identity of the cluster.
+pub const CLUSTER: [u8; 16] = [7; 16];
 
 /// What shards counted.
 #[derive(Clone, Copy, Default, Debug)]
@@ -72,6 +76,20 @@ pub struct Fleet {
     shards: usize,
     arena_bytes: usize,
     map: Arc<ClusterMap>,
+    /// By target: the map on its disk.
+    caches: Vec<Option<Arc<ClusterMap>>>,
+    /// By target: how often it started.
+    boots: Vec<u64>,
+    /// Targets that have not joined yet.
+    awaited: BTreeSet<usize>,
+    /// Targets that never come back.
+    lost: BTreeSet<usize>,
+    /// Targets that are being emptied, or are to be.
+    pub draining: BTreeSet<usize>,
+    /// What shards told their control side, and which node did.
+    pub reports: Vec<(usize, FromShard)>,
+    /// What memberships must keep to, where they change.
+    pub guard: Option<Guard>,
     /// Who led a copyset in a term.
     leaders: BTreeMap<(CopysetId, u64), usize>,
     tally: Tally,
@@ -108,12 +126,21 @@ impl Fleet {
             catch_up_bytes_s: 64 << 20,
         };
         let nodes = (0..mix.targets * mix.shards).map(|node| Node { plan: plan(node), life: None });
+        let map = Arc::new(cluster_map(mix));
+        let initial = mix.mds.as_ref().map_or(mix.targets, |mds| mds.initial);
         let mut fleet = Self {
             world: world.clone(),
             nodes: nodes.collect(),
             shards: mix.shards,
             arena_bytes: mix.arena_bytes,
-            map: Arc::new(cluster_map(mix)),
+            caches: vec![mix.mds.is_none().then(|| map.clone()); mix.targets],
+            map,
+            boots: vec![0; mix.targets],
+            awaited: (initial..mix.targets).collect(),
+            lost: BTreeSet::new(),
+            draining: BTreeSet::new(),
+            reports: Vec::new(),
+            guard: mix.mds.as_ref().map(|_| Guard::new(mix)),
             leaders: BTreeMap::new(),
             tally: Tally::default(),
             witness: Witness::new(mix),
@@ -124,6 +151,11 @@ impl Fleet {
                 let formatted = format_shard(reactor, &fleet.nodes[node].plan);
                 formatted
                     .map_err(|problem| Failure(format!("shard {node} cannot be formatted: {problem}")))?;
+            }
+            if fleet.awaited.contains(&target) {
+                drop(reactors);
+                fleet.nodes_of(target).for_each(|node| fleet.world.crash(node));
+                continue;
             }
             fleet.start_on(target, reactors)?;
         }
@@ -150,9 +182,99 @@ impl Fleet {
         self.nodes[node].plan.dir.clone()
     }
 
-    /// The map that all of them have.
-    pub fn map(&self) -> &ClusterMap {
+    /// The newest map.
+    pub fn map(&self) -> &Arc<ClusterMap> {
         &self.map
+    }
+
+    /// There is a newer map; nobody is told of it by this.
+    pub fn set_map(&mut self, map: Arc<ClusterMap>) {
+        self.map = map;
+    }
+
+    /// The map on a target's disk.
+    pub fn cache(&self, target: usize) -> Option<&Arc<ClusterMap>> {
+        self.caches[target].as_ref()
+    }
+
+    /// A target writes a map to its disk.
+    pub fn keep(&mut self, target: usize, map: Arc<ClusterMap>) {
+        self.caches[target] = Some(map);
+    }
+
+    /// How often a target has started.
+    pub fn boots(&self, target: usize) -> u64 {
+        self.boots[target]
+    }
+
+    /// Virtual time.
+    pub fn now(&self) -> Time {
+        self.world.now()
+    }
+
+    /// What a target's clock shows.
+    pub fn clock(&self, target: usize) -> Time {
+        self.world.clock(target * self.shards)
+    }
+
+    /// Whether a target is still to join.
+    pub fn is_awaited(&self, target: usize) -> bool {
+        self.awaited.contains(&target)
+    }
+
+    /// Whether a target is part of the cluster: it runs, or will again.
+    pub fn is_there(&self, target: usize) -> bool {
+        !self.awaited.contains(&target) && !self.lost.contains(&target)
+    }
+
+    /// Whether a target was lost for good.
+    pub fn is_lost(&self, target: usize) -> bool {
+        self.lost.contains(&target)
+    }
+
+    /// Targets that replicas may be placed on.
+    pub fn usable(&self) -> impl Iterator<Item = usize> {
+        (0..self.targets()).filter(|target| self.is_there(*target) && !self.draining.contains(target))
+    }
+
+    /// A target joins.
+    pub fn join(&mut self, target: usize) -> Result<(), Failure> {
+        self.awaited.remove(&target);
+        self.start(target)
+    }
+
+    /// A target is lost for good.
+    pub fn lose(&mut self, target: usize) {
+        self.crash(target);
+        self.lost.insert(target);
+    }
+
+    /// Whether every copyset has all its replicas, whole and on targets that run, as the map has it.
+    pub fn is_whole(&self) -> bool {
+        !self.map.copysets.is_empty()
+            && self.map.copysets.iter().all(|(id, entry)| {
+                let whole = |m: &&ShardAddr| {
+                    let node = self.node_of(**m);
+                    let core = self.nodes[node].life.as_ref().map(|life| &life.core);
+                    let replica = core.and_then(|core| core.replica(*id));
+                    replica.is_some_and(|r| {
+                        let members: BTreeSet<_> = r.members().voters().collect();
+                        r.health() == copyset::Health::Whole
+                            && members == entry.members.iter().copied().collect()
+                    })
+                };
+                entry.members.len() == 3 && entry.members.iter().filter(whole).count() == 3
+            })
+    }
+
+    /// The node of a shard.
+    pub fn node_of(&self, shard: ShardAddr) -> usize {
+        (shard.target.0 as usize - 1) * self.shards + usize::from(shard.shard)
+    }
+
+    /// The loop of a shard that runs.
+    pub fn core(&self, node: usize) -> Option<&Core<SimReactor>> {
+        self.nodes[node].life.as_ref().map(|life| &life.core)
     }
 
     /// Whether a target runs.
@@ -185,6 +307,7 @@ impl Fleet {
     }
 
     fn start_on(&mut self, target: usize, reactors: Vec<SimReactor>) -> Result<(), Failure> {
+        self.boots[target] += 1;
         let wakers: Vec<_> = reactors.iter().map(Reactor::waker).collect();
         for ((node, reactor), siblings) in self.nodes_of(target).zip(reactors).zip(mesh(&wakers)) {
             self.start_shard(node, reactor, siblings)?;
@@ -217,7 +340,9 @@ impl Fleet {
             listen,
         )
         .map_err(|problem| Failure(format!("start: shard {node} does not start: {problem}")))?;
-        let _ = ends.shards()[0].send(ToShard::Map(self.map.clone()));
+        if let Some(map) = &self.caches[node / self.shards] {
+            let _ = ends.shards()[0].send(ToShard::Map(map.clone()));
+        }
         self.nodes[node].life = Some(Life { core, ends, turns: 0, failed: false, altered: 0 });
         Ok(())
     }
@@ -252,6 +377,9 @@ impl Fleet {
             self.world.crash(node);
             if let Some(life) = self.nodes[node].life.take() {
                 self.witness.crashed(node, &life.core);
+                if let Some(guard) = &mut self.guard {
+                    guard.crashed(node);
+                }
             }
         }
     }
@@ -267,12 +395,16 @@ impl Fleet {
         let altered = self.world.take_altered(node).into_iter();
         life.altered += altered.filter(|(is_chunks, at)| !is_chunks || *at >= tables).count() as u64;
         while let Some((_, report)) = life.ends.try_report() {
-            if let target_daemon::control::FromShard::Failed { .. } = report {
+            if let FromShard::Failed { .. } = report {
                 life.failed = true;
                 self.tally.failed_disks += 1;
             }
+            if self.guard.is_some() {
+                self.reports.push((node, report));
+            }
         }
         life.turns += 1;
+        let has_failed = life.failed;
         if life.turns.is_multiple_of(USAGE_EVERY)
             && let Some(usage) = life.core.usage().into_iter().find(|usage| !usage.fits())
         {
@@ -283,8 +415,10 @@ impl Fleet {
             self.look(node, &standings)?;
         }
         let core = |node: usize| self.nodes[node].life.as_ref().map(|life| &life.core);
-        match core(node) {
-            Some(this) => self.witness.look(node, this, core, self.world.now()),
+        let Some(this) = core(node) else { return Ok(()) };
+        self.witness.look(node, this, core, self.world.now())?;
+        match &mut self.guard {
+            Some(guard) => guard.look(node, this, has_failed, &self.caches[node / self.shards]),
             None => Ok(()),
         }
     }
@@ -349,7 +483,10 @@ impl Fleet {
 }
 
 fn cluster_map(mix: &Mix) -> ClusterMap {
-    let mut map = ClusterMap { cluster: [7; 16], generation: 1, ..ClusterMap::default() };
+    let mut map = ClusterMap { cluster: CLUSTER, generation: 1, ..ClusterMap::default() };
+    if mix.mds.is_some() {
+        return ClusterMap { generation: 0, ..map };
+    }
     for target in 0..mix.targets {
         let nodes = target * mix.shards..(target + 1) * mix.shards;
         let peers = nodes.map(|node| addresses(node).0).collect();

@@ -6,6 +6,7 @@
 
 use super::fleet::{addresses, volume_name};
 use super::history::{History, Register, Ticket};
+use super::mds_operator::Notice;
 use super::{Draw, Failure, Mix};
 use protocol::nbd::client::{self, Reply};
 use protocol::nbd::wire::{FIXED_NEWSTYLE, GREETING_BYTES, NO_ZEROES, chunk, cmd, cmd_flag, opt, rep};
@@ -79,6 +80,10 @@ pub struct Host {
     next_at: Time,
     heard_at: Time,
     draining: bool,
+    /// Its volume is there; where it is not yet, or not any more, nothing is asked.
+    is_there: bool,
+    /// Its volume is about to go: whatever is asked of it may fail.
+    leaves: bool,
     /// Reads of the end of a run that are still to be made: offset and length.
     last_reads: Vec<(u64, u32)>,
     completions: Vec<Completion>,
@@ -121,7 +126,7 @@ impl Host {
         windows.dedup();
         windows.iter_mut().for_each(|first| *first *= BLOCK_BYTES as u64);
         let now = reactor.now();
-        let mut mix = mix.clone();
+        let (mut mix, is_there) = (mix.clone(), mix.mds.is_none());
         if number < mix.readers {
             mix.reads_permille = 1000;
         }
@@ -145,6 +150,8 @@ impl Host {
             next_at: now,
             heard_at: now,
             draining: false,
+            is_there,
+            leaves: false,
             last_reads: Vec::new(),
             completions: Vec::new(),
             acknowledged: 0,
@@ -160,8 +167,33 @@ impl Host {
         self.reactor.waker().wake();
     }
 
+    /// Its volume.
+    pub fn volume(&self) -> usize {
+        self.volume
+    }
+
+    /// Its volume comes or goes.
+    pub fn hear(&mut self, notice: Notice) {
+        match notice {
+            Notice::There(_) => self.is_there = true,
+            Notice::Leaves(_) => self.leaves = true,
+            Notice::Gone(_) => {
+                self.is_there = false;
+                // Whatever a connection under way still brings is of no interest.
+                self.connection += 1;
+                self.last_reads.clear();
+                let now = self.reactor.now();
+                self.give_up(now);
+            }
+        }
+        self.reactor.waker().wake();
+    }
+
     /// Reads all places of the volume once more.
     pub fn read_everything(&mut self) {
+        if !self.is_there || self.leaves {
+            return;
+        }
         let bytes = self.mix.windows.1 * BLOCK_BYTES as u64;
         for window in &self.windows {
             for at in (*window..*window + bytes).step_by(64 << 10) {
@@ -202,6 +234,7 @@ impl Host {
         let now = self.reactor.now();
         if let State::Idle { again_at } = self.state
             && again_at <= now
+            && self.is_there
             && !(self.draining && self.last_reads.is_empty())
         {
             self.connect();
@@ -219,6 +252,7 @@ impl Host {
 
     fn deadline(&self) -> Option<Time> {
         match self.state {
+            State::Idle { .. } if !self.is_there => None,
             State::Idle { .. } if self.draining && self.last_reads.is_empty() => None,
             State::Idle { again_at } => Some(again_at),
             State::Attached => {
@@ -399,7 +433,7 @@ impl Host {
         if request.error != 0 {
             self.errors += 1;
             let no_space = request.error == NO_SPACE && self.mix.faults.has_little_space();
-            if request.error == SHUTDOWN || no_space || self.mix.faults.has_bad_disk() {
+            if request.error == SHUTDOWN || no_space || self.leaves || self.mix.faults.has_bad_disk() {
                 // Its fate is unknown, as with a lost connection.
                 return Ok(());
             }

@@ -14,9 +14,14 @@ use protocol::types::{BLOCK_BYTES, Span};
 /// damages two disks of three: the right answer is to stop; `full` has fewer slots than chunks, and file
 /// systems that fill up: hosts are told so, and what was written stays; `late` lets requests arrive long after their
 /// sender has asked again elsewhere, while leadership goes to and fro; `discard` trims chunks whole and by halves
-/// where there is not one slot more than chunks.
-pub const FAMILIES: [&str; 11] =
-    ["swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond", "full", "late", "discard"];
+/// where there is not one slot more than chunks; `mds` has metadata servers that place, move and heal, while
+/// targets join, leave, return and are lost, and volumes come and go.
+pub const FAMILIES: [&str; 12] =
+    ["swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond", "full", "late", "discard", "mds"];
+
+/// Of swarm seeds, how many in a thousand have metadata servers. A generator of its own decides, so that all
+/// other seeds are the runs that they were before there were any.
+const WITH_MDS_PERMILLE: u64 = 150;
 
 /// What may go wrong, and about how often; `None` leaves it out.
 #[derive(Clone, Copy, Default, Debug)]
@@ -61,6 +66,12 @@ pub struct Faults {
     pub wire_flip_ppm: u32,
     /// The most that a clock gains or loses, set anew when a target starts.
     pub drift_ppm: Option<u32>,
+    /// Mean time between targets that join.
+    pub join: Option<Span>,
+    /// Mean time between targets that are lost for good, as far as the copysets can bear it.
+    pub lose: Option<Span>,
+    /// Mean time between targets that are away for so long that they are given up, and then return.
+    pub outage: Option<Span>,
     /// Mean time between file systems that fill up for a while.
     pub full_disk: Option<Span>,
     /// Mean time between connections of two shards whose data takes up to 4 s one way.
@@ -69,6 +80,45 @@ pub struct Faults {
     pub rot_chunks: Option<Span>,
     /// Bits that rot in its log while it is down, each time it goes down.
     pub rot_log_permille: u64,
+}
+
+/// The metadata servers of a run, their network, and what operators do.
+#[derive(Clone, Debug)]
+pub struct MdsMix {
+    /// Processes; of several, one leads.
+    pub servers: usize,
+    /// Targets that are there from the beginning; the others join.
+    pub initial: usize,
+    /// How often targets are to send heartbeats.
+    pub heartbeat: Span,
+    /// Hosts are sent elsewhere when a target's last heartbeat is older.
+    pub unstable_after: Span,
+    /// Its replicas are built elsewhere when a target's last heartbeat is older.
+    pub offline_after: Span,
+    /// Most replicas that are built on a target at once.
+    pub tasks_a_target: u32,
+    /// Of messages, in a thousand: lost, sent twice, and very late.
+    pub lost_permille: u64,
+    /// See `lost_permille`.
+    pub doubled_permille: u64,
+    /// See `lost_permille`.
+    pub late_permille: u64,
+    /// Of maps, how many in a thousand a target cannot write to its disk.
+    pub unsaved_permille: u64,
+    /// Of transactions, how many in a thousand end their server: one half before, one half after.
+    pub crash_at_commit_permille: u64,
+    /// Mean time between crashes of a server.
+    pub crash: Option<Span>,
+    /// Mean time between stalls of a server.
+    pub pause: Option<Span>,
+    /// Mean time between a server and a target losing each other.
+    pub cut: Option<Span>,
+    /// Mean time between a server losing the store.
+    pub store_cut: Option<Span>,
+    /// Mean time between drains, and ends of drains.
+    pub drain: Option<Span>,
+    /// Mean time between volumes being created, grown or deleted.
+    pub volumes: Option<Span>,
 }
 
 /// Everything that a seed decides about a run.
@@ -118,6 +168,8 @@ pub struct Mix {
     pub hibernate_after: Span,
     /// What goes wrong.
     pub faults: Faults,
+    /// The metadata servers; `None`: the map is handed in and never changes.
+    pub mds: Option<MdsMix>,
 }
 
 impl Mix {
@@ -146,6 +198,7 @@ impl Mix {
             election_timeout: Span::ms(500),
             hibernate_after: Span::ms(2_000),
             faults: Faults::default(),
+            mds: None,
         }
     }
 
@@ -153,7 +206,20 @@ impl Mix {
     pub fn of_family(family: &str, seed: u64) -> Option<Self> {
         let mut mix = Self::of_seed(seed);
         match family {
-            "swarm" => {}
+            "swarm" => {
+                let with_mds = Draw::new(seed ^ 0x7377_6d64).chance(WITH_MDS_PERMILLE);
+                if with_mds && !mix.faults.has_bad_disk() {
+                    mix.add_mds(seed);
+                }
+            }
+            "mds" => {
+                mix.faults = Faults { down_max: Span::ms(1_500), ..Faults::default() };
+                mix.add_mds(seed);
+                let mut draw = Draw::new(seed ^ 0x6661_6d64);
+                mix.faults.crash = draw.of(&[None, Some(Span::ms(3_000)), Some(Span::ms(8_000))]);
+                mix.faults.pause = draw.of(&[None, None, Some(Span::ms(5_000))]);
+                mix.faults.partition = draw.of(&[None, None, Some(Span::ms(5_000))]);
+            }
             "calm" => mix = Self::calm(),
             "partial" => {
                 mix.volumes = vec![(16 << 20, 512)];
@@ -249,6 +315,51 @@ impl Mix {
         Some(mix)
     }
 
+    /// Puts metadata servers in charge of a cluster that is larger than its copysets need.
+    fn add_mds(&mut self, seed: u64) {
+        let mut draw = Draw::new(seed ^ 0x6d64_7300);
+        let draw = &mut draw;
+        self.targets = draw.of(&[4, 5, 5, 6]);
+        self.shards = draw.of(&[1, 1, 2]);
+        self.copysets = draw.between(2, 5) as usize;
+        // One after the other; those beyond the second come when others have gone.
+        self.volumes = (0..draw.between(3, 6)).map(|_| (draw.of(&[16 << 20, 24 << 20]), 4096)).collect();
+        self.hosts = self.volumes.len() + 1;
+        (self.depth, self.think_us_max) = (draw.of(&[1, 4]), draw.of(&[5_000, 20_000, 60_000]));
+        self.windows = draw.of(&[(1, 8), (2, 32), (3, 64)]);
+        self.blocks_max = self.blocks_max.min(33);
+        self.load = Span::ms(draw.of(&[30_000, 45_000]));
+        // Few slots, so that those which are freed are used again.
+        self.layout.slots_max = 16;
+        let often = |draw: &mut Draw, permille: u64, means: &[u64]| {
+            let mean = draw.of(means);
+            draw.chance(permille).then_some(Span::ms(mean))
+        };
+        self.faults.join = often(draw, 700, &[6_000, 15_000]);
+        self.faults.lose = often(draw, 600, &[8_000, 20_000]);
+        self.faults.outage = often(draw, 500, &[8_000, 20_000]);
+        let initial = draw.between(3, self.targets as u64) as usize;
+        self.mds = Some(MdsMix {
+            servers: draw.of(&[1, 2, 3]),
+            initial: if self.faults.join.is_none() { self.targets } else { initial },
+            heartbeat: Span::ms(draw.of(&[200, 500])),
+            unstable_after: Span::ms(draw.of(&[1_500, 2_500])),
+            offline_after: Span::ms(draw.of(&[4_000, 8_000])),
+            tasks_a_target: draw.of(&[1, 2, 4]),
+            lost_permille: draw.of(&[0, 10, 100]),
+            doubled_permille: draw.of(&[0, 10, 50]),
+            late_permille: draw.of(&[0, 10, 50]),
+            unsaved_permille: draw.of(&[0, 0, 50, 300]),
+            crash_at_commit_permille: draw.of(&[0, 20, 100]),
+            crash: often(draw, 500, &[5_000, 15_000]),
+            pause: often(draw, 500, &[5_000, 15_000]),
+            cut: often(draw, 500, &[2_000, 8_000]),
+            store_cut: often(draw, 400, &[5_000, 15_000]),
+            drain: often(draw, 500, &[8_000, 15_000]),
+            volumes: often(draw, 800, &[3_000, 8_000]),
+        });
+    }
+
     /// What a seed draws.
     pub fn of_seed(seed: u64) -> Self {
         let mut draw = Draw::new(seed ^ 0x6d69_7800);
@@ -281,6 +392,7 @@ impl Mix {
             election_timeout: Span::ms(draw.of(&[500, 500, 300, 1_000])),
             hibernate_after: Span::ms(draw.of(&[400, 2_000, 10_000])),
             faults: Faults::draw(draw),
+            mds: None,
         }
     }
 }
@@ -338,6 +450,22 @@ type Simpler = fn(&mut Mix);
 
 /// Ways to make a failing run simpler, the most telling first; each is kept where the run still fails.
 pub const SIMPLER: &[(&str, Simpler)] = &[
+    ("nobody joins", |mix| mix.faults.join = None),
+    ("nothing is lost for good", |mix| mix.faults.lose = None),
+    ("no long outages", |mix| mix.faults.outage = None),
+    ("no drains", |mix| with_mds(mix, |mds| mds.drain = None)),
+    ("no other volumes", |mix| with_mds(mix, |mds| mds.volumes = None)),
+    ("servers do not crash", |mix| {
+        with_mds(mix, |mds| (mds.crash, mds.crash_at_commit_permille) = (None, 0));
+    }),
+    ("servers do not stall", |mix| with_mds(mix, |mds| mds.pause = None)),
+    ("servers and targets keep in touch", |mix| with_mds(mix, |mds| mds.cut = None)),
+    ("servers reach the store", |mix| with_mds(mix, |mds| mds.store_cut = None)),
+    ("no message is lost, doubled or late", |mix| {
+        with_mds(mix, |mds| (mds.lost_permille, mds.doubled_permille, mds.late_permille) = (0, 0, 0));
+    }),
+    ("every map is written", |mix| with_mds(mix, |mds| mds.unsaved_permille = 0)),
+    ("one server", |mix| with_mds(mix, |mds| mds.servers = 1)),
     ("no power cuts", |mix| mix.faults.crash = None),
     ("no cut of all at once", |mix| mix.faults.crash_all_permille = 0),
     ("no partitions", |mix| mix.faults.partition = None),
@@ -359,12 +487,20 @@ pub const SIMPLER: &[(&str, Simpler)] = &[
     ("one volume", |mix| mix.volumes.truncate(1)),
     ("one copyset", |mix| mix.copysets = 1),
     ("one shard", |mix| mix.shards = 1),
-    ("three targets", |mix| mix.targets = 3),
+    ("three targets", |mix| {
+        if mix.mds.is_none() {
+            mix.targets = 3;
+        }
+    }),
     ("one request at a time", |mix| mix.depth = 1),
     ("short requests", |mix| mix.blocks_max = 1),
     ("half as long", |mix| mix.load = Span(mix.load.0 / 2)),
     ("half as long again", |mix| mix.load = Span(mix.load.0 / 2)),
 ];
+
+fn with_mds(mix: &mut Mix, change: impl FnOnce(&mut MdsMix)) {
+    mix.mds.as_mut().map(change);
+}
 
 /// A store so small that it recycles, flushes and reads back all the time.
 fn small_layout(draw: &mut Draw) -> Layout {

@@ -4,21 +4,25 @@
 //! Mix      what a seed draws: sizes, limits, workload, which faults and how often
 //! Fleet    targets: real cores (shard, store, replicas, links, exports) on simulated reactors
 //! Host     NBD clients that write, read, trim and zero, and go elsewhere when a link breaks
-//! Nemesis  crashes, partitions, resets, stalls, damage at rest
+//! Nemesis  crashes, partitions, resets, stalls, damage at rest, targets that join and are lost
+//! Plane    metadata servers, what targets and they tell each other, and operators (some runs)
 //! Witness  what the copysets agreed on: log matching, one entry an index, durable on a majority
 //! History  every operation on every block, judged as an atomic register at the end
 //! ```
 //!
 //! A run: faults and load for a while, then the faults stop; everything outstanding must end
 //! within a bound, every block is read once more, replicas must become equal. The same seed gives
-//! the same trace. Only `reactor` is simulated; the cluster map is fixed and handed in.
-//!
-//! Deliberately absent: the MDS, and the control thread of targets.
+//! the same trace. Only `reactor` is simulated, and where there is a `Plane`, what carries its messages and
+//! keeps its records; elsewhere the cluster map is fixed and handed in.
 
 mod fleet;
 pub mod history;
 mod host;
 mod judge;
+mod mds;
+mod mds_guard;
+mod mds_operator;
+mod mds_store;
 mod mix;
 mod nemesis;
 mod witness;
@@ -27,7 +31,10 @@ use fleet::Fleet;
 pub use fleet::Tally;
 use history::History;
 use host::Host;
-pub use mix::{FAMILIES, Mix, SIMPLER};
+pub use mds::MdsCount;
+use mds::Plane;
+use mds_operator::Notice;
+pub use mix::{FAMILIES, MdsMix, Mix, SIMPLER};
 pub use nemesis::Count;
 use nemesis::Nemesis;
 use protocol::types::{Span, Time};
@@ -39,6 +46,14 @@ use std::rc::Rc;
 
 /// How long everything outstanding may take once nothing is broken any more.
 const SETTLE_WITHIN: Span = Span::ms(120_000);
+/// The same where replicas are to be moved too: an order is good for 15 s, and replicas go one after the other.
+const SETTLE_WITHIN_MDS: Span = Span::ms(600_000);
+/// How long nothing has moved when all is at rest: an order may be followed for 15 s. And how often something may
+/// begin once more before that: leftovers are tidied up, the last to come back is filled.
+const REST: Span = Span::ms(30_000);
+const ROUNDS_TO_REST: u32 = 10;
+/// How long nothing may move any more once all is well.
+const QUIET: Span = Span::ms(60_000);
 
 /// What a cluster that has stopped because too much broke is allowed to fail in.
 const STOPPED: [&str; 3] = ["liveness:", "equal replicas:", "check:"];
@@ -64,6 +79,8 @@ pub struct Report {
     pub doubles: u64,
     /// What the shards counted, all lives together.
     pub shards: Tally,
+    /// What metadata servers and operators did.
+    pub mds: MdsCount,
 }
 
 impl AddAssign for Report {
@@ -77,6 +94,7 @@ impl AddAssign for Report {
         self.doubles += one.doubles;
         self.faults += one.faults;
         self.shards += one.shards;
+        self.mds += one.mds;
     }
 }
 
@@ -150,6 +168,7 @@ struct Sim {
     fleet: Fleet,
     hosts: Vec<Host>,
     nemesis: Nemesis,
+    plane: Option<Plane>,
     history: Rc<RefCell<History>>,
     turns: u64,
 }
@@ -163,7 +182,8 @@ impl Sim {
         let make = |n: usize| Host::new(&world, shards + n, n, mix, history.clone(), seed);
         let hosts = (0..mix.hosts).map(make).collect::<Result<Vec<_>, _>>()?;
         let nemesis = Nemesis::new(mix, seed, world.now());
-        Ok(Self { world, mix: mix.clone(), fleet, hosts, nemesis, history, turns: 0 })
+        let plane = Plane::new(&world, mix, seed);
+        Ok(Self { world, mix: mix.clone(), fleet, hosts, nemesis, plane, history, turns: 0 })
     }
 
     fn run(mut self) -> Result<Report, Failure> {
@@ -173,8 +193,14 @@ impl Sim {
             let until = self.nemesis.next().min(end);
             self.turn_until(until)?;
             self.nemesis.act(&self.world, &mut self.fleet)?;
+            if let Some(plane) = &mut self.plane {
+                plane.meet(&mut self.fleet);
+            }
         }
         self.nemesis.heal(&self.world, &mut self.fleet)?;
+        if let Some(plane) = &mut self.plane {
+            plane.heal(&mut self.fleet);
+        }
         self.hosts.iter_mut().for_each(Host::drain);
         match self.end() {
             // Where more broke than a copyset can bear, it may stop; it may not lie.
@@ -185,12 +211,13 @@ impl Sim {
         }
         let doubles = self.history.borrow().judge(&self.fleet.witness.changes()?)?;
         let mut report = Report {
-            trace: self.world.trace(),
+            trace: self.world.trace() ^ self.plane.as_ref().map_or(0, Plane::trace),
             turns: self.turns,
             span: self.world.now() - begun,
             faults: self.nemesis.count,
             doubles,
             shards: self.fleet.tally(),
+            mds: self.plane.as_ref().map(|plane| plane.tally(&self.fleet)).unwrap_or_default(),
             ..Report::default()
         };
         for host in &self.hosts {
@@ -203,6 +230,9 @@ impl Sim {
 
     /// Waits until all IO has ended, reads everything, waits for the replicas and compares them.
     fn end(&mut self) -> Result<(), Failure> {
+        if self.plane.is_some() {
+            self.come_to_rest()?;
+        }
         self.settle("hosts did not get their answers", |sim| sim.hosts.iter().all(Host::is_idle))?;
         self.hosts.iter_mut().for_each(Host::read_everything);
         self.settle("the last reads did not end", |sim| sim.hosts.iter().all(Host::is_idle))?;
@@ -212,11 +242,73 @@ impl Sim {
             let target = node / self.mix.shards;
             self.fleet.check_counters(node, self.nemesis.has_bad_disk(target), true)?;
         }
-        Ok(())
+        if self.plane.is_some() { self.stay_in_order() } else { Ok(()) }
+    }
+
+    /// Whether the servers want nothing any more.
+    fn is_in_order(&self) -> bool {
+        self.plane.as_ref().is_none_or(|plane| plane.is_unsettled(&self.fleet).is_none())
+    }
+
+    /// Waits until nothing has moved for a while: a server that has just begun to lead waits before it looks.
+    fn come_to_rest(&mut self) -> Result<(), Failure> {
+        let moves = |sim: &Self| sim.plane.as_ref().map(|plane| plane.tally(&sim.fleet).moves);
+        for _ in 0..ROUNDS_TO_REST {
+            let before = moves(self);
+            self.settle("replicas and volumes did not come to rest", Self::is_in_order)?;
+            let until = self.world.now() + REST;
+            self.turn_until(until)?;
+            if moves(self) == before && self.is_in_order() {
+                return Ok(());
+            }
+        }
+        Err(Failure(format!("liveness: replicas move for ever\n{}", self.describe())))
+    }
+
+    /// Once all is well nothing moves any more.
+    fn stay_in_order(&mut self) -> Result<(), Failure> {
+        let seen =
+            |sim: &Self| sim.plane.as_ref().map(|plane| (plane.epochs(), plane.tally(&sim.fleet).moves));
+        let before = seen(self);
+        let until = self.world.now() + QUIET;
+        self.turn_until(until)?;
+        judge::find_leaks(&self.fleet)?;
+        if seen(self) == before && self.is_in_order() {
+            return Ok(());
+        }
+        Err(Failure(format!(
+            "at rest: replicas move though all was well: {before:?}, then {:?}\n{}",
+            seen(self),
+            self.describe()
+        )))
+    }
+
+    fn describe(&self) -> String {
+        let hosts: String = self.hosts.iter().map(|host| host.describe() + "\n").collect();
+        let plane = self.plane.as_ref();
+        let wanted = plane.and_then(|plane| plane.is_unsettled(&self.fleet)).unwrap_or_default();
+        let plane = plane.map(Plane::describe).unwrap_or_default();
+        format!("{wanted}\n{hosts}{plane}{}", self.fleet.describe())
     }
 
     /// Turns whatever has something to do, until nothing is left to happen before `until`.
     fn turn_until(&mut self, until: Time) -> Result<(), Failure> {
+        loop {
+            let next = self.plane.as_ref().map_or(until, |plane| plane.next().min(until));
+            self.turn_nodes_until(next)?;
+            if let Some(plane) = &mut self.plane {
+                plane.act(&mut self.fleet)?;
+                for notice in plane.notices() {
+                    self.tell_hosts(notice);
+                }
+            }
+            if self.world.now() >= until {
+                return Ok(());
+            }
+        }
+    }
+
+    fn turn_nodes_until(&mut self, until: Time) -> Result<(), Failure> {
         while let Some(node) = self.world.step(until) {
             self.turns += 1;
             NOW.set((self.world.now().0, node));
@@ -224,20 +316,34 @@ impl Sim {
                 Some(host) => self.hosts[host].turn()?,
                 None => self.fleet.turn(node)?,
             }
+            if let Some(plane) = self.plane.as_mut().filter(|_| !self.fleet.reports.is_empty()) {
+                plane.meet(&mut self.fleet);
+                // It may want to act before `until`.
+                if plane.next() <= self.world.now() {
+                    return Ok(());
+                }
+            }
         }
         Ok(())
     }
 
+    fn tell_hosts(&mut self, notice: Notice) {
+        let (Notice::There(volume) | Notice::Leaves(volume) | Notice::Gone(volume)) = notice;
+        for host in self.hosts.iter_mut().filter(|host| host.volume() == volume) {
+            host.hear(notice);
+        }
+    }
+
     /// Waits for something that must come about now that nothing is broken.
     fn settle(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) -> Result<(), Failure> {
-        let limit = self.world.now() + SETTLE_WITHIN;
+        let within = if self.plane.is_some() { SETTLE_WITHIN_MDS } else { SETTLE_WITHIN };
+        let limit = self.world.now() + within;
         while !done(self) {
             if self.world.now() >= limit {
-                let standings = self.fleet.describe();
-                let hosts: String = self.hosts.iter().map(|host| host.describe() + "\n").collect();
                 return Err(Failure(format!(
-                    "liveness: {what} within {} s after the last fault\n{hosts}{standings}",
-                    SETTLE_WITHIN.0 / 1_000_000_000
+                    "liveness: {what} within {} s after the last fault\n{}",
+                    within.0 / 1_000_000_000,
+                    self.describe()
                 )));
             }
             let until = self.world.now() + Span::ms(50);

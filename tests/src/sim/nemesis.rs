@@ -43,6 +43,12 @@ pub struct Count {
     pub full_disks: u64,
     /// Connections whose data took a long way round.
     pub detours: u64,
+    /// Targets that joined.
+    pub joined: u64,
+    /// Targets lost for good.
+    pub lost: u64,
+    /// Targets away for long.
+    pub outages: u64,
 }
 
 impl AddAssign for Count {
@@ -61,6 +67,9 @@ impl AddAssign for Count {
         self.revived += one.revived;
         self.full_disks += one.full_disks;
         self.detours += one.detours;
+        self.joined += one.joined;
+        self.lost += one.lost;
+        self.outages += one.outages;
     }
 }
 
@@ -82,6 +91,9 @@ enum What {
     Empty(usize),
     Detour,
     ResetOneSide(usize, usize),
+    Join,
+    Lose,
+    Outage,
 }
 
 /// The source of all trouble.
@@ -117,6 +129,9 @@ impl Nemesis {
             What::Transfer,
             What::Fill,
             What::Detour,
+            What::Join,
+            What::Lose,
+            What::Outage,
         ];
         for what in kinds {
             nemesis.plan(what, now);
@@ -137,6 +152,9 @@ impl Nemesis {
             What::Break => faults.break_sectors,
             What::Fill => faults.full_disk,
             What::Detour => faults.detour,
+            What::Join => faults.join,
+            What::Lose => faults.lose,
+            What::Outage => faults.outage,
             _ => None,
         };
         if let Some(mean) = mean {
@@ -216,6 +234,9 @@ impl Nemesis {
                 self.count.transfers += 1;
                 let copysets: Vec<_> =
                     fleet.map().copysets.iter().map(|(id, c)| (*id, c.members.clone())).collect();
+                if copysets.is_empty() {
+                    return Ok(());
+                }
                 let (copyset, members) = &copysets[self.draw.below(copysets.len() as u64) as usize];
                 let to = self.draw.of(members).target;
                 fleet.transfer(*copyset, to);
@@ -247,6 +268,9 @@ impl Nemesis {
             }
             What::ResetOneSide(a, b) => world.reset_one_side(a, b),
             What::FastLink(a, b) => world.slow_link(a, b, Span(0)),
+            What::Join => self.join(world, fleet)?,
+            What::Lose => self.lose(world, fleet),
+            What::Outage => self.outage(world, fleet, now),
             What::Rot | What::Break => self.damage(world, fleet, what, "chunks", "chunks")?,
         }
         Ok(())
@@ -315,8 +339,49 @@ impl Nemesis {
         }
     }
 
+    /// A target that was not there before.
+    fn join(&mut self, world: &SimWorld, fleet: &mut Fleet) -> Result<(), Failure> {
+        let Some(target) = (0..fleet.targets()).find(|target| fleet.is_awaited(*target)) else {
+            return Ok(());
+        };
+        tracing::info!(target, "joins");
+        self.count.joined += 1;
+        self.set_clocks(world, fleet, target);
+        fleet.join(target)
+    }
+
+    /// A target that never comes back, when all copysets have all their replicas and three others stay.
+    fn lose(&mut self, world: &SimWorld, fleet: &mut Fleet) {
+        let there: Vec<usize> = fleet.usable().collect();
+        if there.len() < 4 || !fleet.is_whole() {
+            return;
+        }
+        let target = self.draw.of(&there);
+        tracing::info!(target, "lost for good");
+        self.count.lost += 1;
+        fleet.nodes_of(target).for_each(|node| world.resume(node));
+        fleet.lose(target);
+    }
+
+    /// A target is away for longer than it takes to be given up.
+    fn outage(&mut self, world: &SimWorld, fleet: &mut Fleet, now: Time) {
+        let Some(mds) = &self.mix.mds else { return };
+        let (least, most) = (mds.offline_after.0, 4 * mds.offline_after.0);
+        let there: Vec<usize> = fleet.usable().filter(|target| fleet.is_up(*target)).collect();
+        if there.is_empty() {
+            return;
+        }
+        let target = self.draw.of(&there);
+        let back = now + Span(self.draw.between(least, most));
+        tracing::info!(target, ?back, "away for long");
+        self.count.outages += 1;
+        fleet.nodes_of(target).for_each(|node| world.resume(node));
+        fleet.crash(target);
+        self.agenda.insert((back, What::Start(target)));
+    }
+
     fn start(&mut self, world: &SimWorld, fleet: &mut Fleet, target: usize) -> Result<(), Failure> {
-        if fleet.is_up(target) {
+        if fleet.is_up(target) || !fleet.is_there(target) {
             return Ok(());
         }
         let is_bad = target == self.victim || Some(target) == self.second;
@@ -399,7 +464,7 @@ impl Nemesis {
                 self.count.revived += 1;
                 fleet.crash(target);
             }
-            if !fleet.is_up(target) {
+            if !fleet.is_up(target) && fleet.is_there(target) {
                 self.set_clocks(world, fleet, target);
                 fleet.start(target)?;
             }

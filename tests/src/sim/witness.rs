@@ -15,8 +15,9 @@ use super::history::{Change, Register};
 use super::{Failure, Mix};
 use chunkstore::{EntryPayload, Payload};
 use copyset::{Body, Entry, HardState, Health, Replica};
+use protocol::raft::Members;
 use protocol::types::{
-    BLOCK_BYTES, BlockRange, CHUNK_BYTES, ChunkId, CopysetId, LogIndex, Term, Time, block_crc,
+    BLOCK_BYTES, BlockRange, CHUNK_BYTES, ChunkId, CopysetId, LogIndex, ShardAddr, Term, Time, block_crc,
 };
 use reactor::sim::SimReactor;
 use rustc_hash::FxHashMap;
@@ -208,18 +209,20 @@ impl Witness {
             }
             None => {}
         }
-        let members: Vec<usize> = replica
-            .members()
-            .voters()
-            .map(|m| (m.target.0 as usize - 1) * self.shards + usize::from(m.shard))
-            .collect();
-        let holding =
-            members.iter().filter(|member| self.is_durable(**member, (id, index, term), cores(**member)));
-        let holding = holding.count();
-        if holding <= members.len() / 2 {
+        // By the membership of that entry, or by one that came after: whichever was in force when the leader
+        // counted. Of two that follow each other any two majorities meet.
+        let holds = |members: &Members| {
+            let node = |m: ShardAddr| (m.target.0 as usize - 1) * self.shards + usize::from(m.shard);
+            let voters: Vec<usize> = members.voters().map(node).collect();
+            let holding =
+                voters.iter().filter(|member| self.is_durable(**member, (id, index, term), cores(**member)));
+            holding.count() > voters.len() / 2
+        };
+        if !holds(&replica.members_as_of(index)) && !holds(replica.members()) {
             return Err(Failure(format!(
-                "durable quorum: node {node} applies {at:?} of term {term}, which {holding} of {} voters hold durably",
-                members.len()
+                "durable quorum: node {node} applies {at:?} of term {term}, which no majority holds durably of {:?}, then {:?}",
+                replica.members_as_of(index),
+                replica.members()
             )));
         }
         self.chosen.insert(at, Chosen { term, at: now });
