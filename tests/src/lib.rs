@@ -1,7 +1,8 @@
 //! Interop, model and simulation tests: what they share.
 //!
 //! The tests themselves lie in `tests/`: `interop` runs real NBD clients against `ashlar dev`, `faults` kills, stops,
-//! starves and damages its processes under load, `nvme` attaches
+//! starves and damages its processes under load, `operator` drains and loses targets, `etcd` kills the leaders of a
+//! control plane of several MDS, `nvme` attaches
 //! the Linux kernel's NVMe/TCP initiator in a virtual machine. All meet the cluster as its users do: a binary, `dev.json`, URIs.
 //!
 //! Invariants: one cluster at a time on a machine (a file lock); a test that cannot run says SKIPPED and why, on
@@ -18,6 +19,7 @@ pub mod damage;
 pub mod fuzz;
 pub mod metrics;
 pub mod register;
+pub mod several;
 pub mod sim;
 pub mod tools;
 pub mod vm;

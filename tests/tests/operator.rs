@@ -5,6 +5,8 @@
 
 use anyhow::{Context, ensure};
 use ashlar_tests::cluster::{DevCluster, wait_until, with_cluster};
+use ashlar_tests::metrics;
+use ashlar_tests::several::{Part, Several, Shape};
 use ashlar_tests::tools::{LONG_LIMIT, Run, by_length, fio_verify, have};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -237,4 +239,124 @@ fn a_volumes_end(cluster: &DevCluster) -> anyhow::Result<()> {
         ensure!(all.as_array().is_some_and(|all| all.len() == 1), "{all}");
         Ok(())
     })
+}
+
+/// What fio says of one run: the 99th percentile of writes in milliseconds, over all of its jobs.
+fn p99_ms(told: &str) -> anyhow::Result<f64> {
+    let told: Value = serde_json::from_str(told.get(told.find('{').unwrap_or(0)..).unwrap_or(""))?;
+    let of = |job: &Value| job["write"]["clat_ns"]["percentile"]["99.000000"].as_f64();
+    let jobs = told["jobs"].as_array().context("no jobs")?;
+    let all: Vec<f64> = jobs.iter().filter_map(of).collect();
+    ensure!(!all.is_empty(), "fio told no percentiles: {told}");
+    Ok(all.iter().sum::<f64>() / all.len() as f64 / 1e6)
+}
+
+/// fio on four volumes at once, through two targets that live, for so many seconds.
+fn on_four(cluster: &Several, args: &[&str]) -> Run {
+    let mut run =
+        Run::new("fio").args(["--output-format=json", "--name=global", "--ioengine=nbd", "--verify=crc32c"]);
+    run = run.args([
+        "--verify_fatal=1",
+        "--serialize_overlap=1",
+        "--verify_state_save=0",
+        "--exitall_on_error=1",
+    ]);
+    run = run.args(args).limit(LONG_LIMIT);
+    for n in 0..4 {
+        run =
+            run.arg(format!("--name=v{n}")).arg(format!("--uri={}", cluster.uri(n % 2, &format!("vol{n}"))));
+    }
+    run
+}
+
+/// Five targets in three zones, each in a network namespace, under fio with verification on four volumes: one
+/// is killed for good, another one drained. Prints how long and how fast the rebuild was, and what hosts noticed.
+#[test]
+fn five_targets_in_three_zones_lose_one_for_good_and_are_drained_of_another_under_verified_io() {
+    if !have(&["fio"]) {
+        return;
+    }
+    let shape = Shape { etcd: 0, mds: 1, targets: 5, zones: 3 };
+    let mut cluster = Several::start(shape).unwrap_or_else(|error| panic!("no cluster: {error:#}"));
+    let ran = lose_and_drain(&mut cluster).and_then(|()| cluster.stop());
+    ran.unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+fn lose_and_drain(cluster: &mut Several) -> anyhow::Result<()> {
+    for n in 1..4 {
+        cluster.create_volume(&format!("vol{n}"), "256M")?;
+    }
+    let size = by_length("--size=96M", "--size=240M");
+    on_four(cluster, &["--rw=write", "--bs=128k", "--iodepth=4", size]).ok().context("fio's first pass")?;
+    let status = |cluster: &Several| -> anyhow::Result<Value> {
+        Ok(serde_json::from_str(&cluster.ashlar(&["status", "-o", "json"]).ok()?.stdout)?)
+    };
+    ensure!(status(cluster)?["pools"][0]["failure_domain"] == "zone", "three replicas in three zones");
+    let load = |cluster: &Several, seconds: u32| {
+        let runtime = format!("--runtime={seconds}");
+        let steady = ["--rw=randwrite", "--bs=4k", "--iodepth=2", "--rate_iops=100", "--verify_backlog=512"];
+        on_four(cluster, &[&steady[..], &["--time_based", size, &runtime]].concat())
+    };
+    let before = p99_ms(&load(cluster, by_length(8, 30)).ok()?.stdout)?;
+    let filled = |cluster: &Several| -> anyhow::Result<f64> {
+        let pages = (0..4).map(|n| cluster.metrics(n)).collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(pages.iter().map(|page| metrics::sum(page, "ashlar_catch_up_blocks_total") * 4096.0).sum())
+    };
+    let already = filled(cluster)?;
+    // The fifth leads none of fio's exports. A host's pause at the kill is an election, not the rebuild.
+    cluster.kill(Part::Target(4))?;
+    let killed = Instant::now();
+    let outstanding = |cluster: &Several| -> anyhow::Result<u64> {
+        status(cluster)?["outstanding"].as_u64().context("no count of replicas to move")
+    };
+    wait_until(60 * SECOND, || {
+        ensure!(outstanding(cluster)? > 0, "nothing is rebuilt yet");
+        Ok(())
+    })?;
+    let began = Instant::now();
+    let mut during = Vec::new();
+    let whole = |cluster: &Several, gone: &[u64]| -> anyhow::Result<()> {
+        let status = status(cluster)?;
+        for copyset in status["copysets"].as_array().into_iter().flatten() {
+            let members: Vec<u64> = copyset["members"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|m| m["target"].as_u64())
+                .collect();
+            ensure!(members.len() == 3 && copyset["degraded"] == false, "{copyset}");
+            ensure!(!members.iter().any(|target| gone.contains(target)), "{copyset}");
+        }
+        Ok(())
+    };
+    while let Err(error) = whole(cluster, &[5]) {
+        ensure!(killed.elapsed() < by_length(150, 600) * SECOND, "not whole again: {error:#}");
+        during.push(p99_ms(&load(cluster, 2).ok().context("IO failed during the rebuild")?.stdout)?);
+    }
+    let (rebuilt, bytes) = (began.elapsed().as_secs_f64(), filled(cluster)? - already);
+    let worst = during.iter().copied().fold(0.0, f64::max);
+    during.sort_by(f64::total_cmp);
+    let median = during.get(during.len() / 2).copied().unwrap_or(before);
+    eprintln!(
+        "whole again {:.1?} after the kill; rebuilt {:.0} MiB in {rebuilt:.1} s: {:.1} MiB/s. p99 of writes: \
+         {before:.1} ms before, {median:.1} ms during (median of {} runs of 2 s; the worst {worst:.1} ms): {:.2} times",
+        killed.elapsed(),
+        bytes / 1048576.0,
+        bytes / 1048576.0 / rebuilt,
+        during.len(),
+        median / before
+    );
+    ensure!(bytes > 0.0, "nothing was filled");
+    let mut fio = load(cluster, by_length(12, 40)).spawn()?;
+    let began = Instant::now();
+    cluster.ashlar(&["target", "drain", "3"]).ok()?;
+    wait_until(by_length(120, 600) * SECOND, || whole(cluster, &[3, 5]))?;
+    eprintln!("target 3 is empty {:.1?} after it was drained", began.elapsed());
+    ensure!(fio.is_running()? || fio.left()?.0 == Some(0), "IO failed during the drain: {:?}", fio.left()?);
+    fio.ok().context("IO during the drain")?;
+    for n in 0..4 {
+        let volume = format!("vol{n}");
+        cluster.ashlar(&["volume", "check", &volume, "--wait", "60"]).limit(LONG_LIMIT).ok()?;
+    }
+    Ok(())
 }

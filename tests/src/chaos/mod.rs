@@ -22,7 +22,7 @@
 mod disk;
 mod fleet;
 mod nemesis;
-mod net;
+pub(crate) mod net;
 mod trace;
 
 use crate::fuzz::Dice;
