@@ -68,6 +68,7 @@ fn core() -> (Core<Ring>, SocketAddr) {
         heartbeat: Span::ms(20),
         hibernate_after: Span::ms(60_000),
         io_timeout: None,
+        catch_up_bytes_s: 64 << 20,
     };
     format_shard(&mut ring, &plan).expect("formatted");
     let waker = ring.waker();

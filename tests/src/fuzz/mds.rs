@@ -183,7 +183,7 @@ fn heartbeat(dice: &mut Dice) -> pb::HeartbeatRequest {
         disk_uuid: vec![target as u8; 16],
         known_generation,
         volumes: vec![slots; (known_generation % 3) as usize],
-        volumes_whole: known_generation % 2 == 0,
+        volumes_whole: known_generation.is_multiple_of(2),
         replicas: (0..dice.below(5)).map(|_| replica(dice)).collect(),
         freed_volumes: (0..dice.below(3)).map(|_| dice.below(4) as u32).collect(),
         ..pb::HeartbeatRequest::default()

@@ -460,6 +460,7 @@ impl Plane {
                 let Some(Beat { sent, .. }) = beat.take() else { return };
                 let interval = Span::ms(beaten.interval_ms.into());
                 (*last, *next) = (now, now + interval);
+                node.agent.answered(beaten.wants_volumes);
                 if let Some(map) = beaten.map {
                     self.take_map(fleet, to, &map);
                 }
@@ -674,25 +675,30 @@ impl Plane {
     /// As `Service`.
     fn answer(&mut self, fleet: &mut Fleet, server: usize, ask: Ask) -> Result<Answer, Failure> {
         let wrong = |problem: Problem| Failure(format!("intake: a target's own message: {problem}"));
-        let (command, known) = match ask {
-            Ask::Register(request) => (Command::Register(intake::registration(request).map_err(wrong)?), 0),
+        let (command, known, of) = match ask {
+            Ask::Register(request) => {
+                (Command::Register(intake::registration(request).map_err(wrong)?), 0, None)
+            }
             Ask::Beat(request) => {
                 let beat = intake::heartbeat(request).map_err(wrong)?;
-                let known = beat.known_generation;
-                (Command::Heartbeat(beat), known)
+                let (known, of) = (beat.known_generation, beat.target);
+                (Command::Heartbeat(beat), known, Some(of))
             }
         };
         let reply = match self.execute(fleet, server, command)? {
             Ok(reply) => reply,
             Err(kind) => return Ok(Answer::Refused(kind)),
         };
-        let map = self.servers[server].lead.as_ref().map(|lead| lead.state.map());
+        let state = self.servers[server].lead.as_ref().map(|lead| &lead.state);
+        let wants_volumes = state.zip(of).is_some_and(|(state, target)| state.wants_slots(target));
+        let map = state.map(|state| state.map());
         let map = map.filter(|map| map.generation > known).map(|map| map_to_pb(map));
         Ok(match reply {
             Reply::Orders(orders) => {
                 self.count.beats += 1;
                 let interval_ms = (self.policy.heartbeat.0 / 1_000_000) as u32;
-                Answer::Beaten(pb::HeartbeatResponse { map, interval_ms, away: Vec::new(), orders })
+                let away = Vec::new();
+                Answer::Beaten(pb::HeartbeatResponse { map, interval_ms, away, orders, wants_volumes })
             }
             _ => Answer::Registered(map),
         })
