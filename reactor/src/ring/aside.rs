@@ -127,6 +127,16 @@ impl Aside {
     }
 }
 
+/// A thread outlives its ring, and what it starts later inherits where it may run.
+impl Drop for Aside {
+    fn drop(&mut self) {
+        if self.stays_until.is_some() {
+            let freed = self.allow(&self.allowed);
+            tracing::debug!(?freed, "runs anywhere again");
+        }
+    }
+}
+
 /// Ticks that each processor has idled so far; empty where /proc does not say. A processor on which a thread sleeps
 /// for its ring is told as waiting for IO, which is idling too.
 fn idle_ticks() -> Vec<u64> {
@@ -189,6 +199,12 @@ mod tests {
         aside.allowed.iter().for_each(|cpu| aside.move_to(*cpu));
         aside.allow(&aside.allowed).expect("where it ran before");
         assert_eq!(free(), before);
+
+        let Some(mut amid) = Aside::new() else { return };
+        amid.move_to(amid.allowed[0]);
+        amid.stays_until = Some(Time(0) + STAY);
+        drop(amid);
+        assert_eq!(free(), before, "dropped amid its stay");
         assert_eq!(idle_ticks().len(), std::thread::available_parallelism().map_or(1, |n| n.get()));
     }
 }
