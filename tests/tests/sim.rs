@@ -43,6 +43,11 @@ const ONCE_FAILED: &[(&str, u64, &str)] = &[
     ("swarm", 30_061, "a segment full of small entries that wait was never recycled"),
     ("full", 2, "two writes were promised the last slot: the log filled with blocks that had no place"),
     ("full", 31, "as full 2"),
+    (
+        "mds",
+        4,
+        "a replica was to move to another shard of a target that had lost it: its vote went first, elsewhere was room",
+    ),
     ("mds", 5, "an old replica on another shard was taken for the new one, which came only after 10 min"),
     ("mds", 22, "a map that could not be written was not written later: nothing was freed there any more"),
 ];

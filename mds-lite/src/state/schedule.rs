@@ -438,16 +438,20 @@ impl State {
             return;
         }
         let kept: Vec<ShardAddr> = record.members.iter().copied().filter(|m| Some(*m) != victim).collect();
+        let goes = victim.map(|m| m.target);
         let comes = why != Why::Tidy && kept.len() < pool.replicas as usize;
-        let to = if comes { self.place_for(id, record, &kept, now) } else { None };
-        if comes && to.is_none() {
+        let place = if comes { self.place_for(id, record, &kept, goes, now) } else { None };
+        if comes && place.is_none() {
             return;
         }
+        // What a target has lost it cannot be given while it still votes for it: then its vote goes first, which
+        // nobody can count on any more, and what is missing is built when that is done.
+        let to = place.filter(|to| Some(to.target) != goes);
         let goal: Vec<ShardAddr> = kept.into_iter().chain(to).collect();
         if goal.is_empty() {
             return;
         }
-        self.add_task(id, why, goal, victim.map(|m| m.target), to, now);
+        self.add_task(id, why, goal, goes, to, now);
     }
 
     fn add_task(
@@ -470,11 +474,14 @@ impl State {
         self.schedule.tasks.insert(id, task);
     }
 
+    /// Where a new replica comes beside those that are kept. On the target whose replica goes only where none of
+    /// the others is as good: it would have to leave before it can come.
     fn place_for(
         &self,
         id: CopysetId,
         record: &CopysetRecord,
         kept: &[ShardAddr],
+        goes: Option<TargetId>,
         now: Time,
     ) -> Option<ShardAddr> {
         let pool = &self.pools[&record.pool];
@@ -512,10 +519,12 @@ impl State {
             if self.copysets.len() > 4096 { 0 } else { self.copysets.values().filter(meets).count() }
         };
         // Weaker domains rather than none: what is said of the pool says so too.
+        let others: Vec<Node> = free.iter().filter(|n| Some(n.target) != goes).cloned().collect();
         [domain, Domain::Host, Domain::Target]
             .into_iter()
             .filter(|weaker| *weaker <= domain)
-            .find_map(|domain| placement::choose(&free, &kept, domain, shared))
+            .flat_map(|domain| [(&others, domain), (&free, domain)])
+            .find_map(|(nodes, domain)| placement::choose(nodes, &kept, domain, shared))
     }
 
     /// Tasks that fill a target.

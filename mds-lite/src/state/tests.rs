@@ -742,6 +742,55 @@ fn what_a_lost_target_held_is_built_elsewhere_after_a_while_and_no_more_at_once_
     assert_eq!(orders, [pb::order::What::HostOnShard(place.shard.into())]);
 }
 
+/// Lets time pass until the MDS wants something of a copyset; target 3 does not hold that one, and the heartbeats of
+/// the others tell the map.
+fn pass_without_a_replica(mds: &mut Mds, id: CopysetId, alive: &[u32]) -> schedule::Task {
+    for _ in 0..100 {
+        mds.now = mds.now + Span::ms(1000);
+        for target in alive {
+            let mut beat = full_beat(mds, *target);
+            beat.replicas.retain(|r| *target != 3 || r.copyset != id);
+            mds.run(Command::Heartbeat(beat)).unwrap();
+        }
+        mds.run(Command::Tick { unix_s: 0 }).unwrap();
+        if let Some(task) = mds.state.task(id) {
+            return task.clone();
+        }
+    }
+    panic!("nobody misses the replica of copyset {id}");
+}
+
+#[test]
+fn a_replica_that_its_target_lost_is_built_elsewhere_and_never_while_the_old_one_has_a_vote() {
+    for targets in [3, 4] {
+        let mut mds = Mds::new(Policy { targets_expected: targets, ..Policy::default() });
+        let all: Vec<u32> = (1..=targets).collect();
+        all.iter().for_each(|id| drop(mds.run(Command::Register(target(*id, GIB))).unwrap()));
+        pass(&mut mds, 30, &all);
+        let at_3 = |members: &[ShardAddr]| members.iter().any(|m| m.target.0 == 3);
+        let mut copysets = mds.state.map.copysets.iter();
+        let found = copysets.find(|(_, e)| at_3(&e.members) && e.members[0].target.0 != 3);
+        let (id, members) = found.map(|(id, entry)| (*id, entry.members.clone())).unwrap();
+        let kept: Vec<_> = members.into_iter().filter(|m| m.target.0 != 3).collect();
+        let task = pass_without_a_replica(&mut mds, id, &all);
+        assert_eq!((task.why, task.from), (schedule::Why::Recover, Some(TargetId(3))));
+        if targets == 4 {
+            assert!(task.to.is_some_and(|to| to.target.0 != 3), "there is another place: {task:?}");
+            continue;
+        }
+        assert_eq!((task.to, &task.goal), (None, &kept), "first its vote goes");
+        let leader = kept[0];
+        let voters = Membership { voters: kept, learners: vec![], settled: true, lags: vec![], busy: true };
+        let mut told = full_beat(&mds, leader.target.0);
+        let report = told.replicas.iter_mut().find(|r| r.copyset == id).unwrap();
+        (report.commit, report.membership) = (LogIndex(10), Some(voters));
+        mds.run(Command::Heartbeat(told)).unwrap();
+        mds.run(Command::Tick { unix_s: 0 }).unwrap();
+        let task = pass_without_a_replica(&mut mds, id, &all);
+        assert_eq!((task.why, task.to.map(|to| to.target)), (schedule::Why::Count, Some(TargetId(3))));
+    }
+}
+
 #[test]
 fn an_mds_that_hears_of_few_targets_begins_nothing() {
     let mut mds = Mds::new(Policy { targets_expected: 5, ..Policy::default() });

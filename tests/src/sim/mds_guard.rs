@@ -1,11 +1,13 @@
 //! What changes of memberships must keep to, whatever the servers order.
 //!
-//! - from one committed membership to the next at most one voter comes or goes, and three always stay;
+//! - from one committed membership to the next at most one voter comes or goes, and three always stay, unless the
+//!   one that goes never held a replica;
 //! - a replica that was freed has no vote when it is made anew;
 //! - a replica is freed only when the committed membership does not name it, and neither does the map on its
 //!   target's disk: nothing that a restart reads makes it anew with a vote;
 //! - a server that answers as the leader is the one that leads;
-//! - each change wanted replaces, adds or takes away one replica; no target is filled by more than its share;
+//! - each change wanted replaces, adds or takes away one replica, and moves none within a target; no target is filled
+//!   by more than its share;
 //! - no more changes begin than there are reasons for (`note_reasons`).
 
 use super::{Failure, Mix};
@@ -60,6 +62,10 @@ impl Guard {
             freed: 0,
             begun: 0,
         }
+    }
+
+    fn node_of(&self, member: ShardAddr) -> usize {
+        (member.target.0 as usize - 1) * self.shards + usize::from(member.shard)
     }
 
     /// A node's power is cut: what it holds is read anew when it starts.
@@ -120,7 +126,8 @@ impl Guard {
                 let (old, new) = (voters(before), voters(&members));
                 let changed = old.symmetric_difference(&new).count();
                 self.changes += changed as u64;
-                if new.len() < VOTERS_LEAST {
+                let counts = |m: &&ShardAddr| self.ever.contains(&(self.node_of(**m), id));
+                if new.len() < VOTERS_LEAST && old.difference(&new).any(|m| counts(&m)) {
                     return Err(Failure(format!(
                         "membership: copyset {id} has {} voters as of {index}, {members:?}",
                         new.len()
@@ -186,6 +193,14 @@ impl Guard {
             if comes > 1 || goes > 1 || task.goal.is_empty() {
                 return Err(Failure(format!(
                     "orders: copyset {id} is to go from {members:?} to {:?} at once",
+                    task.goal
+                )));
+            }
+            // It would have to lose the one before it gets the other.
+            let moved = |m: &&ShardAddr| members.iter().any(|o| o.target == m.target && o != *m);
+            if task.goal.iter().any(|m| moved(&m)) {
+                return Err(Failure(format!(
+                    "orders: a replica of copyset {id} is to move within a target, from {members:?} to {:?}",
                     task.goal
                 )));
             }
