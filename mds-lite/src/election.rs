@@ -6,8 +6,9 @@
 //! with its key besides (`store/etcd.rs`): a process that was stopped and goes on later writes nothing.
 
 use crate::etcd::{Etcd, Trouble, created_at, put};
+use crate::lease::Lease;
+use protocol::types::{Span, Time};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -22,35 +23,35 @@ pub(crate) fn candidates(prefix: &str) -> String {
     format!("{prefix}/leader/")
 }
 
-/// How long one may go on as the leader.
+/// How long one may go on as the leader, by this process's clock.
 #[derive(Clone, Debug)]
 pub(crate) struct Tenure {
     began: Instant,
-    /// Nanoseconds after `began`.
-    until: Arc<AtomicU64>,
+    lease: Arc<Lease>,
 }
 
 impl Tenure {
     fn new() -> Self {
-        Self { began: Instant::now(), until: Arc::default() }
+        Self { began: Instant::now(), lease: Arc::default() }
     }
 
-    fn extend(&self, until: Instant) {
-        let after = until.saturating_duration_since(self.began).as_nanos();
-        self.until.store(u64::try_from(after).unwrap_or(u64::MAX), Ordering::Release);
+    fn extend(&self, asked: Instant, length: Duration) {
+        let span = Span(u64::try_from(length.as_nanos()).unwrap_or(u64::MAX));
+        self.lease.extend(self.time(asked), span);
     }
 
     fn end(&self) {
-        self.until.store(0, Ordering::Release);
-    }
-
-    fn until(&self) -> Instant {
-        self.began + Duration::from_nanos(self.until.load(Ordering::Acquire))
+        self.lease.end();
     }
 
     /// Whether it goes on at this moment.
     pub(crate) fn holds(&self) -> bool {
-        Instant::now() < self.until()
+        self.lease.holds(self.time(Instant::now()))
+    }
+
+    fn time(&self, at: Instant) -> Time {
+        let after = at.saturating_duration_since(self.began).as_nanos();
+        Time(u64::try_from(after).unwrap_or(u64::MAX))
     }
 }
 
@@ -92,7 +93,7 @@ impl Candidacy {
         let tenure = Tenure::new();
         let asked = Instant::now();
         let (lease, length) = etcd.grant(LEASE_S).await?;
-        tenure.extend(asked + length);
+        tenure.extend(asked, length);
         let key = format!("{}{lease:016x}", candidates(prefix));
         let request = crate::etcd::pb::TxnRequest {
             compare: vec![created_at(&key, 0)],
@@ -138,7 +139,7 @@ impl Candidacy {
     #[cfg(test)]
     pub(crate) fn believe_for_ever(&self) {
         self.renewing.abort();
-        self.mandate.tenure.extend(Instant::now() + Duration::from_secs(3600));
+        self.mandate.tenure.extend(Instant::now(), Duration::from_secs(3600));
     }
 
     /// Resolves when the lease is lost, or can no longer be known to hold.
@@ -172,7 +173,7 @@ async fn renew(etcd: Etcd, lease: i64, length: Duration, tenure: Tenure, lost: w
         match etcd.keep_alive(lease, length / RENEWALS).await {
             Ok(Duration::ZERO) => break,
             Ok(length) => {
-                tenure.extend(sent + length);
+                tenure.extend(sent, length);
                 pause = length / RENEWALS;
             }
             Err(trouble) => {

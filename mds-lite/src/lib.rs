@@ -21,6 +21,7 @@ mod etcd;
 mod etcd_server;
 pub mod gate;
 pub mod intake;
+pub mod lease;
 mod metrics;
 mod owner;
 pub mod placement;

@@ -17,6 +17,7 @@ use super::mds_operator::{Notice, Operator};
 use super::mds_store::{LEASE, Store};
 use super::{Draw, Failure, MdsMix, Mix};
 use mds_lite::intake;
+use mds_lite::lease::Lease;
 use mds_lite::record::Uuid;
 use mds_lite::state::{Command, Policy, Reply, State};
 use protocol::control::{Problem, ProblemKind, map_from_pb, map_to_pb, pb};
@@ -179,8 +180,8 @@ struct Lead {
     state: State,
     since: Time,
     term: u64,
-    /// When it must stop, unless the lease is renewed; `None`: it is the only process.
-    until: Option<Time>,
+    /// When it must stop, unless it is renewed; `None`: it is the only process.
+    lease: Option<Lease>,
 }
 
 /// The control plane.
@@ -550,8 +551,8 @@ impl Plane {
         }
         let reaches = this.has_store;
         match &mut this.lead {
-            Some(lead) if reaches => match lead.until {
-                Some(_) if self.store.renew(lead.term, now) => lead.until = Some(now + LEASE),
+            Some(lead) if reaches => match &lead.lease {
+                Some(lease) if self.store.renew(lead.term, now) => lease.extend(now, LEASE),
                 Some(_) => this.lead = None,
                 None => {}
             },
@@ -579,9 +580,10 @@ impl Plane {
         if let Some(guard) = &mut fleet.guard {
             guard.another_leads();
         }
-        let until = (self.servers.len() > 1).then_some(now + LEASE);
+        let lease = (self.servers.len() > 1).then(Lease::default);
+        lease.iter().for_each(|lease| lease.extend(now, LEASE));
         let life = self.servers[server].life;
-        self.servers[server].lead = Some(Lead { state, since: now, term, until });
+        self.servers[server].lead = Some(Lead { state, since: now, term, lease });
         self.count.leads += 1;
         self.at(self.policy.heartbeat, Event::Tick(server, life));
         Ok(())
@@ -611,7 +613,7 @@ impl Plane {
         let Some(lead) = this.lead.as_mut().filter(|_| this.is_up) else {
             return Ok(Err(ProblemKind::Unreachable));
         };
-        if lead.until.is_some_and(|until| now >= until) {
+        if lead.lease.as_ref().is_some_and(|lease| !lease.holds(now)) {
             this.lead = None;
             return Ok(Err(ProblemKind::Unreachable));
         }
