@@ -190,3 +190,62 @@ fn catch_up_in_a_full_log(count: u16, a_batch: u64) {
         assert!(!matches!(rig.store.entry_payload(CS, LogIndex(index)), EntryPayload::Gone));
     }
 }
+
+/// The catch-up takes whatever room it is given, operation by operation, while what waits is being copied.
+#[test]
+fn a_catch_up_leaves_room_for_the_copies_that_are_still_to_be_made() {
+    for (count, piece) in [(COUNT, 1), (COUNT, COUNT), (1, 1), (1, COUNT)] {
+        for seed in 0..3 {
+            greedy_catch_up(count, piece, &mut Rng(seed));
+        }
+    }
+}
+
+fn greedy_catch_up(count: u16, piece: u16, rng: &mut Rng) {
+    let layout = Layout { ram_blocks_max: 1, ..small_layout() };
+    let mut rig = Rig::new(&layout);
+    rig.pass(2000);
+    rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
+    rig.settle();
+    let crcs = |index, count: u16| -> Vec<u32> {
+        seeds(index)[..count.into()].iter().map(|seed| block_crc(&block(*seed))).collect()
+    };
+    let mut last = 0;
+    while rig.store.can_append(CS, LogIndex(last + 1), 1, count.into()) {
+        last += 1;
+        let body = Body::Write { chunk: chunk(9), range: BlockRange { first: 0, count } };
+        let entry = Entry { term: Term(1), index: LogIndex(last), body };
+        let payload = Buf::of(&seeds(last)[..count.into()]);
+        rig.store.stage(Record::Entry { copyset: CS, entry }, Some(payload), &crcs(last, count));
+        if last % 10 == 0 {
+            rig.settle();
+        }
+    }
+    rig.store.stage(Record::InstallBegin { copyset: CS }, None, &[]);
+    rig.settle();
+    let pieces = 4 * layout.log_blocks() / u64::from(piece);
+    let (mut staged, mut idle) = (0, 0);
+    while staged < pieces {
+        while staged < pieces && rig.store.can_stage(piece.into()) {
+            (staged, idle) = (staged + 1, 0);
+            let range = BlockRange { first: (staged % 100) as u16 * COUNT, count: piece };
+            let record =
+                Record::InstallBlocks { copyset: CS, chunk: chunk((staged / 100) as u32 % 4), range };
+            let payload = Buf::of(&seeds(1000 + staged)[..piece.into()]);
+            rig.store.stage(record, Some(payload), &crcs(1000 + staged, piece));
+            rig.drain();
+        }
+        match rig.ops.len() {
+            0 => {
+                idle += 1;
+                assert!(idle < 200, "no room for piece {staged} of {pieces}: {:?}", rig.store.stats());
+                rig.pass(100);
+            }
+            ops => rig.complete(rng.below(ops as u64) as usize),
+        }
+        rig.drain();
+    }
+    for index in 1..=last {
+        assert!(!matches!(rig.store.entry_payload(CS, LogIndex(index)), EntryPayload::Gone));
+    }
+}
