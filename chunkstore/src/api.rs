@@ -106,7 +106,7 @@ impl Default for Layout {
             reserve_slots: 16,
             batch_blocks_max: BATCH_BLOCKS_MAX,
             batches_in_flight_max: 4,
-            flush_in_flight_max: 4,
+            flush_in_flight_max: 8,
             table_cache_max: 1024,
             ram_blocks_max: 8192,
             flush_ahead: true,

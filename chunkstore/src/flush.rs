@@ -8,6 +8,7 @@
 //! for ever. A chunk whose overlay is larger than a job may be is done by several, one by one.
 
 use crate::api::*;
+use crate::overlay::OverlayBlock;
 use crate::read::Pending;
 use crate::store::Store;
 use crate::table::{COPY_STRIDE, PAGE_CRCS, PAGES, encode_page};
@@ -141,14 +142,14 @@ impl<P: Payload> Store<P> {
     /// Blocks of a chunk that the round wants in their slot, as many as a job may have.
     fn eligible(&self, chunk: ChunkId) -> Vec<Item<P>> {
         let Some(state) = self.chunks.get(&chunk) else { return Vec::new() };
-        let wanted = |b: &&crate::store::OverlayBlock<P>| {
+        let wanted = |b: &OverlayBlock<P>| {
             b.lsn <= self.log.durable && self.round.wants(state.copyset, b.lsn, b.index)
         };
         let blocks = state.overlay.iter().filter(|(_, b)| wanted(b));
         blocks
             .take(self.job_blocks_max())
             .map(|(block, b)| Item {
-                block: *block,
+                block,
                 lsn: b.lsn,
                 index: b.index,
                 at: b.at,
@@ -244,7 +245,7 @@ impl<P: Payload> Store<P> {
             self.stats.moved_blocks += 1;
             return;
         };
-        let stayed = state.overlay.get(&block).is_some_and(|b| b.lsn == lsn && b.ram.is_none());
+        let stayed = state.overlay.get(block).is_some_and(|b| b.lsn == lsn && b.ram.is_none());
         if stayed {
             self.stats.corrupt_blocks += 1;
             let bad = BadBlock { block, expected: Some(crc) };
@@ -355,15 +356,14 @@ impl<P: Payload> Store<P> {
 
     fn drop_items(&mut self, chunk: ChunkId, items: &[Item<P>]) {
         let Some(state) = self.chunks.get_mut(&chunk) else { return };
+        let before = state.overlay.counted();
         for item in items {
-            let same = |b: &crate::store::OverlayBlock<P>| {
-                b.lsn == item.lsn && b.index == item.index && b.crc == item.crc
-            };
-            if state.overlay.get(&item.block).is_some_and(same) {
-                state.overlay.remove(&item.block);
-                self.overlay_blocks -= 1;
+            let same = |b: &OverlayBlock<P>| b.lsn == item.lsn && b.index == item.index && b.crc == item.crc;
+            if state.overlay.get(item.block).is_some_and(same) {
+                state.overlay.remove(item.block);
             }
         }
+        self.overlaid.change(before, state.overlay.counted());
         self.tidy_chunk(chunk);
     }
 

@@ -16,6 +16,7 @@ mod driver;
 mod flush;
 mod inspect;
 mod log;
+mod overlay;
 mod pool;
 mod preformat;
 mod read;

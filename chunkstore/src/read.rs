@@ -198,7 +198,7 @@ impl<P: Payload> Store<P> {
     /// CRC at rest of a block's latest content, the table being at hand.
     fn expected(&self, chunk: ChunkId, block: usize) -> Option<u32> {
         let Some(state) = self.chunks.get(&chunk) else { return Some(0) };
-        if let Some(over) = state.overlay.get(&(block as u16)) {
+        if let Some(over) = state.overlay.get(block as u16) {
             return Some(over.crc);
         }
         state.slot.map_or(Some(0), |slot| self.tables.get(slot).and_then(|t| t.expected(block)))
@@ -245,7 +245,7 @@ impl<P: Payload> Store<P> {
 
     fn locate(&self, chunk: ChunkId, block: usize) -> (Source, u32, Option<(P, usize)>) {
         let Some(state) = self.chunks.get(&chunk) else { return (Source::Zero, 0, None) };
-        if let Some(over) = state.overlay.get(&(block as u16)) {
+        if let Some(over) = state.overlay.get(block as u16) {
             return match &over.ram {
                 _ if over.crc == 0 => (Source::Zero, 0, None),
                 Some(ram) => (Source::Ram, over.crc, Some(ram.clone())),

@@ -4,6 +4,7 @@ use crate::api::*;
 use crate::batch::{Logged, payload_blocks};
 use crate::checkpoint::{self, Checkpoint};
 use crate::log::Log;
+use crate::overlay::Counted;
 use crate::pool::{Pool, Slot};
 use crate::round::Base;
 use crate::store::{Copyset, EntryMeta, Map, Placed, Store};
@@ -264,7 +265,7 @@ fn new_store<P: Payload>(
         copysets: BTreeMap::new(),
         chunks: Map::default(),
         dirty: BTreeSet::new(),
-        overlay_blocks: 0,
+        overlaid: Counted::default(),
         waiting_blocks: 0,
         ram: VecDeque::new(),
         ram_blocks: 0,

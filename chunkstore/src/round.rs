@@ -11,7 +11,7 @@
 use crate::api::*;
 use crate::checkpoint::{self, Checkpoint, CopysetImage, SlotImage};
 use crate::read::Pending;
-use crate::store::{EntryMeta, Store};
+use crate::store::{AHEAD_EIGHTHS, EntryMeta, Store};
 use protocol::raft::{Body, Members};
 use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, Span, Term, Time};
 use smallvec::SmallVec;
@@ -183,7 +183,7 @@ impl<P: Payload> Store<P> {
         let idle = Time(self.last_stage.0.saturating_add(self.layout.flush_idle_ns));
         let at = match () {
             () if self.is_urgent() => Some(self.round.retry_at.unwrap_or(self.now)),
-            () if self.overlay_blocks > 0 || !self.pool.retired.is_empty() => Some(idle),
+            () if self.overlaid.blocks > 0 || !self.pool.retired.is_empty() => Some(idle),
             () if self.preformat.idle() && (self.log.ready, self.pool.ready) != self.round.last_ready => {
                 Some(idle)
             }
@@ -247,14 +247,14 @@ impl<P: Payload> Store<P> {
         self.open_round(self.log.uses[keep].first_lsn, stop || keep == 0);
     }
 
-    /// Begins to flush the older half of what is in memory, when the overlay fills half of that.
+    /// Begins to flush what would leave memory next, when the overlay fills a part of it.
     fn begin_ahead(&mut self) {
-        let full = self.overlay_blocks > self.layout.ram_blocks_max as u64 / 2;
+        let full = self.overlaid.data > (self.layout.ram_blocks_max / 8 * AHEAD_EIGHTHS) as u64;
         if !self.layout.flush_ahead || !full || self.now < self.round.ahead_after || !self.round_can_begin() {
             return;
         }
-        let Some(middle) = self.ram.get(self.ram.len() / 2) else { return };
-        let below = middle.lsn.min(self.log.durable + 1);
+        let Some(oldest_kept) = self.ram.get(self.ram.len() / 8 * (8 - AHEAD_EIGHTHS)) else { return };
+        let below = oldest_kept.lsn.min(self.log.durable + 1);
         let round = &mut self.round;
         (round.phase, round.ahead, round.below) = (Phase::Flush, true, below);
         round.floors.clear();
@@ -280,8 +280,9 @@ impl<P: Payload> Store<P> {
         let mut chunks: Vec<(u64, ChunkId)> = Vec::new();
         for chunk in &self.dirty {
             let state = &self.chunks[chunk];
-            let wanted = state.overlay.values().filter(|b| self.round.wants(state.copyset, b.lsn, b.index));
-            chunks.extend(wanted.map(|b| b.lsn).min().map(|lsn| (lsn, *chunk)));
+            let wanted =
+                state.overlay.iter().filter(|(_, b)| self.round.wants(state.copyset, b.lsn, b.index));
+            chunks.extend(wanted.map(|(_, b)| b.lsn).min().map(|lsn| (lsn, *chunk)));
         }
         chunks.sort_unstable();
         self.flush.queue = chunks.into_iter().map(|(_, chunk)| chunk).collect();
@@ -487,7 +488,7 @@ impl<P: Payload> Store<P> {
         for chunk in &self.dirty {
             let state = &self.chunks[chunk];
             let mut wanted = None;
-            for block in state.overlay.values() {
+            for (_, block) in state.overlay.iter() {
                 if self.round.wants(state.copyset, block.lsn, block.index) {
                     wanted = Some(block.lsn <= self.log.durable);
                     if wanted == Some(true) {

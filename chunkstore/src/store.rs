@@ -7,11 +7,11 @@
 use crate::api::*;
 use crate::flush::Flush;
 use crate::log::Log;
+use crate::overlay::{Counted, Overlay, OverlayBlock};
 use crate::pool::Pool;
 use crate::preformat::Preformat;
 use crate::read::{Pending, Reads};
 use crate::round::Round;
-use crate::table::Table;
 use crate::tables::{Tables, Waiter};
 use protocol::raft::{Body, Entry, HardState, Members};
 use protocol::types::{
@@ -40,6 +40,16 @@ const TAKEN_EIGHTHS: usize = 3;
 const WINDOW_SHARE: usize = 5;
 /// ... and then at most so many are under way.
 const WINDOW_MAX: usize = 256;
+/// Blocks are flushed ahead of need when those that are newer than their slots fill so many eighths of what memory
+/// may hold.
+pub(crate) const AHEAD_EIGHTHS: usize = 3;
+/// From so many eighths on writes are held back, ...
+const HOLD_EIGHTHS: usize = 4;
+/// ... and from so many on, only a few are under way: what has left memory costs the flusher a read of the log for
+/// each block, and so long as writes come as fast as it flushes it never catches up.
+const FULL_EIGHTHS: usize = 6;
+/// The few: after a start all that was not flushed lies in the log, and hosts wait.
+const FEW: usize = 16;
 
 /// Most log blocks of entries that wait to be applied, of so many replicas. Beyond the limit that is looked at
 /// before entries are taken (a lone one always is), what was applied waits again after a start, as far as
@@ -133,23 +143,11 @@ impl<P> Copyset<P> {
     }
 }
 
-/// A block whose latest content is not in its slot.
-#[derive(Clone)]
-pub(crate) struct OverlayBlock<P> {
-    pub lsn: u64,
-    /// Of the entry; 0 for an installed block.
-    pub index: LogIndex,
-    pub at: u32,
-    /// At rest; 0: zeroes.
-    pub crc: u32,
-    pub ram: Option<(P, usize)>,
-}
-
 /// A chunk that is not all zeroes, or was not.
 pub(crate) struct Chunk<P> {
     pub copyset: CopysetId,
     pub slot: Option<u32>,
-    pub overlay: BTreeMap<u16, OverlayBlock<P>>,
+    pub overlay: Overlay<P>,
     /// Write entries that are not applied yet.
     pub refs: u32,
     /// Counts the writes to the slot.
@@ -183,7 +181,8 @@ pub struct Store<P> {
     pub(crate) chunks: Map<ChunkId, Chunk<P>>,
     /// Chunks with an overlay.
     pub(crate) dirty: BTreeSet<ChunkId>,
-    pub(crate) overlay_blocks: u64,
+    /// All overlays together.
+    pub(crate) overlaid: Counted,
     /// Log blocks of entries that wait to be applied.
     pub(crate) waiting_blocks: usize,
     pub(crate) ram: VecDeque<RamItem>,
@@ -262,17 +261,24 @@ impl<P: Payload> Store<P> {
         let replaced = self.copysets.get(&copyset).map_or(0, |c| c.waiting_blocks(from));
         self.can_stage(blocks) && self.may_wait(replaced, entries + blocks, TAKEN_EIGHTHS)
     }
-    /// How many writes a leader had better have under way: fewer, the less room the log has, so that hosts
-    /// are slowed down to what the flusher can do before they are stopped by a log that is full.
+    /// How many writes a leader had better have under way: fewer, the less room the log has and the more of memory
+    /// waits for the flusher, so that hosts are slowed down to what it can do before they are stopped by a log that
+    /// is full.
     pub fn write_window(&self) -> usize {
-        let (room, full) = (self.log.room() as usize, self.log.ready_blocks() / WINDOW_SHARE);
-        if room >= full { usize::MAX } else { 1 + WINDOW_MAX * room / full }
+        let window = |room, full| if room >= full { usize::MAX } else { 1 + WINDOW_MAX * room / full };
+        let by_log = window(self.log.room() as usize, self.log.ready_blocks() / WINDOW_SHARE);
+        if !self.layout.flush_ahead {
+            return by_log;
+        }
+        let eighth = self.layout.ram_blocks_max / 8;
+        let room = (eighth * FULL_EIGHTHS).saturating_sub(self.overlaid.data as usize);
+        by_log.min(window(room, eighth * (FULL_EIGHTHS - HOLD_EIGHTHS)).max(FEW))
     }
     /// Whether a leader may stage a discard. One of a few bytes covers thousands of blocks, each of
     /// which takes memory until it is flushed; one of a whole chunk takes none.
     pub fn can_zero(&self, range: BlockRange) -> bool {
         range == BlockRange::CHUNK
-            || self.overlay_blocks + u64::from(range.count) <= self.overlay_blocks_max()
+            || self.overlaid.blocks + u64::from(range.count) <= self.overlay_blocks_max()
     }
     /// What the log can hold, and as much again of blocks that are only known to be zeroes.
     fn overlay_blocks_max(&self) -> u64 {
@@ -280,7 +286,7 @@ impl<P: Payload> Store<P> {
     }
     /// Whether discards that are not flushed begin to take much memory.
     pub(crate) fn is_crowded(&self) -> bool {
-        self.overlay_blocks > self.overlay_blocks_max() - self.layout.zero_blocks_max / 4 * 3
+        self.overlaid.blocks > self.overlay_blocks_max() - self.layout.zero_blocks_max / 4 * 3
     }
     fn may_wait(&self, replaced: usize, more: usize, eighths: usize) -> bool {
         let waiting = self.waiting_blocks - replaced;
@@ -376,7 +382,7 @@ impl<P: Payload> Store<P> {
         let crc = protocol::types::block_crc(payload.block(0));
         let Some(state) = self.chunks.get(&chunk) else { return false };
         let copyset = state.copyset;
-        let fits = match state.overlay.get(&block) {
+        let fits = match state.overlay.get(block) {
             Some(over) => over.crc == crc_at_rest(crc),
             None => {
                 let Some(slot) = state.slot else { return false };
@@ -438,7 +444,7 @@ impl<P: Payload> Store<P> {
             used_slots: self.pool.used as u64,
             segments_used: self.log.uses.len() as u64,
             segments_ready: self.log.ready.into(),
-            overlay_blocks: self.overlay_blocks,
+            overlay_blocks: self.overlaid.blocks,
             ram_blocks: self.ram_blocks as u64,
             waiting_blocks: self.waiting_blocks as u64,
             tables_cached: self.tables.len() as u64,
@@ -454,8 +460,7 @@ impl<P: Payload> Store<P> {
             meta.ram = None;
         }
         if let Some(chunk) = self.chunks.get_mut(&item.chunk) {
-            let range = item.range.first..=(item.range.end() - 1) as u16;
-            chunk.overlay.range_mut(range).filter(|(_, b)| b.lsn == item.lsn).for_each(|(_, b)| b.ram = None);
+            chunk.overlay.forget_ram(item.range, item.lsn);
         }
     }
 }
@@ -675,7 +680,7 @@ impl<P: Payload> Store<P> {
             if let Some(state) = self.copysets.get_mut(&copyset) {
                 state.chunks.insert(chunk);
             }
-            Chunk { copyset, slot: None, overlay: BTreeMap::new(), refs: 0, flushes: 0 }
+            Chunk { copyset, slot: None, overlay: Overlay::new(), refs: 0, flushes: 0 }
         })
     }
 
@@ -688,15 +693,15 @@ impl<P: Payload> Store<P> {
         placed: &Placed<'_, P>,
     ) {
         let state = self.chunk(copyset, chunk);
-        let before = state.overlay.len();
+        let before = state.overlay.counted();
         for (nth, block) in range.blocks().enumerate() {
             let ram = placed.payload.clone().map(|p| (p, nth));
             let (at, crc) = (placed.at + nth as u32, crc_at_rest(placed.crcs[nth]));
-            state.overlay.insert(block as u16, OverlayBlock { lsn: placed.lsn, index, at, crc, ram });
+            state.overlay.put(block as u16, OverlayBlock { lsn: placed.lsn, index, at, crc, ram });
         }
-        let added = state.overlay.len() - before;
-        self.overlay_blocks += added as u64;
-        if before == 0 {
+        let after = state.overlay.counted();
+        self.overlaid.change(before, after);
+        if before.blocks == 0 {
             self.dirty.insert(chunk);
         }
     }
@@ -717,18 +722,17 @@ impl<P: Payload> Store<P> {
         if range == BlockRange::CHUNK {
             return self.drop_chunk(chunk);
         }
-        let before = state.overlay.len();
+        let before = state.overlay.counted();
         match state.slot {
             // Nothing lies beneath that had to be covered.
-            None => state.overlay.retain(|block, _| !range.blocks().contains(&usize::from(*block))),
+            None => state.overlay.remove_range(range),
             Some(slot) => {
                 let over = OverlayBlock { lsn, index, at: 0, crc: 0, ram: None };
-                cover(&mut state.overlay, range, &over, self.tables.get(slot));
+                state.overlay.cover(range, &over, self.tables.get(slot));
             }
         }
-        let nothing_left =
-            state.overlay.len() == CHUNK_BLOCKS && state.overlay.values().all(|over| over.crc == 0);
-        self.overlay_blocks = self.overlay_blocks + state.overlay.len() as u64 - before as u64;
+        let nothing_left = state.overlay.len() == CHUNK_BLOCKS && state.overlay.is_zero();
+        self.overlaid.change(before, state.overlay.counted());
         if nothing_left {
             return self.drop_chunk(chunk);
         }
@@ -741,7 +745,7 @@ impl<P: Payload> Store<P> {
     /// Forgets a chunk's content and frees its slot.
     pub(crate) fn drop_chunk(&mut self, chunk: ChunkId) {
         let Some(state) = self.chunks.get_mut(&chunk) else { return };
-        self.overlay_blocks -= state.overlay.len() as u64;
+        self.overlaid.change(state.overlay.counted(), Counted::default());
         state.overlay.clear();
         state.flushes += 1;
         if let Some(slot) = state.slot.take() {
@@ -763,25 +767,6 @@ impl<P: Payload> Store<P> {
                 owner.chunks.remove(&chunk);
             }
             self.chunks.remove(&chunk);
-        }
-    }
-}
-
-/// Lays zeroes over blocks of a slot, but where its table (if it is at hand) has zeroes already.
-fn cover<P: Clone>(
-    overlay: &mut BTreeMap<u16, OverlayBlock<P>>,
-    range: BlockRange,
-    zero: &OverlayBlock<P>,
-    table: Option<&Table>,
-) {
-    for block in range.blocks() {
-        let zero_below = table.is_some_and(|table| table.expected(block) == Some(0));
-        match overlay.get_mut(&(block as u16)) {
-            Some(present) => *present = zero.clone(),
-            None if zero_below => {}
-            None => {
-                overlay.insert(block as u16, zero.clone());
-            }
         }
     }
 }

@@ -106,21 +106,22 @@ fn what_leaves_memory_is_in_its_slot_already_and_not_read_back_from_the_log() {
     }
 }
 
-#[test]
-fn writes_are_slowed_before_the_log_is_full_and_go_on_once_it_is_flushed() {
-    let layout = Layout { log_segments: 16, reserve_slots: 4, flush_ahead: false, ..small_layout() };
-    let mut rig = Rig::new(&layout);
+/// Writes that fill `range(n)` of chunk 0, as long as the log takes them and `most` at most; nothing is flushed
+/// meanwhile. Tells the write window after each.
+fn windows_without_a_flush(rig: &mut Rig, most: u64, range: impl Fn(u64) -> BlockRange) -> Vec<usize> {
     rig.pass(2000);
-    assert_eq!(rig.store.write_window(), usize::MAX, "an empty log");
+    assert_eq!(rig.store.write_window(), usize::MAX, "nothing was written yet");
     rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
-    let (mut index, mut windows) = (0, Vec::new());
-    while rig.store.can_propose(COUNT.into()) {
-        index += 1;
-        let body = Body::Write { chunk: chunk(0), range: BlockRange { first: 0, count: COUNT } };
+    let mut windows = Vec::new();
+    for index in 1..=most {
+        if !rig.store.can_propose(COUNT.into()) {
+            break;
+        }
+        let body = Body::Write { chunk: chunk(0), range: range(index) };
         let crcs: Vec<u32> = seeds(index).iter().map(|seed| block_crc(&block(*seed))).collect();
         let entry = Entry { term: Term(1), index: LogIndex(index), body };
         rig.store.stage(Record::Entry { copyset: CS, entry }, Some(Buf::of(&seeds(index))), &crcs);
-        // Nothing is flushed: operations on chunks and checkpoints do not end.
+        // Operations on chunks and checkpoints do not end.
         rig.drain();
         while let Some(at) = rig.ops.iter().position(|op| {
             matches!(op, Op::Write { file: FileId::Log(_), .. } | Op::Create { file: FileId::Log(_), .. })
@@ -132,8 +133,33 @@ fn writes_are_slowed_before_the_log_is_full_and_go_on_once_it_is_flushed() {
         windows.push(rig.store.write_window());
     }
     assert!(windows.is_sorted_by(|before, after| before >= after), "ever fewer: {windows:?}");
+    windows
+}
+
+#[test]
+fn writes_are_slowed_before_the_log_is_full_and_go_on_once_it_is_flushed() {
+    let layout = Layout { log_segments: 16, reserve_slots: 4, flush_ahead: false, ..small_layout() };
+    let mut rig = Rig::new(&layout);
+    let windows = windows_without_a_flush(&mut rig, u64::MAX, |_| BlockRange { first: 0, count: COUNT });
     let slowed = windows.iter().filter(|window| **window < usize::MAX).count();
     assert!(slowed > 1 && *windows.last().unwrap() < 128, "long before the log is full: {windows:?}");
+    rig.pass(3000);
+    assert_eq!(rig.store.write_window(), usize::MAX, "all is flushed");
+}
+
+/// What has left memory costs the flusher a read of the log for each block: writes wait for it before that.
+#[test]
+fn writes_are_slowed_before_what_is_not_flushed_leaves_memory() {
+    let fits = 16;
+    let ram_blocks_max = fits as usize * usize::from(COUNT);
+    let layout = Layout { log_segments: 16, reserve_slots: 4, ram_blocks_max, ..small_layout() };
+    let mut rig = Rig::new(&layout);
+    let places = |index| BlockRange { first: index as u16 * COUNT, count: COUNT };
+    let windows = windows_without_a_flush(&mut rig, fits, places);
+    assert_eq!(windows.len(), fits as usize, "the log has room for all");
+    assert!(windows[..6].iter().all(|window| *window == usize::MAX), "a part of memory: {windows:?}");
+    assert!(windows[8] < usize::MAX && windows[13..].iter().all(|window| *window == 16), "{windows:?}");
+    assert_eq!(rig.store.stats().evictions, 0, "held back in time");
     rig.pass(3000);
     assert_eq!(rig.store.write_window(), usize::MAX, "all is flushed");
 }

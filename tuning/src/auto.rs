@@ -65,7 +65,7 @@ impl Default for Setting {
             spin_us_max: 50,
             batches_in_flight_max: 4,
             batch_blocks_max: 256,
-            flush_in_flight_max: 4,
+            flush_in_flight_max: 8,
             queue_depth: 64,
             arena_bytes: 64 << 20,
         }
@@ -83,7 +83,7 @@ const KNOBS: &[Knob] = &[
     }),
     ("batch_blocks_max", |s| [32, 64, 128].map(|batch_blocks_max| Setting { batch_blocks_max, ..s }).into()),
     ("flush_in_flight_max", |s| {
-        [1, 8, 16].map(|flush_in_flight_max| Setting { flush_in_flight_max, ..s }).into()
+        [2, 4, 16].map(|flush_in_flight_max| Setting { flush_in_flight_max, ..s }).into()
     }),
     ("queue_depth", |s| [256, 1024].map(|queue_depth| Setting { queue_depth, ..s }).into()),
     ("arena_bytes", |s| [32 << 20, 256 << 20].map(|arena_bytes| Setting { arena_bytes, ..s }).into()),
