@@ -60,6 +60,10 @@ pub(crate) struct Framed<P> {
     pub records: u32,
 }
 
+/// Payload blocks that make a batch worth writing beside one in flight: fewer wait for its end, and share a header
+/// block and a synced write.
+const NEXT_BLOCKS_MIN: usize = 8;
+
 /// The writer.
 pub(crate) struct Log<P> {
     pub disk_tag: u64,
@@ -226,7 +230,9 @@ impl<P: Clone> Log<P> {
     /// Frames the next batch if there is something to write and room in flight.
     pub(crate) fn frame(&mut self, seal_due: bool) -> Option<Framed<P>> {
         let work = !self.closed.is_empty() || self.open.records > 0 || seal_due || self.starting;
-        if !work || self.in_flight.len() >= self.in_flight_max {
+        let worth =
+            self.in_flight.is_empty() || !self.closed.is_empty() || self.open.crcs.len() >= NEXT_BLOCKS_MIN;
+        if !work || !worth || self.in_flight.len() >= self.in_flight_max {
             return None;
         }
         let blocks = self.closed.front().unwrap_or(&self.open).blocks();
