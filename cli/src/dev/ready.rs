@@ -20,16 +20,17 @@ READY: {volume_name} ({size}, blocks of {block} bytes) on {targets} {of_targets}
   in {dir}; mds = pid {mds_pid} at {mds}; {pids}
 
   look          nbdinfo {unix_quoted}
-                ashlar status --dir {dir}
+                {ashlar} status --dir {dir}
   measure       fio --name=try --ioengine=nbd --uri={unix_quoted} --rw=randrw --bs=4k --iodepth=32 --time_based --runtime=10
   copy          qemu-img convert -n -f raw -O raw IMAGE {unix_quoted}
   attach        sudo modprobe nbd && sudo nbd-client {host} {port} /dev/nbd0 -N {volume_name} -b {block}
   or by NVMe    sudo modprobe nvme-tcp && sudo {discover}
 {nvme}  break         kill -9 {victim}    (target {victim_id}; IO goes on, {restart})
-  check         ashlar volume check {volume_name} --dir {dir}
+  check         {ashlar} volume check {volume_name} --dir {dir}
 
   every target serves the same volume: {all}
   stop with Ctrl-C; {after}",
+        ashlar = quoted(&own_name()),
         volume_name = volume.name,
         size = Size(volume.bytes),
         block = volume.block_bytes,
@@ -57,6 +58,22 @@ READY: {volume_name} ({size}, blocks of {block} bytes) on {targets} {of_targets}
         restart = if plan.restart { "it is restarted" } else { "it stays dead" },
         all = volume.nbd.join(" "),
     )
+}
+
+/// How a shell here calls this program: by its name where PATH leads to it, else by its path, seen from here if below.
+fn own_name() -> String {
+    const NAME: &str = "ashlar";
+    let Ok(own) = std::env::current_exe() else { return NAME.into() };
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&paths).map(|dir| dir.join(NAME)).find(|file| file.is_file());
+    if found.and_then(|file| file.canonicalize().ok()).is_some_and(|file| file == own) {
+        return NAME.into();
+    }
+    let here = std::env::current_dir().unwrap_or_default();
+    match own.strip_prefix(&here) {
+        Ok(below) => format!("./{}", below.display()),
+        Err(_) => own.display().to_string(),
+    }
 }
 
 fn connect(path: &NvmeRecord) -> String {
