@@ -183,6 +183,10 @@ pub fn job_file(target: &Target, load: &Load, time: Option<Duration>) -> anyhow:
         );
     }
     ensure!(!load.verify, "verification is `ashlar bench run --verify`");
+    ensure!(
+        !load.poll,
+        "fio's engines sleep for completions; a client that polls is `ashlar bench run --poll`"
+    );
     let mut job = String::from(
         "; Written by ashlar bench. Run it again: fio --output-format=json+ THIS-FILE\n[global]\n",
     );
@@ -427,6 +431,9 @@ mod tests {
         let file: Target = "file:/x".parse().expect("a target");
         let error = job_file(&file, &load, Some(Duration::from_secs(1))).expect_err("an open loop");
         assert!(error.to_string().contains("bench run --rate"), "{error}");
+        let load = Load { poll: true, ..Load::random_4k(100, 1, 1 << 20) };
+        let error = job_file(&file, &load, Some(Duration::from_secs(1))).expect_err("a client that polls");
+        assert!(error.to_string().contains("bench run --poll"), "{error}");
         let nvme: Target = "nvme://127.0.0.1/n".parse().expect("a target");
         assert!(has_engine("\tio_uring\n\tnbd\n", &nvme).is_err_and(|e| e.to_string().contains("bench run")));
         let missing = has_engine("Available IO engines:\n\tnbd\n", &file).expect_err("no io_uring");

@@ -211,7 +211,7 @@ mod tests {
             let (pid, target) = (rival.pid(), rival.subject().target);
             // One after the other: each measurement is a connection of its own.
             for _ in 0..2 {
-                let mut ring = job::ring(1)?;
+                let mut ring = job::ring(1, false)?;
                 let driver = job::connect(&mut ring, &target, &Load::random_4k(0, 1, 1 << 20), 0)?;
                 assert_eq!(driver.bytes(), 1 << 20, "{}", server.name());
             }

@@ -209,7 +209,7 @@ impl<'a> Bench<'a> {
             self.say("reads");
             let qemu = qemu.as_ref().map(Rival::subject);
             let alone = subjects([Some(&raw), on_one.as_ref()]);
-            self.turns(&alone, &[read(1, size), read(128, size)])?;
+            self.turns(&alone, &[read(1, size), polled(1, size), read(128, size)])?;
             let all = [Some(&raw), on_one.as_ref(), on_nbd.as_ref(), qemu.as_ref(), Some(&on_three)];
             self.turns(&subjects(all), &[read(32, size)])?;
             self.turns(&subjects([Some(&raw), Some(&on_three)]), &[stream(100, size)])?;
@@ -346,8 +346,9 @@ impl<'a> Bench<'a> {
         [&on_one, &on_two].into_iter().try_for_each(|subject| prepare(subject, MEMORY_BYTES))?;
         [&one, &two].into_iter().for_each(Cluster::settle);
         let alone = std::slice::from_ref(&on_one);
-        let depths = [1, 32, 128].map(|depth| read(depth, MEMORY_BYTES));
+        let depths = [32, 128].map(|depth| read(depth, MEMORY_BYTES));
         self.turns(alone, &depths)?;
+        self.turns(alone, &[polled(1, MEMORY_BYTES)])?;
         self.turns(&[on_one.clone(), on_two], &[both_shards()])?;
         one.stop()?;
         two.stop()
@@ -366,6 +367,11 @@ fn subjects<const N: usize>(all: [Option<&Subject>; N]) -> Vec<Subject> {
 /// 4 KiB random reads.
 fn read(depth: u32, size: u64) -> Load {
     Load::random_4k(100, depth, size)
+}
+
+/// The same by a client that polls, as SPDK's initiator does, whose figures the targets are made of.
+fn polled(depth: u32, size: u64) -> Load {
+    Load { poll: true, ..read(depth, size) }
 }
 
 /// 4 KiB random writes; those of a file are synced.

@@ -46,7 +46,7 @@ const BUSY: usize = 500;
 /// The target cannot be reached, or a read fails.
 pub fn first_after_idle(target: &Target, bytes: u64, pauses: usize) -> anyhow::Result<AfterIdle> {
     let load = Load::random_4k(100, 1, bytes);
-    let mut ring = job::ring(1)?;
+    let mut ring = job::ring(1, false)?;
     let mut driver = job::connect(&mut ring, target, &load, 0)?;
     let mut ios = Ios::new(&load, 0, 0, bytes)?;
     let mut spare = Some(ring.arena().alloc(1).context("no memory to read into")?);

@@ -69,13 +69,17 @@ pub fn connect(ring: &mut Ring, target: &Target, load: &Load, job: u32) -> anyho
     })
 }
 
+/// How long a client that polls does so before it sleeps.
+const POLL_US: u32 = 200;
+
 /// A ring with memory for so many IOs, twice: the native client receives beside, and each link stages 64 KiB.
 ///
 /// # Errors
 /// No io_uring here.
-pub fn ring(depth: u32) -> anyhow::Result<Ring> {
+pub fn ring(depth: u32, poll: bool) -> anyhow::Result<Ring> {
     let arena_bytes = ((2 * depth as usize + 32) * (128 << 10)).next_power_of_two();
-    Ok(Ring::new(RingConfig { arena_bytes, spin_us_max: 0, register_arena: true, ..RingConfig::default() })?)
+    let spin_us_max = if poll { POLL_US } else { 0 };
+    Ok(Ring::new(RingConfig { arena_bytes, spin_us_max, register_arena: true, ..RingConfig::default() })?)
 }
 
 /// How long a job warms up and measures.
@@ -92,7 +96,7 @@ pub struct Times {
 /// # Errors
 /// An IO failed, what was read is not what was written, or the connection was lost.
 pub fn run(target: &Target, load: &Load, job: u32, times: Times, tell: &Sender<Tick>) -> anyhow::Result<()> {
-    let mut ring = ring(load.depth)?;
+    let mut ring = ring(load.depth, load.poll)?;
     let driver = connect(&mut ring, target, load, job)?;
     let bytes = driver.bytes().min(load.bytes) / u64::from(load.jobs) / BLOCK_BYTES * BLOCK_BYTES;
     let ios = Ios::new(load, job, bytes * u64::from(job), bytes)?;
@@ -352,7 +356,7 @@ mod tests {
 
     #[test]
     fn verify_finds_a_flipped_bit_a_lost_write_and_a_block_of_another_place() {
-        let mut ring = ring(1).expect("io_uring");
+        let mut ring = ring(1, false).expect("io_uring");
         let mut verify = Verify::new(0, 1 << 20, 9);
         let io = |block: u64| Io { write: true, offset: block * BLOCK_BYTES, bytes: 2 * BLOCK_BYTES };
         let stamp = |verify: &mut Verify, ring: &mut Ring, block| {

@@ -83,6 +83,9 @@ pub struct Load {
     pub dsync: bool,
     /// What is read is compared with what was written.
     pub verify: bool,
+    /// The client polls for completions, as SPDK's does, before it sleeps.
+    #[serde(default)]
+    pub poll: bool,
     /// Bytes from the start that are touched.
     pub bytes: u64,
     /// Of the random numbers.
@@ -93,8 +96,8 @@ impl Load {
     /// 4 KiB at random, one job, a closed loop: what the comparisons of this crate begin with.
     pub fn random_4k(read_percent: u8, depth: u32, bytes: u64) -> Self {
         let (order, sizes) = (Order::Random, Sizes(vec![(BLOCK_BYTES, 1.0)]));
-        let (jobs, rate, dsync, verify, seed) = (1, None, true, false, 1);
-        Self { order, read_percent, sizes, depth, jobs, rate, dsync, verify, bytes, seed }
+        let (jobs, rate, dsync, verify, poll, seed) = (1, None, true, false, false, 1);
+        Self { order, read_percent, sizes, depth, jobs, rate, dsync, verify, poll, bytes, seed }
     }
 
     /// What is done, without how much of it at once: `randread 4K`, `zipf 70 % reads 4K:3,64K:1`.
@@ -115,7 +118,8 @@ impl Load {
     pub fn label(&self) -> String {
         let pace = self.rate.map_or(format!("QD{}", self.depth), |rate| format!("{rate:.0}/s"));
         let jobs = if self.jobs > 1 { format!(" x{}", self.jobs) } else { String::new() };
-        format!("{} {pace}{jobs}", self.pattern())
+        let poll = if self.poll { " polled" } else { "" };
+        format!("{} {pace}{jobs}{poll}", self.pattern())
     }
 }
 
@@ -211,6 +215,7 @@ mod tests {
             jobs: 1,
             rate,
             dsync: false,
+            poll: false,
             verify: false,
             bytes,
             seed: 7,

@@ -178,7 +178,7 @@ fn fill(target: &Target, bytes: u64) -> anyhow::Result<()> {
         }
     }
     let writing = Load { dsync: false, ..Load::random_4k(0, FILL_DEPTH, bytes) };
-    let mut ring = job::ring(FILL_DEPTH)?;
+    let mut ring = job::ring(FILL_DEPTH, false)?;
     let mut driver = job::connect(&mut ring, target, &writing, 0)?;
     let bytes = driver.bytes().min(bytes);
     let blocks = (load::IO_BYTES_MAX / BLOCK_BYTES) as usize;

@@ -115,6 +115,9 @@ pub struct LoadArgs {
     /// Compare what is read with what this run has written.
     #[arg(long)]
     verify: bool,
+    /// The client polls for completions for up to 200 us before it sleeps, and takes a processor for that.
+    #[arg(long)]
+    poll: bool,
     /// Bytes from the start that are touched.
     #[arg(long, default_value = "1G", value_parser = parse_bytes)]
     size: u64,
@@ -207,6 +210,7 @@ impl LoadArgs {
             rate: self.rate,
             dsync: self.dsync,
             verify: self.verify,
+            poll: self.poll,
             bytes: self.size,
             seed: self.seed,
         }
@@ -403,6 +407,7 @@ mod tests {
             jobs: 2,
             rate: None,
             dsync: false,
+            poll: false,
             verify: true,
             bytes: 8 << 20,
             seed: 3,
