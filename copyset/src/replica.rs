@@ -235,10 +235,11 @@ impl Replica {
     }
 
     /// Tells a stale sender the present term, where that helps it: a deposed leader, or a replica
-    /// that asks for terms.
+    /// that asks for terms. Round 0 is none: the sender may lead again, in the very term that it is told
+    /// here, when the answer arrives, and would take a round of its past for one of the present.
     fn answer_stale(&mut self, from: ShardAddr, kind: Kind) {
         match kind {
-            Kind::Append { round, .. } | Kind::Heartbeat { round, .. } => self.answer_beat(from, round),
+            Kind::Append { .. } | Kind::Heartbeat { .. } => self.answer_beat(from, Round::default()),
             Kind::Probe { nonce } => self.answer_probe(from, nonce),
             _ => {}
         }

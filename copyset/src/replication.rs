@@ -238,7 +238,10 @@ impl Replica {
             return None;
         }
         let at = self.peers.iter().position(|p| p.member == from)?;
-        if round.number == 0 || round.number > self.round || Time(round.sent_ns) > self.now {
+        if round.number == 0 {
+            return None; // It answers what this replica sent in an earlier term.
+        }
+        if round.number > self.round || Time(round.sent_ns) > self.now {
             self.violations += 1;
             return None;
         }

@@ -46,6 +46,7 @@ impl Scene {
                 match rest {
                     ["hibernate", ms] => world.hibernate = Span::ms(ms.parse().expect("ms")),
                     ["one-by-one"] => (world.batch, world.window) = (1, 1),
+                    ["small-appends"] => world.batch = 1,
                     _ => {}
                 }
                 *c = Cluster::new(nodes.parse().expect("n"), voters.parse().expect("n"), 7, world);
@@ -70,6 +71,25 @@ impl Scene {
             ["heal"] => c.cut.clear(),
             ["crash", who] => c.crash(node(who)),
             ["restart", who] => c.restart(node(who)),
+            // Replaces what is on the disk of a node that is down: its term, and the terms of its log.
+            ["disk", who, term, ref terms @ ..] => {
+                let log = terms.iter().map(|t| t.parse().expect("a term"));
+                c.set_disk(node(who), term.parse().expect("a term"), log);
+            }
+            // Timers of these stand still, as those of processes that are stopped.
+            ["doze", ref who @ ..] => c.dozing.extend(who.iter().map(|w| node(w))),
+            ["rise"] => c.dozing.clear(),
+            // What one sends the other is kept, to be delivered in any order, doubled or never.
+            ["keep", from, to] => {
+                c.kept.insert((node(from) as u32 + 1, node(to) as u32 + 1), Vec::new());
+            }
+            ["kept", from, to] => said = Self::kept(c, node(from), node(to)),
+            ["deliver", from, to, ref places @ ..] => {
+                for place in numbers(places) {
+                    c.deliver_kept(node(from), node(to), place as usize - 1);
+                }
+            }
+            ["flow", from, to] => c.let_flow(node(from), node(to)),
             ["stick", who] => c.nodes[node(who)].disk_stuck = true,
             ["unstick", who] => c.unstick(node(who)),
             ["compact", who, keep] => c.compact(node(who), keep.parse().expect("keep")),
@@ -140,6 +160,28 @@ impl Scene {
         }
     }
 
+    fn kept(c: &Cluster, from: usize, to: usize) -> String {
+        let mut out = String::new();
+        let kept = &c.kept[&(from as u32 + 1, to as u32 + 1)];
+        for (place, message) in (1..).zip(kept) {
+            let _ = match &message.kind {
+                protocol::raft::Kind::Append { prev_index, prev_term, commit, entries, .. } => {
+                    let indices: Vec<String> = entries.iter().map(|e| e.index.to_string()).collect();
+                    let entries = indices.join(" ");
+                    writeln!(
+                        out,
+                        "{place}: Append [{entries}] after {prev_index} of {prev_term:?}, commit {commit}"
+                    )
+                }
+                protocol::raft::Kind::Heartbeat { round, .. } => {
+                    writeln!(out, "{place}: Heartbeat of {:?}, round {}", message.term, round.number)
+                }
+                kind => writeln!(out, "{place}: {kind:?}"),
+            };
+        }
+        out
+    }
+
     fn damage(c: &mut Cluster, at: usize, keep: usize) {
         c.crash(at);
         let disk = &mut c.nodes[at].disk;
@@ -206,7 +248,7 @@ fn scenarios_go_as_written() {
     let files = std::fs::read_dir(folder).expect("testdata").map(|f| f.expect("a file").path());
     let mut files: Vec<_> = files.filter(|p| p.extension().is_some_and(|e| e == "txt")).collect();
     files.sort();
-    assert!(files.len() >= 13, "scenarios are missing");
+    assert!(files.len() >= 27, "scenarios are missing");
     let failed: Vec<String> = files.iter().filter_map(|p| check(p).err()).collect();
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }

@@ -150,6 +150,10 @@ pub struct Cluster {
     pub world: World,
     pub nodes: Vec<Node>,
     pub cut: BTreeSet<(u32, u32)>,
+    /// Nodes whose timers stand still.
+    pub dozing: BTreeSet<usize>,
+    /// Links whose messages wait to be delivered by hand, or never.
+    pub kept: BTreeMap<(u32, u32), Vec<Message>>,
     events: BTreeMap<(u64, u64), Event>,
     sequence: u64,
     links: BTreeMap<(u32, u32), u64>,
@@ -191,6 +195,8 @@ impl Cluster {
             world,
             nodes: Vec::new(),
             cut: BTreeSet::new(),
+            dozing: BTreeSet::new(),
+            kept: BTreeMap::new(),
             events: BTreeMap::new(),
             sequence: 0,
             links: BTreeMap::new(),
@@ -255,6 +261,9 @@ impl Cluster {
     }
 
     fn alarm(&self, at: usize) -> Option<u64> {
+        if self.dozing.contains(&at) {
+            return None;
+        }
         let due = self.nodes[at].replica.as_ref()?.next_timeout()?;
         let (offset, rate) = self.nodes[at].clock;
         Some((due.0.saturating_sub(offset).div_ceil(rate) * 1000).max(self.now))
@@ -299,6 +308,31 @@ impl Cluster {
             }
         }
         self.now = self.now.max(end);
+    }
+
+    /// One of the messages that are kept arrives; it stays, and may arrive again.
+    pub fn deliver_kept(&mut self, from: usize, to: usize, place: usize) {
+        let message = self.kept[&(from as u32 + 1, to as u32 + 1)][place].clone();
+        let (from, to) = (self.nodes[from].addr, self.nodes[to].addr);
+        self.happen(Event::Deliver { from, to, message });
+    }
+
+    /// No more is kept; what was is lost.
+    pub fn let_flow(&mut self, from: usize, to: usize) {
+        self.kept.remove(&(from as u32 + 1, to as u32 + 1));
+    }
+
+    /// A node that is down comes back with this on its disk. Entries of one term at one index are the same.
+    pub fn set_disk(&mut self, at: usize, term: u64, log: impl Iterator<Item = u64>) {
+        assert!(!self.is_up(at), "n{} runs", at + 1);
+        let entry = |(index, term): (u64, u64)| Entry {
+            term: Term(term),
+            index: LogIndex(index),
+            body: value(term << 32 | index),
+        };
+        let disk = &mut self.nodes[at].disk;
+        disk.hard = HardState { term: Term(term), vote: None };
+        disk.entries = (1..).zip(log).map(entry).collect();
     }
 
     fn happen(&mut self, event: Event) {
@@ -421,6 +455,10 @@ impl Cluster {
                 "n{} -> n{} {:?} {:?}",
                 from.target, to.target, message.term, message.kind
             ));
+        }
+        if let Some(kept) = self.kept.get_mut(&(from.target.0, to.target.0)) {
+            kept.push(message);
+            return;
         }
         let copies = 1 + u64::from(self.dice.chance(self.world.doubled_permille));
         for _ in 0..copies {
