@@ -33,6 +33,7 @@ impl Install {
     }
 }
 
+#[derive(Clone)]
 pub(crate) struct Damage {
     stage: Stage,
     nonce: u64,

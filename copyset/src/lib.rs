@@ -12,6 +12,7 @@
 //! generator seeded in [`Config`]), payloads, and any knowledge of chunks.
 
 mod api;
+mod digest;
 mod election;
 mod follow;
 mod health;

@@ -9,6 +9,7 @@ use protocol::raft::Entry;
 use protocol::types::{LogIndex, Term};
 use std::collections::VecDeque;
 
+#[derive(Clone)]
 pub(crate) struct Log {
     floor: (LogIndex, Term),
     entries: VecDeque<Entry>,

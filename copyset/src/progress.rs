@@ -18,6 +18,7 @@ pub(crate) enum Flow {
     Install { since: u64 },
 }
 
+#[derive(Clone)]
 pub(crate) struct Progress {
     pub(crate) member: Member,
     pub(crate) voter: bool,

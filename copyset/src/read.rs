@@ -12,6 +12,7 @@ use protocol::types::{LogIndex, Time};
 /// Most reads waiting for confirmation.
 const READS_PENDING_MAX: usize = 4096;
 
+#[derive(Clone)]
 pub(crate) struct PendingRead {
     token: u64,
     /// Must be applied first.

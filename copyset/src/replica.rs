@@ -29,6 +29,7 @@ const TERM_MAX: Term = Term(u64::MAX / 2);
 /// Give it an event with the time, then call [`Replica::poll`] until it has no more actions,
 /// then the next event. `now` must be read from the clock after the event came in: a lease is
 /// judged by it, so a stale time could grant a read too late.
+#[derive(Clone)]
 pub struct Replica {
     pub(crate) config: Config,
     pub(crate) now: Time,

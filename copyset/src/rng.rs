@@ -1,5 +1,6 @@
 //! A small generator for election jitter and nonces: splitmix64, replayable from its seed.
 
+#[derive(Clone)]
 pub(crate) struct Rng(u64);
 
 impl Rng {
