@@ -51,7 +51,10 @@ impl<P: Payload> Store<P> {
         }
         match pending {
             Pending::Preformat => self.preformat_done(result.map(|_| ())),
-            Pending::Table { .. } | Pending::Part { .. } | Pending::JobLoad { .. } => {
+            Pending::Table { .. }
+            | Pending::TableBlock { .. }
+            | Pending::Part { .. }
+            | Pending::JobLoad { .. } => {
                 self.stats.read_errors += u64::from(result.is_err());
                 self.read_done(pending, result.ok().flatten());
             }
@@ -67,6 +70,9 @@ impl<P: Payload> Store<P> {
     fn read_done(&mut self, pending: Pending, data: Option<P>) {
         match pending {
             Pending::Table { slot, generation } => self.table_loaded(slot, generation, data),
+            Pending::TableBlock { slot, generation, at } => {
+                self.table_block_loaded(slot, generation, at, data);
+            }
             Pending::Part { read, part } => self.part_read(read, part, data),
             Pending::JobLoad { chunk, first, count } => self.job_loaded(chunk, first, count, data),
             _ => unreachable!("only reads come here"),

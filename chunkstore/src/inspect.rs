@@ -148,12 +148,15 @@ fn inspect_slot<M: Media + ?Sized>(
     report: &mut InspectReport,
 ) -> Result<(), RecoverError> {
     let (file, offset) = report.layout.table_place(image.slot);
-    let mut bytes = vec![0; LOAD_BLOCKS * BLOCK_BYTES];
-    let readable = media.read(file, offset, &mut bytes).is_ok();
-    let blocks: Vec<&[u8]> = bytes.chunks(BLOCK_BYTES).collect();
+    // Block by block, so that one that cannot be read takes no other with it.
+    let mut read = |at: usize| {
+        let mut block = vec![0; BLOCK_BYTES];
+        let done = media.read(file, offset + (at * BLOCK_BYTES) as u64, &mut block);
+        done.is_ok().then_some(block)
+    };
+    let blocks: Vec<Option<Vec<u8>>> = (0..LOAD_BLOCKS).map(&mut read).collect();
     let mut pages = Pages { seq: image.seq, ..Pages::NONE };
-    let (table, loaded) =
-        table::load(readable.then_some(&blocks[..]), &mut pages, image.chunk, image.generation);
+    let (table, loaded) = table::load(|at| blocks[at].as_deref(), &mut pages, image.chunk, image.generation);
     if loaded.lost > 0 {
         report
             .problems

@@ -6,7 +6,7 @@
 
 use crate::api::*;
 use crate::store::{Map, Store};
-use crate::table::{self, LOAD_BLOCKS};
+use crate::table::{self, COPY_STRIDE, LOAD_BLOCKS, PAGES};
 use crate::tables::Waiter;
 use protocol::types::{
     BLOCK_BYTES, BlockRange, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, block_crc, crc_at_rest,
@@ -16,11 +16,32 @@ use smallvec::SmallVec;
 /// What an operation in flight is for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Pending {
-    Batch { lsn: u64, blocks: u32 },
-    Table { slot: u32, generation: u64 },
-    Part { read: u64, part: usize },
-    JobLoad { chunk: ChunkId, first: usize, count: usize },
-    JobWrite { chunk: ChunkId },
+    Batch {
+        lsn: u64,
+        blocks: u32,
+    },
+    Table {
+        slot: u32,
+        generation: u64,
+    },
+    /// One block of a table that could not be read as a whole.
+    TableBlock {
+        slot: u32,
+        generation: u64,
+        at: usize,
+    },
+    Part {
+        read: u64,
+        part: usize,
+    },
+    JobLoad {
+        chunk: ChunkId,
+        first: usize,
+        count: usize,
+    },
+    JobWrite {
+        chunk: ChunkId,
+    },
     Sync,
     Checkpoint,
     Preformat,
@@ -69,14 +90,22 @@ struct Read<P> {
     outstanding: usize,
 }
 
+/// A table that is being read block by block.
+struct TableBlocks<P> {
+    blocks: Vec<Option<P>>,
+    outstanding: usize,
+}
+
 pub(crate) struct Reads<P> {
     next: u64,
     reads: Map<u64, Read<P>>,
+    /// By slot.
+    tables: Map<u32, TableBlocks<P>>,
 }
 
 impl<P> Default for Reads<P> {
     fn default() -> Self {
-        Self { next: 0, reads: Map::default() }
+        Self { next: 0, reads: Map::default(), tables: Map::default() }
     }
 }
 
@@ -144,11 +173,39 @@ impl<P: Payload> Store<P> {
     }
 
     pub(crate) fn table_loaded(&mut self, slot: u32, generation: u64, data: Option<P>) {
+        match data {
+            Some(data) => self.take_table(slot, generation, |at| Some(data.block(at))),
+            None => self.load_table_blocks(slot, generation),
+        }
+    }
+
+    /// One sector that cannot be read takes with it neither the other pages nor the other copy of its own.
+    fn load_table_blocks(&mut self, slot: u32, generation: u64) {
+        let (file, base) = self.layout.table_place(slot);
+        let mut outstanding = 0;
+        for at in (0..PAGES).chain(COPY_STRIDE..LOAD_BLOCKS) {
+            let offset = base + (at * BLOCK_BYTES) as u64;
+            self.read_op(Pending::TableBlock { slot, generation, at }, file, offset, 1);
+            outstanding += 1;
+        }
+        let blocks = std::iter::repeat_with(|| None).take(LOAD_BLOCKS).collect();
+        self.reads.tables.insert(slot, TableBlocks { blocks, outstanding });
+    }
+
+    pub(crate) fn table_block_loaded(&mut self, slot: u32, generation: u64, at: usize, data: Option<P>) {
+        let load = self.reads.tables.get_mut(&slot).expect("being loaded");
+        load.blocks[at] = data;
+        load.outstanding -= 1;
+        if load.outstanding == 0 {
+            let TableBlocks { blocks, .. } = self.reads.tables.remove(&slot).expect("just seen");
+            self.take_table(slot, generation, |at| blocks[at].as_ref().map(|block| block.block(0)));
+        }
+    }
+
+    fn take_table<'a>(&mut self, slot: u32, generation: u64, blocks: impl Fn(usize) -> Option<&'a [u8]>) {
         if let Some(state) = self.pool.get_mut(slot).filter(|s| s.generation == generation) {
             let (chunk, pages) = (state.chunk, &mut state.pages);
-            let blocks: Option<Vec<&[u8]>> =
-                data.as_ref().map(|d| (0..LOAD_BLOCKS).map(|at| d.block(at)).collect());
-            let (table, loaded) = table::load(blocks.as_deref(), pages, chunk, generation);
+            let (table, loaded) = table::load(blocks, pages, chunk, generation);
             self.stats.table_fallbacks += loaded.fallbacks;
             self.stats.table_pages_lost += loaded.lost;
             self.tables.insert(slot, table);

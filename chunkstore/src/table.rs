@@ -127,8 +127,8 @@ pub(crate) struct Loaded {
 }
 
 /// Makes the table of [`LOAD_BLOCKS`] blocks (`None`: unreadable), and brings `pages` up to date.
-pub(crate) fn load(
-    blocks: Option<&[&[u8]]>,
+pub(crate) fn load<'a>(
+    blocks: impl Fn(usize) -> Option<&'a [u8]>,
     pages: &mut Pages,
     chunk: ChunkId,
     generation: u64,
@@ -136,7 +136,7 @@ pub(crate) fn load(
     let (mut table, mut loaded) = (Table::new(), Loaded::default());
     for page in 0..PAGES {
         let copies = [0, 1].map(|copy| {
-            let block = blocks.map(|blocks| blocks[copy * COPY_STRIDE + page])?;
+            let block = blocks(copy * COPY_STRIDE + page)?;
             page_seq(block, page, chunk, generation).map(|seq| (seq, copy, block))
         });
         let best = copies.iter().flatten().max_by_key(|(seq, ..)| *seq);

@@ -434,3 +434,33 @@ fn an_applied_index_beyond_the_end_of_a_damaged_log_is_not_believed() {
     rig.store.commit(CS, LogIndex(5));
     assert_eq!(read(&mut rig, 5), Ok(205));
 }
+
+/// A table lies in ten blocks that are read at once: five pages, two copies of each.
+#[test]
+fn a_sector_of_a_table_that_cannot_be_read_takes_no_other_page_with_it() {
+    let blocks = [(5, 0), (900, 1), (1700, 2)];
+    for broken in 0..16 {
+        let mut rig = rig();
+        for (index, (at, _)) in blocks.iter().enumerate() {
+            write(&mut rig, index as u64 + 1, *at, 100 + u64::from(*at));
+        }
+        rig.settle();
+        rig.store.commit(CS, LogIndex(3));
+        rig.pass(5000);
+        let (mut rig, ..) = reopen(rig);
+        rig.disk.broken.insert((FileId::Chunks(0), broken));
+        let mut lost = 0;
+        for (at, page) in blocks {
+            match read(&mut rig, at) {
+                Ok(seed) => assert_eq!(seed, 100 + u64::from(at)),
+                Err(_) => {
+                    lost += 1;
+                    assert_eq!(broken % 8, page, "block {at} is lost with block {broken} of the tables");
+                }
+            }
+        }
+        // Of each page one copy was written.
+        assert_eq!(lost, u64::from((8..11).contains(&broken)), "block {broken} of the tables");
+        assert_eq!(rig.store.stats().table_pages_lost, lost);
+    }
+}

@@ -3,7 +3,7 @@
 
 use ashlar_chunkstore::*;
 use protocol::types::{BLOCK_BYTES, Time};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// Splitmix64: the same seed gives the same run.
@@ -76,6 +76,8 @@ fn put(blocks: &mut Blocks, at: u64, data: &[u8]) {
 pub struct Disk {
     pub files: BTreeMap<FileId, File>,
     pub full: bool,
+    /// Blocks that cannot be read before they are written again.
+    pub broken: BTreeSet<(FileId, u64)>,
 }
 
 impl Disk {
@@ -83,6 +85,8 @@ impl Disk {
         self.files.get_mut(&file).unwrap_or_else(|| panic!("{file:?} exists"))
     }
     pub fn write_blocks(&mut self, file: FileId, offset: u64, data: &[u8], dsync: bool) {
+        let written = offset / 4096..offset / 4096 + (data.len() / BLOCK_BYTES) as u64;
+        self.broken.retain(|(of, block)| *of != file || !written.contains(block));
         let file = self.file(file);
         assert!(offset.is_multiple_of(4096) && data.len().is_multiple_of(BLOCK_BYTES));
         for (nth, block) in data.chunks(BLOCK_BYTES).enumerate() {
@@ -147,6 +151,10 @@ impl Disk {
 
 impl Media for Disk {
     fn read(&mut self, file: FileId, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
+        let read = offset / 4096..offset / 4096 + buf.len().div_ceil(BLOCK_BYTES) as u64;
+        if self.broken.iter().any(|(of, block)| *of == file && read.contains(block)) {
+            return Err(IoError { errno: 5 });
+        }
         for (nth, block) in buf.chunks_mut(BLOCK_BYTES).enumerate() {
             block.copy_from_slice(&self.read_block(file, offset / 4096 + nth as u64)[..block.len()]);
         }
@@ -244,8 +252,8 @@ impl Rig {
             }
             Op::Read { ticket, file, offset, blocks } => {
                 let mut data = vec![0; blocks * BLOCK_BYTES];
-                self.disk.read(file, offset, &mut data).expect("reads");
-                (ticket, Ok(Some(Buf(Rc::new(data)))))
+                let read = self.disk.read(file, offset, &mut data);
+                (ticket, read.map(|()| Some(Buf(Rc::new(data)))))
             }
             Op::Sync { ticket, file } => {
                 self.disk.sync_file(file);
