@@ -41,6 +41,12 @@ const ONCE_FAILED: &[(&str, u64, &str)] = &[
     ("swarm", 10_217, "as rot 34, without damage"),
     ("lag", 5, "as rot 34, without damage"),
     ("swarm", 30_061, "a segment full of small entries that wait was never recycled"),
+    (
+        "swarm",
+        50_082,
+        "a leader whose checksums were lost refused for ever to fill another, and nobody read the blocks",
+    ),
+    ("swarm", 50_061, "one sector of a table that could not be read was taken for the loss of all its pages"),
     ("full", 2, "two writes were promised the last slot: the log filled with blocks that had no place"),
     ("full", 31, "as full 2"),
     (

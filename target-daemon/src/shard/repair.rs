@@ -80,7 +80,7 @@ impl Shard {
     }
 
     /// The replica's own checksums are lost: it must be filled from the leader's.
-    fn rebuild(&mut self, id: CopysetId) {
+    pub(super) fn rebuild(&mut self, id: CopysetId) {
         if let Some(hosted) = self.hosted.get_mut(&id) {
             hosted.wants_rebuild = true;
         }

@@ -90,7 +90,9 @@ impl Shard {
                 if unknown.is_empty() {
                     self.tell(origin, copyset, Fetched::Table { chunk, crcs });
                 } else {
+                    // Whoever leads must be able to fill the others: it gives that up, and is filled itself.
                     self.tell(origin, copyset, Fetched::Refused);
+                    self.rebuild(copyset);
                 }
             }
             Some(Work::CatchUpTable { .. }) => {
