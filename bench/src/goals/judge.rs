@@ -19,6 +19,8 @@ pub struct Facts {
     pub idle_percent: Option<f64>,
     /// Single reads, busy and after a pause.
     pub after_idle: Option<AfterIdle>,
+    /// The same of the raw file.
+    pub raw_after_idle: Option<AfterIdle>,
     /// Bytes to the disk for each 4 KiB write: until the acknowledgement, and in all.
     pub disk_bytes: Option<(f64, f64)>,
     /// Seconds of sustained writes, and their IOPS.
@@ -332,7 +334,10 @@ impl Judge<'_> {
         let memory = self.facts.memory;
         let grown = memory.map(|memory| (memory.late_bytes / memory.early_bytes - 1.0) * 100.0);
         let watched = memory.map_or("10 minutes".into(), |memory| format!("{:.0} s", memory.seconds));
-        let waits = self.facts.after_idle.map(|after| (after.first_us - after.busy_us).max(0.0));
+        let above_busy = |after: AfterIdle| (after.first_us - after.busy_us).max(0.0);
+        let waits = self.facts.after_idle.map(above_busy);
+        let raw_waits = self.facts.raw_after_idle.map(above_busy);
+        let beside = raw_waits.map_or(String::new(), |us| format!(" (the raw file's: {us:.0} us)"));
         vec![
             self.line(
                 "4K read at half the maximum rate, open loop, p99.9 / p50",
@@ -348,7 +353,7 @@ impl Judge<'_> {
             ),
             self.line("a target idle, of a core", Limit::Below(2.0), " %", self.facts.idle_percent),
             self.line(
-                "the first read after idle, above a busy one's p50",
+                &format!("the first read after idle, above a busy one's p50{beside}"),
                 Limit::AtMost(200.0),
                 " us",
                 waits,

@@ -203,7 +203,7 @@ impl<'a> Bench<'a> {
         three.settle();
         one.iter().for_each(Cluster::settle);
         if self.wants("idle") {
-            self.idle(&three, &on_three)?;
+            self.idle(&three, &on_three, &raw)?;
         }
         if self.wants("reads") {
             self.say("reads");
@@ -321,12 +321,13 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    fn idle(&mut self, three: &Cluster, subject: &Subject) -> anyhow::Result<()> {
+    fn idle(&mut self, three: &Cluster, subject: &Subject, raw: &Subject) -> anyhow::Result<()> {
         self.say("idle");
         let seconds = if self.args.quick { 5.0 } else { 10.0 };
         self.facts.idle_percent = Some(probe::idle_percent(&three.targets()?, seconds)?);
         let pauses = if self.args.quick { 3 } else { 7 };
         self.facts.after_idle = Some(probe::first_after_idle(&subject.target, self.size, pauses)?);
+        self.facts.raw_after_idle = Some(probe::first_after_idle(&raw.target, self.size, pauses)?);
         Ok(())
     }
 

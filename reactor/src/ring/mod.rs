@@ -45,6 +45,8 @@ const ENTER_GETEVENTS: u32 = 1;
 /// Ops on files that are submitted at once, before the turn that brings them has seen all it has: a
 /// disk that is told of 32 reads together also answers them together, and then idles.
 const FILE_GROUP: u32 = 8;
+/// Reads under way with which it is worth watching for completions instead of sleeping, at most.
+const SPIN_READS_MAX: u32 = 4;
 /// Longest registered buffer the kernel takes: 1 GiB.
 const REGISTERED_BYTES_MAX: usize = 1 << 30;
 
@@ -93,6 +95,8 @@ pub struct Ring {
     reaped: Vec<(u64, i32)>,
     /// Slots handed to the kernel and not yet reaped.
     in_kernel: u32,
+    /// Reads of files among them.
+    reads_in_kernel: u32,
     disk: HostDisk,
     /// Takes the disk's place, where that is wanted.
     memory: Option<MemoryDisk>,
@@ -137,6 +141,7 @@ impl Ring {
             done: Vec::new(),
             reaped: Vec::new(),
             in_kernel: 0,
+            reads_in_kernel: 0,
             disk: HostDisk::new()?,
             memory: config.memory_files.then(MemoryDisk::new),
             sockets: Table::new(),
@@ -223,6 +228,7 @@ impl Ring {
             }
         }
         self.in_kernel += 1;
+        self.reads_in_kernel += u32::from(self.is_read(index));
         true
     }
 
@@ -295,6 +301,12 @@ impl Ring {
         self.reaped = reaped;
     }
 
+    /// With many reads under way a wake-up brings several of them and is never far: watching for it gains nothing. With
+    /// writes it does, since those who wait for them on other cores do so one after another.
+    fn spins(&self) -> bool {
+        self.spin.budget_ns > 0 && self.reads_in_kernel <= SPIN_READS_MAX
+    }
+
     /// Watches for work without entering the kernel; true if there is some.
     fn spin_for_work(&mut self, now: Time, deadline: Option<Time>) -> bool {
         let until = now.0.saturating_add(self.spin.budget_ns).min(deadline.map_or(u64::MAX, |d| d.0));
@@ -331,13 +343,13 @@ impl Ring {
             && deadline.is_none_or(|deadline| deadline > now)
             && !self.waker.is_notified();
         let wants_entry = self.kernel_wants_entry();
-        if !may_wait || wants_entry || self.spin.budget_ns > 0 {
+        if !may_wait || wants_entry || self.spins() {
             if wants_entry || !self.ring.submission().is_empty() {
                 self.enter_now();
             }
             self.reap();
             let found = !self.done.is_empty() || !self.queue.is_empty() || !self.wake_armed;
-            if !may_wait || found || (self.spin.budget_ns > 0 && self.spin_for_work(now, deadline)) {
+            if !may_wait || found || (self.spins() && self.spin_for_work(now, deadline)) {
                 return;
             }
         }

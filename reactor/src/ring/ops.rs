@@ -268,6 +268,7 @@ impl Ring {
     /// The kernel is through with a slot's step: the result, or the negated error number.
     pub(super) fn finish(&mut self, index: u32, result: i32) {
         self.in_kernel -= 1;
+        self.reads_in_kernel -= u32::from(self.is_read(index));
         if (result == -libc::EINTR || result == -libc::EAGAIN) && !self.is_closing(index) {
             self.queue.push_back(index);
             return;
@@ -290,6 +291,10 @@ impl Ring {
                 self.listener_cancelled(listener);
             }
         }
+    }
+
+    pub(super) fn is_read(&self, index: u32) -> bool {
+        matches!(self.slots[index as usize].kind, Kind::Read)
     }
 
     fn is_closing(&self, index: u32) -> bool {
