@@ -31,8 +31,9 @@ pub struct Guard {
     members: BTreeMap<CopysetId, (LogIndex, Members)>,
     /// What each node held when it was last looked at, and how far that was committed.
     held: BTreeMap<usize, BTreeMap<CopysetId, LogIndex>>,
-    /// Replicas that there ever were.
+    /// Replicas that there ever were, and those that were freed.
     ever: BTreeSet<(usize, CopysetId)>,
+    once_freed: BTreeSet<(usize, CopysetId)>,
     /// Changes wanted, by when they began, and the voters wanted.
     tasks: BTreeMap<CopysetId, (Time, Vec<ShardAddr>)>,
     /// Targets as the leading server knew them: given up, being emptied.
@@ -55,6 +56,7 @@ impl Guard {
             members: BTreeMap::new(),
             held: BTreeMap::new(),
             ever: BTreeSet::new(),
+            once_freed: BTreeSet::new(),
             tasks: BTreeMap::new(),
             targets: BTreeMap::new(),
             reasons: 0,
@@ -95,8 +97,10 @@ impl Guard {
         for (id, replica) in core.replicas() {
             let commit = replica.commit_index();
             let seen = held.insert(id, commit);
-            let was_there = !self.ever.insert((node, id));
-            if seen.is_none() && was_there && replica.last_index() == LogIndex(0) {
+            self.ever.insert((node, id));
+            // One whose making was not durable when power was cut has promised nothing.
+            let was_freed = self.once_freed.contains(&(node, id));
+            if seen.is_none() && was_freed && replica.last_index() == LogIndex(0) {
                 self.made(node, id, *replica.members())?;
             }
             if seen != Some(commit) && replica.floor().0 <= commit && !replica.is_installing() {
@@ -107,7 +111,7 @@ impl Guard {
         Ok(())
     }
 
-    /// One that was there before has no vote when it is made anew: what it promised is forgotten.
+    /// One that was freed has no vote when it is made anew: what it promised is forgotten.
     fn made(&self, node: usize, id: CopysetId, members: Members) -> Result<(), Failure> {
         let target = TargetId((node / self.shards) as u32 + 1);
         match self.members.get(&id) {
@@ -149,6 +153,7 @@ impl Guard {
 
     fn freed(&mut self, node: usize, id: CopysetId, cache: &Option<Arc<ClusterMap>>) -> Result<(), Failure> {
         self.freed += 1;
+        self.once_freed.insert((node, id));
         let target = TargetId((node / self.shards) as u32 + 1);
         let me = ShardAddr { target, shard: (node % self.shards) as u16 };
         let mapped = cache.as_ref().and_then(|map| map.copysets.get(&id));

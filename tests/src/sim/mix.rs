@@ -14,15 +14,17 @@ use protocol::types::{BLOCK_BYTES, Span};
 /// damages two disks of three: the right answer is to stop; `full` has fewer slots than chunks, and file
 /// systems that fill up: hosts are told so, and what was written stays; `late` lets requests arrive long after their
 /// sender has asked again elsewhere, while leadership goes to and fro; `discard` trims chunks whole and by halves
-/// where there is not one slot more than chunks; `mds` has metadata servers that place, move and heal, while
-/// targets join, leave, return and are lost, and volumes come and go.
-pub const FAMILIES: [&str; 12] =
-    ["swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond", "full", "late", "discard", "mds"];
+/// where there is not one slot more than chunks; `amnesia` damages the log of one target whenever it is down, while the
+/// others are cut off from each other, so that what it has acknowledged is soon needed; `mds` has metadata servers
+/// that place, move and heal, while targets join, leave, return and are lost, and volumes come and go.
+pub const FAMILIES: [&str; 13] = [
+    "swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond", "full", "late", "discard",
+    "amnesia", "mds",
+];
 
-/// Of swarm seeds, how many in a thousand have metadata servers. A generator of its own decides, so that all
-/// other seeds are the runs that they were before there were any. None, until seed 4 of family `mds` is
-/// understood (docs/testing.md).
-const WITH_MDS_PERMILLE: u64 = 0;
+/// Of swarm seeds, how many in a thousand have metadata servers, unless they have bad disks. A generator of its own
+/// decides, so that all other seeds are the runs that they were before there were any.
+const WITH_MDS_PERMILLE: u64 = 150;
 
 /// What may go wrong, and about how often; `None` leaves it out.
 #[derive(Clone, Copy, Default, Debug)]
@@ -208,7 +210,7 @@ impl Mix {
         let mut mix = Self::of_seed(seed);
         match family {
             "swarm" => {
-                let with_mds = Draw::new(seed ^ 0x7377_6d64).chance(WITH_MDS_PERMILLE);
+                let with_mds = Draw::new(seed ^ 0x6d64_7377).chance(WITH_MDS_PERMILLE);
                 if with_mds && !mix.faults.has_bad_disk() {
                     mix.add_mds(seed);
                 }
@@ -300,6 +302,18 @@ impl Mix {
                 mix.faults.crash = Some(Span::ms(1_000));
                 mix.faults.crash_all_permille = 300;
                 mix.faults.transfer = Some(Span::ms(1_500));
+            }
+            "amnesia" => {
+                (mix.targets, mix.shards, mix.copysets) = (3, 1, 1);
+                mix.volumes = vec![(16 << 20, 4096)];
+                (mix.hosts, mix.depth, mix.think_us_max, mix.windows) = (4, 4, 2_000, (1, 8));
+                (mix.blocks_max, mix.zeroes_permille, mix.load) = (4, 0, Span::ms(15_000));
+                mix.faults = Faults { down_max: Span::ms(200), ..Faults::default() };
+                mix.faults.crash = Some(Span::ms(300));
+                mix.faults.partition = Some(Span::ms(800));
+                mix.faults.isolate = true;
+                mix.faults.rot_log_permille = 1000;
+                mix.election_timeout = Span::ms(200);
             }
             "wire" => {
                 mix.faults.wire_flip_ppm = 3_000;
