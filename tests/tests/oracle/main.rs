@@ -7,12 +7,14 @@
 //!   acknowledgements; votes, logs and commit indices are compared exactly.
 //! - `cluster`: both clusters live through the same drawn schedule of elections, proposals,
 //!   hand-overs and restarts among the replicas that can reach each other. After each step
-//!   everybody's log, commit index and part are compared.
+//!   everybody's log, commit index and part are compared. In half of the schedules single messages
+//!   are lost or doubled, the same in both.
 //!
 //! What is not compared, since both may differ and be right: numbers of terms (this pre-vote tells
 //! the candidate's term, raft-rs's does not), so entries are named by the step that made them;
-//! leases and stickiness, which raft-rs is configured to be without, so time passes before each
-//! election here; memberships and catch-up by chunk, which raft-rs does in other ways.
+//! leases; stickiness in clusters, which raft-rs is configured to be without there, so time passes before
+//! each election (in `step` both are bound to a leader that they heard); memberships and catch-up by
+//! chunk, which raft-rs does in other ways.
 //!
 //! `SCHEDULES=n` runs more than the few hundred of the ordinary test.
 

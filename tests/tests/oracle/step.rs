@@ -67,6 +67,118 @@ fn votes_are_given_to_the_same_candidates() {
     assert!(granted > 100, "votes were given too seldom to mean anything: {granted}");
 }
 
+/// When the replica last heard the leader of its term.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Heard {
+    Nobody,
+    JustNow,
+    LongAgo,
+}
+
+#[test]
+fn pre_votes_are_given_to_the_same_candidates() {
+    let (mut granted, mut refused, mut silent) = (0, 0, 0);
+    for seed in 0..schedules(3_000) {
+        let dice = &mut Dice(seed);
+        let length = dice.below(5);
+        let terms = terms(dice, length, 1, 4);
+        let last = terms.last().copied().unwrap_or(0);
+        let term = last.max(1) + dice.below(3);
+        let vote = [None, Some(TargetId(1)), Some(TargetId(2)), Some(TargetId(3))][dice.below(4) as usize];
+        let hard = HardState { term: Term(term), vote };
+        let mut ours = Ours::new(1, 3, hard, log(&terms), 0);
+        let mut theirs = Theirs::new_bound(1, 3, hard, &log(&terms));
+        let heard = [Heard::Nobody, Heard::JustNow, Heard::LongAgo][dice.below(3) as usize];
+        hear(&mut ours, &mut theirs, heard, term);
+
+        // The candidate's term, and its log.
+        let its = (term + dice.below(3)).saturating_sub(dice.below(3)).max(1);
+        let (index, log_term) = (dice.below(7), (last + dice.below(3)).saturating_sub(1).min(its));
+        let campaign = Term(its + 1);
+        let (last_index, last_term) = (LogIndex(index), Term(log_term));
+        ours.handle(2, Message { term: Term(its), kind: Kind::PreVote { campaign, last_index, last_term } });
+        let mut request = message(MessageType::MsgRequestPreVote, 2, 1, campaign.0);
+        request.set_index(index);
+        request.set_log_term(log_term);
+        theirs.handle(request);
+
+        let ours_said = ours.sent.iter().find_map(|(_, m)| match m.kind {
+            Kind::PreVoteReply { granted, .. } => Some(granted),
+            _ => None,
+        });
+        let reply = |m: &&TheirMessage| m.get_msg_type() == MessageType::MsgRequestPreVoteResponse;
+        let theirs_said = theirs.sent.iter().find(reply).map(|m| !m.get_reject());
+        let case = format!(
+            "seed {seed}: {hard:?}, log {terms:?}, heard {heard:?}, asked by one in {its} with {index} of {log_term}"
+        );
+        if campaign.0 == term {
+            // For the present term raft-rs may say yes, if it has not voted otherwise. Ours tells the
+            // present term first: whoever asked then asks for the next one.
+            assert_eq!(ours_said, Some(false), "{case}: whether it is refused");
+        } else {
+            assert_eq!(ours_said, theirs_said, "{case}: whether the pre-vote is given, if at all");
+        }
+        // A pre-vote binds nobody: raft-rs stays in its term, ours goes to the candidate's (not the one it
+        // campaigns for), unless it is bound to a leader.
+        let bound = heard == Heard::JustNow;
+        let expected = if its > term && !bound { (its, 0) } else { theirs.hard() };
+        let now = ours.replica.hard_state();
+        assert_eq!((now.term.0, now.vote.map_or(0, |v| u64::from(v.0))), expected, "{case}: term and vote");
+        assert_eq!(theirs.hard(), (term, hard.vote.map_or(0, |v| v.0.into())), "{case}: theirs");
+        match ours_said {
+            Some(true) => granted += 1,
+            Some(false) => refused += 1,
+            None => silent += 1,
+        }
+    }
+    let all = [granted, refused, silent];
+    assert!(all.iter().all(|n| *n > 200), "one-sided: granted, refused, silent {all:?}");
+}
+
+#[test]
+fn whoever_hears_a_leader_votes_for_nobody_else() {
+    let (mut granted, mut silent) = (0, 0);
+    for seed in 0..schedules(1_000) {
+        let dice = &mut Dice(seed);
+        let term = 1 + dice.below(3);
+        let hard = HardState { term: Term(term), vote: None };
+        let mut ours = Ours::new(1, 3, hard, Vec::new(), 0);
+        let mut theirs = Theirs::new_bound(1, 3, hard, &[]);
+        let heard = [Heard::Nobody, Heard::JustNow, Heard::LongAgo][dice.below(3) as usize];
+        hear(&mut ours, &mut theirs, heard, term);
+        let asked = term + 1 + dice.below(2);
+        let kind = Kind::Vote { last_index: LogIndex(0), last_term: Term(0), transfer: None };
+        ours.handle(2, Message { term: Term(asked), kind });
+        theirs.handle(message(MessageType::MsgRequestVote, 2, 1, asked));
+        let ours_granted = ours.sent.iter().any(|(_, m)| m.kind == Kind::VoteReply { granted: true });
+        let reply =
+            |m: &TheirMessage| m.get_msg_type() == MessageType::MsgRequestVoteResponse && !m.get_reject();
+        let case = format!("seed {seed}: {hard:?}, heard {heard:?}, asked in {asked}");
+        assert_eq!(ours_granted, theirs.sent.iter().any(reply), "{case}: whether the vote is given");
+        assert_eq!(ours.replica.term().0, theirs.hard().0, "{case}: the term");
+        granted += u64::from(ours_granted);
+        silent += u64::from(!ours_granted);
+    }
+    assert!(granted > 200 && silent > 200, "one-sided: {granted} given, {silent} not");
+}
+
+/// Replica 3 is heard as the leader of `term`.
+fn hear(ours: &mut Ours, theirs: &mut Theirs, heard: Heard, term: u64) {
+    if heard == Heard::Nobody {
+        return;
+    }
+    let round = Round { number: 1, sent_ns: 1 };
+    let kind = Kind::Heartbeat { round, commit: LogIndex(0), sleep: false, install: None };
+    ours.handle(3, Message { term: Term(term), kind });
+    theirs.handle(message(MessageType::MsgHeartbeat, 3, 1, term));
+    if heard == Heard::LongAgo {
+        ours.let_time_pass();
+        theirs.let_time_pass();
+    }
+    ours.sent.clear();
+    theirs.sent.clear();
+}
+
 #[test]
 fn followers_take_the_same_entries() {
     let (mut taken, mut refused) = (0, 0);

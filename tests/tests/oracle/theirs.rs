@@ -7,6 +7,8 @@ use raft::eraftpb::{Entry, HardState as TheirHardState, Message};
 use raft::storage::MemStorage;
 use raft::{Config, RawNode, StateRole, Storage};
 
+const ELECTION_TICKS: usize = 10;
+
 /// One node and what it wants to send.
 pub struct Theirs {
     pub node: RawNode<MemStorage>,
@@ -26,11 +28,25 @@ impl Theirs {
         state.set_vote(hard.vote.map_or(0, |vote| vote.0.into()));
         state.set_commit(commit);
         store.wl().set_hardstate(state);
-        Self { node: start(me.into(), store), me: me.into(), sent: Vec::new() }
+        Self { node: start(me.into(), store, false), me: me.into(), sent: Vec::new() }
+    }
+
+    /// The same, but whoever hears a leader is bound to it, as ours are.
+    pub fn new_bound(me: u32, voters: u32, hard: HardState, entries: &[copyset::Entry]) -> Self {
+        let theirs = Self::new(me, voters, hard, entries, 0);
+        Self { node: start(me.into(), theirs.node.store().clone(), true), ..theirs }
+    }
+
+    /// As long as a leader's word binds, and no longer than until it would campaign itself.
+    pub fn let_time_pass(&mut self) {
+        for _ in 0..ELECTION_TICKS {
+            self.node.tick();
+        }
+        self.drain();
     }
 
     pub fn restart(&mut self) {
-        self.node = start(self.me, self.node.store().clone());
+        self.node = start(self.me, self.node.store().clone(), false);
         self.sent.clear();
     }
 
@@ -129,14 +145,16 @@ pub fn as_theirs(node: &ours::Ours) -> Vec<(u64, Option<u32>)> {
     node.entries().iter().map(|e| (e.term.0, number(e))).collect()
 }
 
-fn start(me: u64, store: MemStorage) -> RawNode<MemStorage> {
+fn start(me: u64, store: MemStorage, bound: bool) -> RawNode<MemStorage> {
     let config = Config {
         id: me,
         applied: store.rl().hard_state().get_commit(),
-        election_tick: 10,
+        election_tick: ELECTION_TICKS,
+        min_election_tick: 2 * ELECTION_TICKS,
+        max_election_tick: 2 * ELECTION_TICKS + 1,
         heartbeat_tick: 1,
         pre_vote: true,
-        check_quorum: false,
+        check_quorum: bound,
         max_inflight_msgs: 256,
         max_size_per_msg: 1 << 20,
         ..Config::default()
