@@ -1,13 +1,14 @@
 //! `cargo xtask fuzz`: builds and runs the fuzz targets of the tests crate.
 //!
 //! With a C++ compiler the program is libFuzzer, led by coverage (the instrumentation is stable
-//! rustc's); without one, or with `--plain`, it mutates blindly. What libFuzzer collects stays in the
-//! target directory; inputs that found something are shown, and belong into `tests/fuzz/TARGET/`.
+//! rustc's); without one, where none may be installed, or with `--plain`, it mutates blindly. What
+//! libFuzzer collects stays in the target directory; inputs that found something are shown, and belong
+//! into `tests/fuzz/TARGET/`.
 
+use crate::packages;
 use crate::steps::{INTEROP, cargo, root, run, target_folder};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -46,7 +47,11 @@ pub fn fuzz(args: &FuzzArgs) -> Result<()> {
     if args.list {
         return run(Command::new(plain).arg("--list"));
     }
-    if args.plain || !has_cxx() {
+    let names = names(&plain)?;
+    for name in &args.targets {
+        ensure!(names.contains(name), "{name} is no target; there are: {}", names.join(", "));
+    }
+    if args.plain || !packages::ensure_compiler()? {
         if !args.plain {
             println!("no C++ compiler, so no libFuzzer: inputs are mutated without coverage");
         }
@@ -54,7 +59,7 @@ pub fn fuzz(args: &FuzzArgs) -> Result<()> {
     }
     let led = build(true)?;
     let mut failed = Vec::new();
-    for name in names(&plain)? {
+    for name in names {
         if args.targets.is_empty() || args.targets.contains(&name) {
             println!("== {name}");
             if let Err(error) = led_by_coverage(&plain, &led, &name, args) {
@@ -138,11 +143,6 @@ fn listed(plain: &Path) -> Result<Vec<(String, String)>> {
         words.next().zip(words.next())
     };
     Ok(text.lines().filter_map(words).collect())
-}
-
-fn has_cxx() -> bool {
-    let name = env::var_os("CXX").unwrap_or_else(|| "c++".into());
-    Command::new(name).arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success())
 }
 
 fn triple() -> Result<String> {

@@ -66,7 +66,7 @@ fn main() -> ExitCode {
         Command::Mutants(args) => steps::mutants(&args),
         Command::Fuzz(args) => fuzz::fuzz(&args),
         Command::Chaos { args } => steps::chaos(&args),
-        Command::Miri => steps::miri().map(drop),
+        Command::Miri => steps::miri(),
         Command::Arrows => steps::arrows(),
         Command::Setup => packages::ensure().map(drop),
         Command::Fmt { check } => steps::fmt(check),

@@ -31,11 +31,28 @@ const NEEDED: &[(Probe, &str)] = &[
     (Probe::Program("xz"), "xz-utils"),
 ];
 
+/// What libFuzzer is built with.
+const COMPILER: &[(Probe, &str)] = &[(Probe::Program("c++"), "g++")];
+
 /// Installs what is missing, if that is allowed here. Answers with what is missing still.
 pub fn ensure() -> Result<Vec<&'static str>> {
-    let wanted = missing(&is_there);
-    if wanted.is_empty() {
+    let left = ensure_all(NEEDED)?;
+    if left.is_empty() {
         println!("packages: all that the tests with real clients use is installed");
+    } else {
+        println!("packages: the tests that need them are skipped");
+    }
+    Ok(left)
+}
+
+/// Installs a C++ compiler, if there is none and that is allowed here. Answers whether there is one.
+pub fn ensure_compiler() -> Result<bool> {
+    Ok(std::env::var_os("CXX").is_some() || ensure_all(COMPILER)?.is_empty())
+}
+
+fn ensure_all(needed: &[(Probe, &'static str)]) -> Result<Vec<&'static str>> {
+    let wanted = missing(needed, &is_there);
+    if wanted.is_empty() {
         return Ok(wanted);
     }
     if !is_root() || !on_path("apt-get") {
@@ -53,7 +70,7 @@ pub fn ensure() -> Result<Vec<&'static str>> {
         if let Err(error) = install(&left) {
             println!("packages: {error:#}");
         }
-        left = missing(&is_there);
+        left = missing(needed, &is_there);
     }
     if !left.is_empty() {
         explain(&left);
@@ -62,9 +79,10 @@ pub fn ensure() -> Result<Vec<&'static str>> {
 }
 
 fn explain(wanted: &[&str]) {
-    println!("packages: MISSING {}", wanted.join(" "));
-    println!("packages: the tests that need them are skipped; to run them too, on Debian or Ubuntu:");
-    println!("    sudo apt-get install --no-install-recommends {}", wanted.join(" "));
+    let wanted = wanted.join(" ");
+    println!(
+        "packages: MISSING {wanted}; on Debian or Ubuntu: sudo apt-get install --no-install-recommends {wanted}"
+    );
 }
 
 fn install(wanted: &[&str]) -> Result<()> {
@@ -86,8 +104,8 @@ fn install(wanted: &[&str]) -> Result<()> {
     apt(&arguments)
 }
 
-fn missing(is_there: &dyn Fn(&Probe) -> bool) -> Vec<&'static str> {
-    let mut packages: Vec<_> = NEEDED.iter().filter(|(probe, _)| !is_there(probe)).map(|(_, p)| *p).collect();
+fn missing(needed: &[(Probe, &'static str)], is_there: &dyn Fn(&Probe) -> bool) -> Vec<&'static str> {
+    let mut packages: Vec<_> = needed.iter().filter(|(probe, _)| !is_there(probe)).map(|(_, p)| *p).collect();
     packages.dedup();
     packages
 }
@@ -122,12 +140,13 @@ mod tests {
 
     #[test]
     fn a_package_is_named_once_however_many_of_its_programs_lack() {
-        let packages = missing(&|probe| !matches!(probe, Probe::Program("qemu-img" | "qemu-io" | "fio")));
+        let packages =
+            missing(NEEDED, &|probe| !matches!(probe, Probe::Program("qemu-img" | "qemu-io" | "fio")));
         assert_eq!(packages, ["fio", "qemu-utils"]);
     }
 
     #[test]
     fn nothing_is_asked_for_when_all_is_there() {
-        assert_eq!(missing(&|_| true), Vec::<&str>::new());
+        assert_eq!(missing(NEEDED, &|_| true), Vec::<&str>::new());
     }
 }

@@ -65,7 +65,7 @@ pub fn test(args: &TestArgs) -> Result<()> {
     report.step("fuzz", || fuzz::short().map(|()| Outcome::Passed));
     if args.nightly {
         report.step("fuzz, led by coverage", || fuzz::long().map(|()| Outcome::Passed));
-        report.step("miri", miri);
+        report.step("miri", || miri().map(|()| Outcome::Passed));
         report.step("chaos", || chaos(&["--minutes".into(), "30".into()]).map(|()| Outcome::Passed));
     }
     if !args.no_interop {
@@ -159,20 +159,33 @@ fn interop_tests() -> Result<Outcome> {
 
 /// What miri can run: the three cores, and of `reactor` what asks the kernel for nothing. Tests of
 /// many cases are left out: miri is some hundred times slower than the machine.
-pub fn miri() -> Result<Outcome> {
-    let nightly = || Command::new("cargo");
-    let version = nightly().args(["+nightly", "miri", "--version"]).stderr(Stdio::null()).output();
-    if !version.is_ok_and(|ran| ran.status.success()) {
-        return Ok(Outcome::Skipped("no miri; rustup component add --toolchain nightly miri rust-src"));
+pub fn miri() -> Result<()> {
+    if !has_miri() {
+        println!("miri: installing a nightly toolchain beside the one that builds");
+        let parts = ["toolchain", "install", "nightly", "--profile", "minimal"];
+        let _ = Command::new("rustup").args(parts).args(["--component", "miri,rust-src"]).status();
+        ensure!(has_miri(), "no miri: rustup toolchain install nightly --component miri,rust-src");
     }
     for (package, arguments) in MIRI {
+        let start = Instant::now();
         let mut command = nightly();
-        command.args(["+nightly", "miri", "test", "--quiet", "--package", package]).args(*arguments);
-        command.env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO").current_dir(root());
+        command.args(["miri", "test", "--quiet", "--package", package]).args(*arguments);
         command.env("MIRIFLAGS", "-Zmiri-disable-isolation").env("PROPTEST_CASES", "2");
         run(&mut command).with_context(|| format!("{package} under miri"))?;
+        println!("miri: {package} {} in {:.0} s", arguments.join(" "), start.elapsed().as_secs_f32());
     }
-    Ok(Outcome::Passed)
+    Ok(())
+}
+
+fn nightly() -> Command {
+    let mut command = Command::new("cargo");
+    command.arg("+nightly").env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO").current_dir(root());
+    command
+}
+
+fn has_miri() -> bool {
+    let quiet = |command: &mut Command| command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+    quiet(nightly().args(["miri", "--version"])).is_ok_and(|status| status.success())
 }
 
 fn release_build() -> Result<()> {
