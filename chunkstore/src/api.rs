@@ -3,7 +3,7 @@
 //! Nothing here does anything. Ops go out, completions come in, events go out; block data is
 //! only ever held through [`Payload`], a cheap handle to memory that the caller owns.
 
-use protocol::raft::{Entry, HardState, Members};
+use protocol::raft::{Entry, Fence, HardState, Members};
 use protocol::types::{BLOCK_BYTES, BlockRange, CHUNK_BLOCKS, ChunkId, CopysetId, LogIndex, Term};
 use smallvec::SmallVec;
 
@@ -260,6 +260,13 @@ pub enum Record {
         copyset: CopysetId,
         /// The last applied index.
         index: LogIndex,
+    },
+    /// A volume's fence as another replica has it: what a catch-up brings beside chunks. Raised at once.
+    Fence {
+        /// Whose.
+        copyset: CopysetId,
+        /// The fence.
+        fence: Fence,
     },
     /// A chunk catch-up begins: until its end the chunks are a mixture of old and new.
     InstallBegin {

@@ -2,10 +2,10 @@
 
 use crate::api::{Health, Record};
 use crate::wire::{Get, Put, crc_with_hole, fill_crc, pad_to_block};
-use protocol::raft::{Body, Entry, HardState, Member, Members};
+use protocol::raft::{Body, Entry, Fence, HardState, Member, Members};
 use protocol::types::{
-    BLOCK_BYTES, BlockRange, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, MEMBERS_MAX, ShardAddr,
-    TargetId, Term, VolumeId,
+    BLOCK_BYTES, BlockRange, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, MEMBERS_MAX, SessionEpoch,
+    ShardAddr, TargetId, Term,
 };
 
 /// Header blocks of a batch at most.
@@ -15,7 +15,9 @@ pub(crate) const HEAD_BYTES: usize = 96;
 /// Bytes of a record slot; a record with a membership takes three.
 pub(crate) const SLOT_BYTES: usize = 48;
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"ASHBATCH");
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
+/// The oldest that is read: fences came with 2, all else is as it was.
+const VERSION_MIN: u16 = 1;
 const CRC_AT: usize = 12;
 /// Bytes of a membership: two slots.
 pub(crate) const MEMBERS_BYTES: usize = 2 * SLOT_BYTES;
@@ -83,7 +85,7 @@ pub(crate) fn encode(head: &mut Head, records: &[u8], crcs: &[u32]) -> Vec<u8> {
 /// A header whose checksum is right, at the front of `bytes` (which reach to the end of the segment).
 pub(crate) fn decode(bytes: &[u8]) -> Option<Head> {
     let mut get = Get(bytes.get(..HEAD_BYTES)?);
-    if get.u64()? != MAGIC || get.u16()? != VERSION {
+    if get.u64()? != MAGIC || !(VERSION_MIN..=VERSION).contains(&get.u16()?) {
         return None;
     }
     let mut head = Head { header_blocks: get.u16()?, crc: get.u32()?, ..Head::default() };
@@ -168,7 +170,8 @@ struct Slot {
     first: u16,
     count: u16,
     at: u32,
-    vote: u32,
+    /// A target; of a fence, its epoch.
+    vote: u64,
 }
 
 /// Appends a record.
@@ -185,7 +188,7 @@ pub(crate) fn encode_record(out: &mut Vec<u8>, logged: &Logged) {
         }
         Record::Hard { copyset, hard } => {
             slot = Slot { kind: 3, term: hard.term.0, flags: hard.vote.is_some().into(), ..slot };
-            slot.vote = hard.vote.map_or(0, |t| t.0);
+            slot.vote = hard.vote.map_or(0, |t| t.0.into());
             copyset
         }
         Record::Entry { copyset, entry } => {
@@ -203,6 +206,11 @@ pub(crate) fn encode_record(out: &mut Vec<u8>, logged: &Logged) {
         }
         Record::Applied { copyset, index } => {
             (slot.kind, slot.index) = (12, index.0);
+            copyset
+        }
+        Record::Fence { copyset, fence } => {
+            slot.kind = 13;
+            fence_fields(&mut slot, fence);
             copyset
         }
         Record::InstallBegin { copyset } => {
@@ -249,8 +257,17 @@ fn body_fields(slot: &mut Slot, body: &Body) -> Option<Members> {
             slot.body = 4;
             return Some(*members);
         }
+        Body::Fence(fence) => {
+            slot.body = 5;
+            fence_fields(slot, *fence);
+        }
     }
     None
+}
+
+fn fence_fields(slot: &mut Slot, fence: Fence) {
+    slot.chunk = ChunkId { volume: fence.volume, index: 0 }.pack();
+    slot.vote = fence.epoch.0;
 }
 
 fn put_slot(out: &mut Vec<u8>, slot: &Slot) {
@@ -264,12 +281,11 @@ fn put_slot(out: &mut Vec<u8>, slot: &Slot) {
     out.u16(slot.first);
     out.u16(slot.count);
     out.u32(slot.at);
-    out.u32(slot.vote);
-    out.u32(0);
+    out.u64(slot.vote);
 }
 
 fn get_slot(get: &mut Get<'_>) -> Option<Slot> {
-    let slot = Slot {
+    Some(Slot {
         kind: get.u8()?,
         body: get.u8()?,
         flags: get.u16()?,
@@ -280,10 +296,8 @@ fn get_slot(get: &mut Get<'_>) -> Option<Slot> {
         first: get.u16()?,
         count: get.u16()?,
         at: get.u32()?,
-        vote: get.u32()?,
-    };
-    get.u32()?;
-    Some(slot)
+        vote: get.u64()?,
+    })
 }
 
 /// A membership in [`MEMBERS_BYTES`].
@@ -315,12 +329,13 @@ fn decode_record(get: &mut Get<'_>) -> Option<Logged> {
     let slot = get_slot(get)?;
     let (copyset, chunk) = (CopysetId(slot.copyset), ChunkId::unpack(slot.chunk));
     let range = || BlockRange::new(slot.first.into(), slot.count.into());
+    let fence = Fence { volume: chunk.volume, epoch: SessionEpoch(slot.vote) };
     let short = || range().filter(|r| usize::from(r.count) <= ENTRY_BLOCKS_MAX);
     let record = match slot.kind {
         1 => Record::Create { copyset, members: get_members(get)? },
         2 => Record::Remove { copyset },
         3 => {
-            let vote = (slot.flags & 1 == 1).then_some(TargetId(slot.vote));
+            let vote = (slot.flags & 1 == 1).then_some(TargetId(slot.vote as u32));
             Record::Hard { copyset, hard: HardState { term: Term(slot.term), vote } }
         }
         4 => {
@@ -328,8 +343,9 @@ fn decode_record(get: &mut Get<'_>) -> Option<Logged> {
                 0 => Body::Noop,
                 1 => Body::Write { chunk, range: short()? },
                 2 => Body::Zero { chunk, range: range()? },
-                3 => Body::DropVolume { volume: VolumeId((slot.chunk >> 32) as u32) },
+                3 => Body::DropVolume { volume: chunk.volume },
                 4 => Body::Members(get_members(get)?),
+                5 => Body::Fence(fence),
                 _ => return None,
             };
             Record::Entry {
@@ -351,6 +367,7 @@ fn decode_record(get: &mut Get<'_>) -> Option<Logged> {
         8 => Record::InstallBlocks { copyset, chunk, range: short()? },
         9 => Record::InstallZero { copyset, chunk, range: range()? },
         10 => Record::InstallDrop { copyset, chunk },
+        13 => Record::Fence { copyset, fence },
         12 => Record::Applied { copyset, index: LogIndex(slot.index) },
         11 => Record::InstallEnd {
             copyset,

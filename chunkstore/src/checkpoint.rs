@@ -4,11 +4,13 @@ use crate::api::{FileId, IoError, Layout, Media, Side};
 use crate::batch::{MEMBERS_BYTES, get_members, put_members};
 use crate::table::PAGES;
 use crate::wire::{Get, Put, crc_with_hole, fill_crc, pad_to_block};
-use protocol::raft::{HardState, Members};
-use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, LogIndex, TargetId, Term};
+use protocol::raft::{Fence, HardState, Members};
+use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, LogIndex, SessionEpoch, TargetId, Term, VolumeId};
 
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"ASHCHECK");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// The oldest that is read: one without fences, whose number was zero bytes.
+const VERSION_MIN: u32 = 1;
 const CRC_AT: usize = 12;
 /// Bytes before the copysets.
 pub(crate) const HEAD_BYTES: usize = 96;
@@ -16,6 +18,8 @@ pub(crate) const HEAD_BYTES: usize = 96;
 pub(crate) const COPYSET_BYTES: usize = 48 + MEMBERS_BYTES;
 /// Bytes of a slot.
 pub(crate) const SLOT_BYTES: usize = 44;
+/// Bytes of a fence.
+pub(crate) const FENCE_BYTES: usize = 16;
 /// Copysets that the files have room for from the start (they grow if there are more).
 const COPYSETS_EXPECTED: u64 = 1024;
 
@@ -36,6 +40,8 @@ pub(crate) struct Checkpoint {
     pub slots_ready: u32,
     pub copysets: Vec<CopysetImage>,
     pub slots: Vec<SlotImage>,
+    /// Those of entries up to the floors at least; a replay that raises one again changes nothing.
+    pub fences: Vec<(CopysetId, Fence)>,
 }
 
 /// A copyset in a checkpoint.
@@ -83,7 +89,7 @@ pub(crate) fn file_bytes(layout: &Layout) -> u64 {
 impl Checkpoint {
     /// Whole blocks.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let bytes = HEAD_BYTES + self.copysets.len() * COPYSET_BYTES + self.slots.len() * SLOT_BYTES;
+        let bytes = bytes_of([self.copysets.len(), self.slots.len(), self.fences.len()]);
         let mut out = Vec::with_capacity(bytes.next_multiple_of(BLOCK_BYTES));
         out.u64(MAGIC);
         out.u32(VERSION);
@@ -99,9 +105,11 @@ impl Checkpoint {
         out.u32(self.slots_ready);
         out.u32(self.copysets.len() as u32);
         out.u32(self.slots.len() as u32);
+        out.u32(self.fences.len() as u32);
         out.zeroes(HEAD_BYTES - out.len());
         self.copysets.iter().for_each(|c| put_copyset(&mut out, c));
         self.slots.iter().for_each(|s| put_slot(&mut out, s));
+        self.fences.iter().for_each(|(copyset, fence)| put_fence(&mut out, *copyset, fence));
         pad_to_block(&mut out);
         fill_crc(&mut out, CRC_AT);
         out
@@ -131,13 +139,16 @@ impl Checkpoint {
         it.replay_segment = get.u32()?;
         it.segments_ready = get.u32()?;
         it.slots_ready = get.u32()?;
-        let (copysets, slots) = (get.u32()?, get.u32()?);
+        let (copysets, slots, fences) = (get.u32()?, get.u32()?, get.u32()?);
         let mut get = Get(&bytes[HEAD_BYTES..]);
         for _ in 0..copysets {
             it.copysets.push(get_copyset(&mut get)?);
         }
         for _ in 0..slots {
             it.slots.push(get_slot(&mut get)?);
+        }
+        for _ in 0..fences {
+            it.fences.push(get_fence(&mut get)?);
         }
         Some(it)
     }
@@ -186,6 +197,22 @@ fn get_slot(get: &mut Get<'_>) -> Option<SlotImage> {
     Some(SlotImage { slot, copyset, chunk, generation, seq })
 }
 
+fn put_fence(out: &mut Vec<u8>, copyset: CopysetId, fence: &Fence) {
+    out.u32(copyset.0);
+    out.u32(fence.volume.0);
+    out.u64(fence.epoch.0);
+}
+
+fn get_fence(get: &mut Get<'_>) -> Option<(CopysetId, Fence)> {
+    let (copyset, volume) = (CopysetId(get.u32()?), VolumeId(get.u32()?));
+    Some((copyset, Fence { volume, epoch: SessionEpoch(get.u64()?) }))
+}
+
+/// Bytes of so many copysets, slots and fences.
+fn bytes_of([copysets, slots, fences]: [usize; 3]) -> usize {
+    HEAD_BYTES + copysets * COPYSET_BYTES + slots * SLOT_BYTES + fences * FENCE_BYTES
+}
+
 /// Reads one side: `Ok(Err(why))` when it holds no good checkpoint.
 pub(crate) fn read<M: Media + ?Sized>(
     media: &mut M,
@@ -202,13 +229,12 @@ pub(crate) fn read<M: Media + ?Sized>(
     if magic != Some(MAGIC) {
         return Ok(Err("never written"));
     }
-    if version != Some(VERSION) {
+    if !version.is_some_and(|version| (VERSION_MIN..=VERSION).contains(&version)) {
         return Ok(Err("its format version is not known to this program"));
     }
     let mut get = Get(&head[76..]);
-    let counts = [get.u32(), get.u32()].map(|c| u64::from(c.unwrap_or(0)));
-    let bytes = HEAD_BYTES as u64 + counts[0] * COPYSET_BYTES as u64 + counts[1] * SLOT_BYTES as u64;
-    let bytes = bytes.next_multiple_of(BLOCK_BYTES as u64);
+    let counts = [get.u32(), get.u32(), get.u32()].map(|c| c.unwrap_or(0) as usize);
+    let bytes = bytes_of(counts).next_multiple_of(BLOCK_BYTES) as u64;
     if bytes > len {
         return Ok(Err("it is cut short"));
     }

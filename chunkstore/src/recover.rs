@@ -295,6 +295,12 @@ fn new_store<P: Payload>(
         store.round.last_bases.insert(image.id, base);
         store.copysets.insert(image.id, state);
     }
+    for (copyset, fence) in &from.fences {
+        let Some(state) = store.copysets.get_mut(copyset) else {
+            return Err(RecoverError::Checkpoint("a fence is of a copyset that it does not know"));
+        };
+        state.fences.raise(*fence);
+    }
     for image in &from.slots {
         let pages = Pages { seq: image.seq, ..Pages::NONE };
         let slot = Slot { chunk: image.chunk, copyset: image.copyset, generation: image.generation, pages };
@@ -463,6 +469,7 @@ fn copyset_of(record: &Record) -> CopysetId {
         | Record::Truncate { copyset, .. }
         | Record::Health { copyset, .. }
         | Record::Applied { copyset, .. }
+        | Record::Fence { copyset, .. }
         | Record::InstallBegin { copyset }
         | Record::InstallBlocks { copyset, .. }
         | Record::InstallZero { copyset, .. }

@@ -11,7 +11,7 @@
 use crate::api::*;
 use crate::checkpoint::{self, Checkpoint, CopysetImage, SlotImage};
 use crate::read::Pending;
-use crate::store::{AHEAD_EIGHTHS, EntryMeta, Store};
+use crate::store::{AHEAD_EIGHTHS, Copyset, EntryMeta, Store};
 use protocol::raft::{Body, Members};
 use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, Span, Term, Time};
 use smallvec::SmallVec;
@@ -543,6 +543,12 @@ impl<P: Payload> Store<P> {
                 seq: slot.pages.seq,
             })
         });
+        // As of now, not of `covers`: what is applied is committed, and a fence never falls.
+        let fences = |(id, c): (&CopysetId, &Copyset<P>)| {
+            let id = *id;
+            c.fences.as_slice().iter().map(move |fence| (id, *fence)).collect::<Vec<_>>()
+        };
+        let fences = self.copysets.iter().flat_map(fences);
         Checkpoint {
             seq: round.seq + 1,
             disk_tag: self.log.disk_tag,
@@ -555,6 +561,7 @@ impl<P: Payload> Store<P> {
             slots_ready: self.pool.ready,
             copysets: self.copysets.keys().map(|id| self.copyset_image(*id)).collect(),
             slots: slots.collect(),
+            fences: fences.collect(),
         }
     }
 

@@ -13,10 +13,10 @@ use crate::preformat::Preformat;
 use crate::read::{Pending, Reads};
 use crate::round::Round;
 use crate::tables::{Tables, Waiter};
-use protocol::raft::{Body, Entry, HardState, Members};
+use protocol::raft::{Body, Entry, Fences, HardState, Members};
 use protocol::types::{
-    BlockRange, CHUNK_BLOCKS, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, Term, Time, VolumeId,
-    crc_at_rest,
+    BlockRange, CHUNK_BLOCKS, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, SessionEpoch, Term, Time,
+    VolumeId, crc_at_rest,
 };
 use rustc_hash::FxBuildHasher;
 use smallvec::SmallVec;
@@ -95,6 +95,8 @@ pub(crate) struct Copyset<P> {
     pub deferred: LogIndex,
     pub entries: VecDeque<EntryMeta<P>>,
     pub chunks: BTreeSet<ChunkId>,
+    /// Raised by entries that are applied, and by catch-ups.
+    pub fences: Fences,
 }
 
 impl<P> Copyset<P> {
@@ -113,6 +115,7 @@ impl<P> Copyset<P> {
             deferred: LogIndex(0),
             entries: VecDeque::new(),
             chunks: BTreeSet::new(),
+            fences: Fences::default(),
         }
     }
     pub(crate) fn get(&self, index: LogIndex) -> Option<&EntryMeta<P>> {
@@ -354,6 +357,14 @@ impl<P: Payload> Store<P> {
     pub fn chunks_of(&self, copyset: CopysetId) -> Vec<ChunkId> {
         self.copysets.get(&copyset).map(|c| c.chunks.iter().copied().collect()).unwrap_or_default()
     }
+    /// The fences of a copyset's volumes, as of what is applied.
+    pub fn fences(&self, copyset: CopysetId) -> Fences {
+        self.copysets.get(&copyset).map(|c| c.fences.clone()).unwrap_or_default()
+    }
+    /// One of them.
+    pub fn fence(&self, copyset: CopysetId, volume: VolumeId) -> SessionEpoch {
+        self.copysets.get(&copyset).map_or(SessionEpoch(0), |c| c.fences.of(volume))
+    }
     /// Whether `n` chunks that have no slot yet can get one.
     pub fn can_allocate(&self, n: usize) -> bool {
         self.free_slots() >= n
@@ -521,6 +532,7 @@ impl<P: Payload> Store<P> {
             Record::Hard { copyset, hard } => self.copyset(copyset).hard = hard,
             Record::Health { copyset, health } => self.copyset(copyset).set_health(health),
             Record::Applied { .. } => {}
+            Record::Fence { copyset, fence } => self.copyset(copyset).fences.raise(fence),
             Record::InstallBegin { copyset } => self.copyset(copyset).installing = true,
             Record::InstallBlocks { copyset, chunk, range } => {
                 self.keep_ram(copyset, LogIndex(0), chunk, range, &placed);
@@ -650,6 +662,7 @@ impl<P: Payload> Store<P> {
             }
             Body::Zero { chunk, range } => self.overlay_zero(copyset, index, chunk, range, placed.lsn),
             Body::DropVolume { volume } => self.drop_volume(copyset, volume),
+            Body::Fence(fence) => self.copyset(copyset).fences.raise(fence),
             Body::Noop | Body::Members(_) => {}
         }
     }
@@ -658,6 +671,7 @@ impl<P: Payload> Store<P> {
         let (first, last) = (ChunkId { volume, index: 0 }, ChunkId { volume, index: u32::MAX });
         let chunks: Vec<ChunkId> = self.copyset(copyset).chunks.range(first..=last).copied().collect();
         chunks.into_iter().for_each(|chunk| self.drop_chunk(chunk));
+        self.copyset(copyset).fences.forget(volume);
     }
 
     fn keep_ram(

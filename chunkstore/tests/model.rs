@@ -4,11 +4,12 @@
 mod common;
 use ashlar_chunkstore::*;
 use common::*;
-use protocol::raft::{Body, Entry, HardState, Members};
+use protocol::raft::{Body, Entry, Fence, HardState, Members};
 use protocol::types::*;
 use std::collections::BTreeMap;
 
 type State = BTreeMap<(ChunkId, u16), u64>;
+type Fences = BTreeMap<VolumeId, SessionEpoch>;
 
 #[derive(Clone)]
 enum Did {
@@ -16,7 +17,7 @@ enum Did {
     Truncate(LogIndex),
     Hard(HardState),
     Begin,
-    End(LogIndex, Term, State),
+    End(LogIndex, Term, State, Fences),
     /// Removed and created anew.
     Renew,
 }
@@ -34,6 +35,7 @@ struct Model {
 #[derive(Default, Clone)]
 struct Sum {
     base: State,
+    base_fences: Fences,
     base_index: u64,
     base_term: u64,
     entries: BTreeMap<u64, (Entry, Vec<u64>)>,
@@ -53,7 +55,8 @@ impl Model {
                 Did::Hard(hard) => sum.hard = *hard,
                 Did::Begin => sum.installing = true,
                 Did::Renew => sum = Sum::default(),
-                Did::End(index, term, state) => {
+                Did::End(index, term, state, fences) => {
+                    sum.base_fences = fences.clone();
                     (sum.base, sum.base_index, sum.base_term) = (state.clone(), index.0, term.0);
                     sum.installing = false;
                     sum.entries.clear();
@@ -85,6 +88,20 @@ impl Sum {
             }
         }
         state
+    }
+    fn fences(&self, committed: u64) -> Fences {
+        let mut fences = self.base_fences.clone();
+        for (entry, _) in self.entries.range(..=committed).map(|(_, e)| e) {
+            match entry.body {
+                Body::Fence(Fence { volume, epoch }) => {
+                    let fence = fences.entry(volume).or_default();
+                    *fence = epoch.max(*fence);
+                }
+                Body::DropVolume { volume } => drop(fences.remove(&volume)),
+                _ => {}
+            }
+        }
+        fences
     }
 }
 
@@ -169,6 +186,10 @@ impl World {
             }
             15..18 => (Body::Zero { chunk, range }, vec![]),
             18 if self.rng.chance(20) => (Body::DropVolume { volume: chunk.volume }, vec![]),
+            19 => {
+                let (volume, epoch) = (chunk.volume, SessionEpoch(self.term));
+                (Body::Fence(Fence { volume, epoch }), vec![])
+            }
             _ => (Body::Noop, vec![]),
         }
     }
@@ -433,15 +454,27 @@ impl World {
         }
         let floor = LogIndex(self.models[&id].sum().last() + self.rng.below(5));
         let (floor_term, members) = (Term(self.term), Members::default());
+        // The other replica's fences, one of them newer.
+        let mut fences = self.models[&id].sum().fences(self.models[&id].committed);
+        fences.insert(VolumeId(1), SessionEpoch(self.term));
+        for (volume, epoch) in &fences {
+            let fence = Fence { volume: *volume, epoch: *epoch };
+            self.rig.store.stage(Record::Fence { copyset: id, fence }, None, &[]);
+        }
         self.term += 1;
         self.rig.store.stage(Record::InstallEnd { copyset: id, floor, floor_term, members }, None, &[]);
-        self.log(id, Did::End(floor, floor_term, state));
+        self.log(id, Did::End(floor, floor_term, state, fences));
         self.models.get_mut(&id).expect("known").committed = floor.0;
         self.rig.settle();
     }
     fn check_all(&mut self) {
         for id in [CopysetId(1), CopysetId(2)] {
             let committed = self.models[&id].committed;
+            // One that came by a catch-up which did not end is higher than the model knows.
+            for (volume, epoch) in self.models[&id].sum().fences(committed) {
+                let kept = self.rig.store.fence(id, volume);
+                assert!(kept >= epoch, "seed {}: the fence of {volume} fell to {kept}", self.seed);
+            }
             for n in 0..4 {
                 let chunk = chunk_of(id, n);
                 for first in [0, 816] {

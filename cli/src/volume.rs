@@ -1,7 +1,8 @@
-//! `ashlar volume`: create, list, show, resize, remove, check.
+//! `ashlar volume`: create, list, show, resize, remove, attach, check.
 
 pub mod check;
 mod compare;
+mod session;
 
 use crate::cluster::ClusterArgs;
 use crate::output::{OutputArgs, table};
@@ -29,6 +30,10 @@ pub enum VolumeCommand {
     Undelete(UndeleteArgs),
     /// Call a volume something else. It must not be exported.
     Rename(RenameArgs),
+    /// Let one host have a volume for itself, or tell that a host uses it. What another host had is refused.
+    Attach(session::AttachArgs),
+    /// End a host's hold on a volume.
+    Detach(session::DetachArgs),
     /// Compare every replica of every chunk; exit code 3 when any differs.
     Check(check::CheckArgs),
 }
@@ -157,6 +162,8 @@ pub struct Shown {
     replicated_bytes: u64,
     /// Of segments that were ever written: what the pool's capacity is held against.
     reserved_bytes: u64,
+    /// Who is attached.
+    session: session::SessionShown,
 }
 
 impl From<&pb::Volume> for Shown {
@@ -174,6 +181,7 @@ impl From<&pb::Volume> for Shown {
             purge_at_s: volume.purge_at_s,
             replicated_bytes: volume.replicated_bytes,
             reserved_bytes: volume.reserved_bytes,
+            session: (&volume.session.clone().unwrap_or_default()).into(),
         }
     }
 }
@@ -188,6 +196,8 @@ pub async fn run(command: VolumeCommand) -> Outcome {
         VolumeCommand::Rm(args) => remove(args).await,
         VolumeCommand::Undelete(args) => undelete(args).await,
         VolumeCommand::Rename(args) => rename(args).await,
+        VolumeCommand::Attach(args) => session::attach(args).await,
+        VolumeCommand::Detach(args) => session::detach(args).await,
         VolumeCommand::Check(args) => check::run(args).await,
     }
 }
@@ -236,7 +246,7 @@ async fn show(args: OneArgs) -> Outcome {
     let volume = stat(&args.cluster.connect()?, &args.name).await?;
     args.output.print(&Shown::from(&volume), |v| {
         format!(
-            "{} (id {})\n  size       {} ({} bytes)\n  block      {} bytes\n  allocated  {}, {} over all replicas, {} reserved\n  pool       {}\n  copysets   {}\n  exports    {}\n",
+            "{} (id {})\n  size       {} ({} bytes)\n  block      {} bytes\n  allocated  {}, {} over all replicas, {} reserved\n  pool       {}\n  copysets   {}\n  exports    {}\n  attached   {}\n",
             v.name,
             v.id,
             Size(v.bytes),
@@ -248,6 +258,7 @@ async fn show(args: OneArgs) -> Outcome {
             v.pool,
             v.copysets.iter().map(u32::to_string).collect::<Vec<_>>().join(" "),
             if v.exports.is_empty() { "none".into() } else { v.exports.join(" ") },
+            v.session.line(),
         )
     })?;
     Ok(Exit::Ok)

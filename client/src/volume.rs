@@ -27,6 +27,9 @@
 //! 7. **A refusal is not done** (`Busy`, `UnknownCopyset`, `NotLeader` of no higher term): the
 //!    request may go anywhere next, after a back-off. `NotLeader` of a *higher* term leaves the
 //!    fate open, since a deposed leader may have logged the write: rule 2 applies.
+//! 8. **A fence is final.** A request names the epoch under which its host is attached; `Fenced` says that
+//!    another host has taken the volume over, and ends it at once. A write that was sent before may have
+//!    taken effect, but only before the fence.
 //!
 //! Known limit: a write that was sent twice may take effect twice *before* it is answered. Another
 //! write of the same block that runs at the same time can land between, and a reader can then see
@@ -50,7 +53,9 @@ use crate::volume::cut::{Cursor, Extent};
 use crate::volume::route::{Attempt, Link, Route};
 use protocol::map::{ClusterMap, VolumeEntry};
 use protocol::peer::{Crcs, IoOp, IoOutcome, IoReply, IoRequest};
-use protocol::types::{CopysetId, ENTRY_BYTES_MAX, SEGMENT_BYTES, ShardAddr, Span, Term, Time, VolumeId};
+use protocol::types::{
+    CopysetId, ENTRY_BYTES_MAX, SEGMENT_BYTES, SessionEpoch, ShardAddr, Span, Term, Time, VolumeId,
+};
 use slab::Slab;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -149,6 +154,11 @@ pub enum Request<P> {
         /// How much.
         length: u64,
     },
+    /// Raise the volume's fence, in each of its copysets, to the epoch that is asked under.
+    Fence {
+        /// Which volume.
+        volume: VolumeId,
+    },
 }
 
 /// Why a request was not taken. Nothing was done.
@@ -192,6 +202,9 @@ pub enum IoError {
     /// [`VolumeIo::stop`] was called. A write may still take effect.
     #[error("stopping")]
     Stopped,
+    /// Another host has taken the volume over: nothing more is done under this epoch.
+    #[error("another host has taken the volume over")]
+    Fenced,
 }
 
 /// What the caller is to do.
@@ -253,12 +266,15 @@ enum Kind {
     Write,
     Zero,
     Status,
+    Fence,
 }
 
 /// A request under way.
 struct Job<P> {
     id: u64,
     volume: VolumeId,
+    /// Under which it is asked.
+    epoch: SessionEpoch,
     kind: Kind,
     /// Counts submissions, to tell this job from a later one in the same slot.
     serial: u64,
@@ -281,6 +297,7 @@ struct Piece<P> {
     /// Counts pieces: the order of waiting.
     serial: u64,
     copyset: CopysetId,
+    epoch: SessionEpoch,
     extent: Extent,
     op: IoOp,
     payload: Option<P>,
@@ -402,11 +419,17 @@ impl<P: Clone> VolumeIo<P> {
         self.dispatch(now);
     }
 
-    /// Begins a request. `id` is the caller's and comes back in its actions; no two open requests
-    /// share one.
-    pub fn submit(&mut self, id: u64, request: Request<P>, now: Time) -> Result<(), SubmitError> {
+    /// Begins a request of a host that is attached to the volume under `epoch`. `id` is the caller's and comes
+    /// back in its actions; no two open requests share one.
+    pub fn submit(
+        &mut self,
+        id: u64,
+        epoch: SessionEpoch,
+        request: Request<P>,
+        now: Time,
+    ) -> Result<(), SubmitError> {
         debug_assert!(self.jobs.iter().all(|(_, job)| job.id != id), "request {id} is open already");
-        let job = self.admit(id, request)?;
+        let job = self.admit(id, epoch, request)?;
         if job.kind == Kind::Write && !self.segment_open(job.volume, job.asked.0, now) {
             self.actions.push_back(Action::Done { id, result: Err(IoError::NoSpace) });
             return Ok(());
@@ -535,7 +558,7 @@ impl<P: Clone> VolumeIo<P> {
     }
 
     /// Checks a request and makes its job.
-    fn admit(&mut self, id: u64, request: Request<P>) -> Result<Job<P>, SubmitError> {
+    fn admit(&mut self, id: u64, epoch: SessionEpoch, request: Request<P>) -> Result<Job<P>, SubmitError> {
         if self.stopped {
             return Err(SubmitError::Stopped);
         }
@@ -548,6 +571,11 @@ impl<P: Clone> VolumeIo<P> {
             Request::Status { volume, offset, length } => (Kind::Status, volume, offset, length, None),
             Request::WritePiece { volume, offset, length, crc, payload } => {
                 (Kind::Write, volume, offset, length.into(), Some((crc, payload)))
+            }
+            // One piece a copyset; where does not matter.
+            Request::Fence { volume } => {
+                let bytes = self.volume(volume).ok_or(SubmitError::UnknownVolume)?.bytes;
+                (Kind::Fence, volume, 0, bytes, None)
             }
         };
         let bytes = self.volume(volume).ok_or(SubmitError::UnknownVolume)?.bytes;
@@ -564,11 +592,12 @@ impl<P: Clone> VolumeIo<P> {
             Kind::Write => Cursor::write(offset, length),
             Kind::Zero => Cursor::zero(offset, length),
             Kind::Status => Cursor::status(offset, length),
+            Kind::Fence => Cursor::copysets(self.volume(volume).map_or(0, |v| v.copysets.len())),
         };
         let asked = (offset, (offset + length).min(cursor.end()));
         let serial = self.next_serial();
         let (open, error, runs) = (0, None, BTreeMap::new());
-        Ok(Job { id, volume, kind, serial, asked, cursor, write, open, error, runs })
+        Ok(Job { id, volume, epoch, kind, serial, asked, cursor, write, open, error, runs })
     }
 
     /// Whether a segment may be written; reports its first write.

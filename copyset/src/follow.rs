@@ -12,7 +12,7 @@ pub(crate) fn is_sound(body: &Body) -> bool {
         Body::Write { range, .. } => range.is_valid() && usize::from(range.count) <= ENTRY_BLOCKS_MAX,
         Body::Zero { range, .. } => range.is_valid(),
         Body::Members(members) => members.voters().next().is_some(),
-        Body::Noop | Body::DropVolume { .. } => true,
+        Body::Noop | Body::DropVolume { .. } | Body::Fence(_) => true,
     }
 }
 

@@ -2,11 +2,13 @@
 //! state; a refusal is one line that says what, why and what to do.
 
 use crate::record::{Endpoints, Uuid};
-use crate::state::{Command, Heartbeat, Membership, Registration, Replica, Slots, Usage, VolumeRef};
+use crate::state::{
+    Attach, Attached, Command, Heartbeat, Membership, Registration, Replica, Slots, Usage, VolumeRef,
+};
 use protocol::control::{
     Problem, ProblemKind, allowed_hosts, check_name, limits, pb, protocol_from_pb, shard_from_pb,
 };
-use protocol::types::{CopysetId, LogIndex, MEMBERS_MAX, TargetId, Term, VolumeId};
+use protocol::types::{CopysetId, LogIndex, MEMBERS_MAX, SessionEpoch, TargetId, Term, VolumeId};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
@@ -46,6 +48,18 @@ pub fn undelete_volume(request: pb::UndeleteVolumeRequest) -> Result<Command, Pr
 /// A volume to be renamed.
 pub fn rename_volume(request: pb::RenameVolumeRequest) -> Result<Command, Problem> {
     Ok(Command::RenameVolume { volume: volume_ref(request.volume)?, name: request.name })
+}
+
+/// A host to be attached.
+pub fn attach(request: pb::AttachVolumeRequest) -> Result<Command, Problem> {
+    let pb::AttachVolumeRequest { volume, holder, exclusive, take_over } = request;
+    Ok(Command::Attach(Attach { volume: volume_ref(volume)?, holder, exclusive, take_over }))
+}
+
+/// A host to be detached.
+pub fn detach(request: pb::DetachVolumeRequest) -> Result<Command, Problem> {
+    let pb::DetachVolumeRequest { volume, holder } = request;
+    Ok(Command::Detach { volume: volume_ref(volume)?, holder })
 }
 
 /// A volume to be offered.
@@ -132,6 +146,7 @@ pub fn heartbeat(request: pb::HeartbeatRequest) -> Result<Heartbeat, Problem> {
     within("freed volumes", request.freed_volumes.len(), limits::VOLUMES_MAX)?;
     // Volumes that were purged a moment ago may be among them.
     within("volumes", request.volumes.len(), 2 * limits::VOLUMES_MAX)?;
+    within("attached hosts", request.attached.len(), limits::ATTACHED_MAX)?;
     let usage = request.usage.unwrap_or_default();
     Ok(Heartbeat {
         target: TargetId(request.target),
@@ -147,7 +162,12 @@ pub fn heartbeat(request: pb::HeartbeatRequest) -> Result<Heartbeat, Problem> {
         failed_shards: request.failed_shards.iter().filter_map(|at| u16::try_from(*at).ok()).collect(),
         slots: request.volumes.iter().map(slots).collect(),
         slots_whole: request.volumes_whole,
+        attached: request.attached.into_iter().map(attached).collect(),
     })
+}
+
+fn attached(told: pb::Attached) -> Attached {
+    Attached { volume: VolumeId(told.volume), holder: told.holder, epoch: SessionEpoch(told.epoch) }
 }
 
 fn slots(of: &pb::VolumeSlots) -> (VolumeId, Slots) {

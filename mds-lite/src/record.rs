@@ -3,7 +3,7 @@
 
 use protocol::types::{CHUNK_BYTES, CopysetId, SEGMENT_BYTES, ShardAddr, VolumeId};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 
@@ -53,11 +53,19 @@ pub struct Counters {
     pub next_copyset: u32,
     /// The next volume's id.
     pub next_volume: u32,
+    /// The epoch of the next session that ends others. Since schema 3.
+    #[serde(default = "first_epoch")]
+    pub next_epoch: u64,
+}
+
+/// 0 is that of volumes that were never attached exclusively.
+fn first_epoch() -> u64 {
+    1
 }
 
 impl Default for Counters {
     fn default() -> Self {
-        Self { generation: 1, next_pool: 1, next_copyset: 1, next_volume: 1 }
+        Self { generation: 1, next_pool: 1, next_copyset: 1, next_volume: 1, next_epoch: first_epoch() }
     }
 }
 
@@ -216,6 +224,18 @@ impl Allocated {
         let full = u64::from(self.count()) * SEGMENT_BYTES;
         if self.contains(last) { full - SEGMENT_BYTES + volume.segment_bytes(last) } else { full }
     }
+}
+
+/// Which hosts are attached to a volume. Since schema 3.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionRecord {
+    /// What a host asks under a lower one is refused.
+    pub epoch: u64,
+    /// There is one holder, and no other host may attach.
+    pub exclusive: bool,
+    /// Hosts that attached by name; of those that did not, nothing is known.
+    pub holders: BTreeSet<String>,
 }
 
 /// The key of an export: volume and protocol.

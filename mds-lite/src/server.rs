@@ -109,6 +109,9 @@ pub struct Args {
     /// Build the replicas of a target elsewhere when it has been silent for so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub offline_after: u32,
+    /// A host that has not been seen attached for so many seconds may be succeeded without --take-over
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub session_lease: u32,
     /// Replicas that are built on one target at once
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub rebuilds_a_target: u32,
@@ -123,6 +126,7 @@ impl From<Args> for Config {
             targets_expected,
             offline_after: Span::ms(u64::from(args.offline_after) * 1000),
             tasks_a_target: args.rebuilds_a_target,
+            session_lease: Span::ms(u64::from(args.session_lease) * 1000),
             ..Policy::default()
         };
         let Args { store, listen, advertise, metrics, .. } = args;

@@ -2,7 +2,7 @@
 
 use crate::owner::Handle;
 use crate::seat::Seat;
-use crate::state::{Command, Reply};
+use crate::state::{Command, Reply, State};
 use crate::{intake, view};
 use protocol::control::pb::mds_server::Mds;
 use protocol::control::{Problem, pb, protocol_from_pb};
@@ -148,7 +148,7 @@ impl Mds for Service {
         request: Request<pb::CreateVolumeRequest>,
     ) -> Answer<pb::CreateVolumeResponse> {
         let command = intake::create_volume(request.into_inner());
-        let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
+        let view = |reply, state: &_, now| view::volume(state, now, volume_in(&reply));
         answer(pb::CreateVolumeResponse { volume: Some(self.owner()?.command(command, view).await?) })
     }
 
@@ -157,13 +157,13 @@ impl Mds for Service {
         request: Request<pb::ListVolumesRequest>,
     ) -> Answer<pb::ListVolumesResponse> {
         let deleting = request.into_inner().deleting;
-        let volumes = self.owner()?.query(move |state, _| Ok(view::volumes(state, deleting))).await?;
+        let volumes = self.owner()?.query(move |state, now| Ok(view::volumes(state, now, deleting))).await?;
         answer(pb::ListVolumesResponse { volumes })
     }
 
     async fn stat_volume(&self, request: Request<pb::StatVolumeRequest>) -> Answer<pb::StatVolumeResponse> {
         let id = self.volume_id(request.into_inner().volume).await?;
-        answer(self.owner()?.query(move |state, _| view::stat(state, id)).await?)
+        answer(self.owner()?.query(move |state, now| view::stat(state, now, id)).await?)
     }
 
     async fn resize_volume(
@@ -171,7 +171,7 @@ impl Mds for Service {
         request: Request<pb::ResizeVolumeRequest>,
     ) -> Answer<pb::ResizeVolumeResponse> {
         let command = intake::resize_volume(request.into_inner())?;
-        let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
+        let view = |reply, state: &_, now| view::volume(state, now, volume_in(&reply));
         answer(pb::ResizeVolumeResponse { volume: Some(self.owner()?.command(command, view).await?) })
     }
 
@@ -189,7 +189,7 @@ impl Mds for Service {
         request: Request<pb::UndeleteVolumeRequest>,
     ) -> Answer<pb::UndeleteVolumeResponse> {
         let command = intake::undelete_volume(request.into_inner())?;
-        let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
+        let view = |reply, state: &_, now| view::volume(state, now, volume_in(&reply));
         answer(pb::UndeleteVolumeResponse { volume: Some(self.owner()?.command(command, view).await?) })
     }
 
@@ -198,8 +198,36 @@ impl Mds for Service {
         request: Request<pb::RenameVolumeRequest>,
     ) -> Answer<pb::RenameVolumeResponse> {
         let command = intake::rename_volume(request.into_inner())?;
-        let view = |reply, state: &_, _| view::volume(state, volume_in(&reply));
+        let view = |reply, state: &_, now| view::volume(state, now, volume_in(&reply));
         answer(pb::RenameVolumeResponse { volume: Some(self.owner()?.command(command, view).await?) })
+    }
+
+    async fn attach_volume(
+        &self,
+        request: Request<pb::AttachVolumeRequest>,
+    ) -> Answer<pb::AttachVolumeResponse> {
+        let command = intake::attach(request.into_inner())?;
+        let view = |reply, state: &State, now| {
+            let volume = view::volume(state, now, volume_in(&reply))?;
+            Ok(pb::AttachVolumeResponse { volume: Some(volume), generation: state.map().generation })
+        };
+        let attached = self.owner()?.command(command, view).await?;
+        log_session(attached.volume.as_ref());
+        answer(attached)
+    }
+
+    async fn detach_volume(
+        &self,
+        request: Request<pb::DetachVolumeRequest>,
+    ) -> Answer<pb::DetachVolumeResponse> {
+        let command = intake::detach(request.into_inner())?;
+        let view = |reply, state: &State, now| {
+            let volume = view::volume(state, now, volume_in(&reply))?;
+            Ok(pb::DetachVolumeResponse { volume: Some(volume), generation: state.map().generation })
+        };
+        let detached = self.owner()?.command(command, view).await?;
+        log_session(detached.volume.as_ref());
+        answer(detached)
     }
 
     async fn remove_target(
@@ -273,6 +301,13 @@ impl Mds for Service {
     async fn status(&self, _: Request<pb::StatusRequest>) -> Answer<pb::StatusResponse> {
         answer(self.owner()?.query(|state, now| Ok(view::status(state, now))).await?)
     }
+}
+
+fn log_session(volume: Option<&pb::Volume>) {
+    let Some((volume, session)) = volume.and_then(|v| Some((v, v.session.as_ref()?))) else { return };
+    let holders: Vec<&str> = session.holders.iter().map(|holder| holder.name.as_str()).collect();
+    let pb::Session { epoch, exclusive, .. } = session;
+    tracing::info!(volume = volume.name, epoch, exclusive, ?holders, "session changed");
 }
 
 /// Sends each newer map until the watcher leaves or the server stops.

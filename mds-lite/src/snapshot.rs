@@ -2,8 +2,8 @@
 //!
 //! docs/format-mds.md draws the file. What is put back is older than what targets saw since: their maps have
 //! higher generations, and ids may have been given out that the file does not know. So the counters go ahead
-//! by more than a cluster can have used meanwhile ([`AHEAD`]); else targets would ignore the new maps, and a
-//! new volume could be given an old one's chunks.
+//! by more than a cluster can have used meanwhile ([`AHEAD`]); else targets would ignore the new maps, a new
+//! volume could be given an old one's chunks, and a host an epoch that another one has already.
 
 use crate::election::{Candidacy, Standing, candidates};
 use crate::etcd::{Etcd, EtcdAt};
@@ -19,8 +19,13 @@ const MAGIC: [u8; 8] = *b"ASHLSNAP";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 56;
 /// What a restore adds to the counters.
-pub const AHEAD: Counters =
-    Counters { generation: 1_000_000, next_pool: 64, next_copyset: 8192, next_volume: 65_536 };
+pub const AHEAD: Counters = Counters {
+    generation: 1_000_000,
+    next_pool: 64,
+    next_copyset: 8192,
+    next_volume: 65_536,
+    next_epoch: 1_000_000,
+};
 /// A file larger than this is none: at full size one has 40 MiB.
 const BYTES_MAX: u64 = 1 << 30;
 
@@ -120,6 +125,7 @@ impl Snapshot {
                 counters.next_pool = counters.next_pool.saturating_add(AHEAD.next_pool);
                 counters.next_copyset = counters.next_copyset.saturating_add(AHEAD.next_copyset);
                 counters.next_volume = counters.next_volume.saturating_add(AHEAD.next_volume);
+                counters.next_epoch = counters.next_epoch.saturating_add(AHEAD.next_epoch);
             }
         }
         self

@@ -8,21 +8,25 @@
 
 mod error;
 pub mod schedule;
+mod sessions;
 mod space;
 mod targets;
 mod volumes;
 
 use crate::record::{
-    Allocated, AllowedHosts, CopysetRecord, Counters, Endpoints, ExportKey, PoolId, PoolRecord, TargetRecord,
-    Uuid, VolumeRecord,
+    Allocated, AllowedHosts, CopysetRecord, Counters, Endpoints, ExportKey, PoolId, PoolRecord,
+    SessionRecord, TargetRecord, Uuid, VolumeRecord,
 };
-use protocol::control::{Problem, limits, map_from_pb, map_to_pb, pb};
-use protocol::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
-use protocol::types::{CopysetId, LogIndex, ShardAddr, Span, TargetId, Term, Time, VolumeId};
+use protocol::control::{Problem, check_holder, limits, map_from_pb, map_to_pb, pb};
+use protocol::map::{
+    ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, Session, TargetEntry, VolumeEntry,
+};
+use protocol::types::{CopysetId, LogIndex, SessionEpoch, ShardAddr, Span, TargetId, Term, Time, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+pub use sessions::{Attach, Attached};
 pub use space::{Slots, Space};
 
 /// The pool that is created by itself, and used when none is named.
@@ -45,6 +49,8 @@ pub struct Policy {
     pub offline_after: Span,
     /// Most replicas that are built on a target at once.
     pub tasks_a_target: u32,
+    /// How long after it was last seen attached a host still holds its volume.
+    pub session_lease: Span,
 }
 
 impl Default for Policy {
@@ -57,6 +63,7 @@ impl Default for Policy {
             unstable_after: Span::ms(2500),
             offline_after: Span::ms(60_000),
             tasks_a_target: 2,
+            session_lease: Span::ms(30_000),
         }
     }
 }
@@ -84,6 +91,8 @@ pub enum Change {
     Export(ExportKey, AllowedHosts),
     /// The offer ends.
     ExportRemoved(ExportKey),
+    /// Who is attached to a volume is now this.
+    Session(VolumeId, SessionRecord),
 }
 
 /// A volume as requests name it.
@@ -172,6 +181,15 @@ pub enum Command {
     },
     /// End the offer.
     RemoveExport(VolumeRef, ExportProtocol),
+    /// A host is to be attached to a volume.
+    Attach(Attach),
+    /// A host's attachment ends.
+    Detach {
+        /// To which volume.
+        volume: VolumeRef,
+        /// Whose.
+        holder: String,
+    },
     /// Empty a target, or use it again.
     Drain {
         /// Which.
@@ -230,6 +248,8 @@ pub struct Heartbeat {
     pub slots: BTreeMap<VolumeId, Slots>,
     /// Those not named have none.
     pub slots_whole: bool,
+    /// Hosts that are attached through it and say who they are.
+    pub attached: Vec<Attached>,
 }
 
 /// Space on a target, in bytes.
@@ -349,6 +369,8 @@ pub struct State {
     pub(crate) volumes: BTreeMap<VolumeId, VolumeRecord>,
     pub(crate) allocated: BTreeMap<VolumeId, Allocated>,
     pub(crate) exports: BTreeMap<ExportKey, AllowedHosts>,
+    /// Of volumes that somebody was ever attached to by name.
+    pub(crate) sessions: BTreeMap<VolumeId, SessionRecord>,
     /// Names of volumes that are not deleted.
     names: BTreeMap<String, VolumeId>,
     /// The records as the map shows them.
@@ -359,6 +381,7 @@ pub struct State {
     freed: BTreeMap<VolumeId, BTreeSet<TargetId>>,
     schedule: schedule::Schedule,
     space: space::Reported,
+    leases: sessions::Leases,
 }
 
 impl State {
@@ -377,12 +400,14 @@ impl State {
             volumes: BTreeMap::new(),
             allocated: BTreeMap::new(),
             exports: BTreeMap::new(),
+            sessions: BTreeMap::new(),
             names: BTreeMap::new(),
             map: Arc::default(),
             seen: BTreeMap::new(),
             freed: BTreeMap::new(),
             schedule: schedule::Schedule::default(),
             space: space::Reported::default(),
+            leases: sessions::Leases::default(),
         };
         for change in records {
             state.apply_one(change);
@@ -410,6 +435,8 @@ impl State {
             Command::RenameVolume { volume, name } => self.rename_volume(&volume, name),
             Command::AddExport { volume, protocol, allowed } => self.add_export(&volume, protocol, allowed),
             Command::RemoveExport(volume, protocol) => self.remove_export(&volume, protocol),
+            Command::Attach(request) => self.attach(&request, now),
+            Command::Detach { volume, holder } => self.detach(&volume, &holder),
             Command::Drain { target, draining } => self.drain(target, draining),
             Command::RemoveTarget(target) => self.remove_target(target, now),
             Command::Tick { unix_s } => {
@@ -457,10 +484,16 @@ impl State {
                 self.volumes.remove(&id);
                 self.allocated.remove(&id);
                 self.freed.remove(&id);
+                self.sessions.remove(&id);
+                self.leases.forget(id);
             }
             Change::Allocated(id, allocated) => drop(self.allocated.insert(id, allocated)),
             Change::Export(key, allowed) => drop(self.exports.insert(key, allowed)),
             Change::ExportRemoved(key) => drop(self.exports.remove(&key)),
+            Change::Session(id, session) => {
+                self.leases.keep(id, &session.holders);
+                self.sessions.insert(id, session);
+            }
         }
     }
 
@@ -569,12 +602,18 @@ impl State {
         };
         let copyset =
             |record: &CopysetRecord| CopysetEntry { members: record.members.clone(), epoch: record.epoch };
-        let volume = |record: &VolumeRecord| VolumeEntry {
+        let session = |id: &VolumeId| {
+            let Some(record) = self.sessions.get(id) else { return Session::default() };
+            let holder = record.holders.first().filter(|_| record.exclusive);
+            Session { epoch: SessionEpoch(record.epoch), holder: holder.cloned().unwrap_or_default() }
+        };
+        let volume = |id: &VolumeId, record: &VolumeRecord| VolumeEntry {
             name: record.name.clone(),
             bytes: record.bytes,
             block_bytes: record.block_bytes,
             copysets: record.copysets.clone(),
             deleted: record.deleted,
+            session: session(id),
         };
         let export = |((volume, protocol), allowed): (&ExportKey, &AllowedHosts)| ExportEntry {
             volume: *volume,
@@ -591,7 +630,7 @@ impl State {
                 .volumes
                 .iter()
                 .filter(|(_, record)| record.deleted || record.is_live())
-                .map(|(id, record)| (*id, volume(record)))
+                .map(|(id, record)| (*id, volume(id, record)))
                 .collect(),
             exports: self.exports.iter().map(export).collect(),
         }
@@ -616,7 +655,16 @@ impl State {
                 .get(id)
                 .is_some_and(|v| allocated.as_bytes().len() <= v.segments().div_ceil(8) as usize)
         });
+        let sessions_resolve = self.sessions.iter().all(|(id, session)| {
+            let holders = session.holders.iter().all(|holder| check_holder(holder).is_ok());
+            let alone = !session.exclusive || session.holders.len() == 1;
+            self.volumes.contains_key(id) && holders && alone && session.epoch < counters.next_epoch
+        });
         let rows = [
+            (
+                sessions_resolve,
+                "a session of no volume, of several that exclude each other or of an epoch to come",
+            ),
             (ids_fresh, "an id at or above its counter"),
             (pools_resolve && volumes_resolve && copysets_resolve, "a pool or copyset that is not there"),
             (allocation_resolves, "an allocation of no volume or beyond its end"),

@@ -21,7 +21,7 @@ use protocol::control::{Problem, ProblemKind};
 use std::io::Read;
 
 /// The version of the tables that this code writes.
-pub const SCHEMA: u32 = 2;
+pub const SCHEMA: u32 = 3;
 /// The oldest version that it reads; what holds them is then marked as of [`SCHEMA`]. Fields that came later
 /// have defaults in `record`, tables that came later may be missing.
 pub(crate) const SCHEMA_OLDEST: u32 = 1;

@@ -8,12 +8,23 @@ use protocol::map::ExportProtocol;
 use protocol::types::{ChunkId, CopysetId, ShardAddr, TargetId, Time, VolumeId};
 use std::collections::BTreeMap;
 
-pub(crate) fn volume(state: &State, id: VolumeId) -> Result<pb::Volume, Problem> {
+pub(crate) fn volume(state: &State, now: Time, id: VolumeId) -> Result<pb::Volume, Problem> {
     let (_, record) = state.find_volume(&crate::state::VolumeRef::Id(id))?;
-    Ok(volume_of(state, id, record))
+    Ok(volume_of(state, now, id, record))
 }
 
-fn volume_of(state: &State, id: VolumeId, record: &VolumeRecord) -> pb::Volume {
+fn session(state: &State, now: Time, id: VolumeId) -> pb::Session {
+    let record = state.session(id);
+    let holder = |name: String| {
+        let (left, targets) = state.lease(id, &name, now);
+        let targets = targets.into_iter().map(|target| target.0).collect();
+        pb::SessionHolder { name, lease_left_ms: left.map(|ns| ns / 1_000_000), targets }
+    };
+    let (epoch, exclusive) = (record.epoch, record.exclusive);
+    pb::Session { epoch, exclusive, holders: record.holders.into_iter().map(holder).collect() }
+}
+
+fn volume_of(state: &State, now: Time, id: VolumeId, record: &VolumeRecord) -> pb::Volume {
     let (allocated, space) = (state.allocation(id), state.space_of(id));
     let exports = state.exports.keys().filter(|(volume, _)| *volume == id);
     pb::Volume {
@@ -31,17 +42,18 @@ fn volume_of(state: &State, id: VolumeId, record: &VolumeRecord) -> pb::Volume {
         purge_at_s: record.purge_at_s.filter(|_| !record.deleted),
         replicated_bytes: space.replicated,
         reserved_bytes: space.reserved,
+        session: Some(session(state, now, id)),
     }
 }
 
-pub(crate) fn volumes(state: &State, deleting: bool) -> Vec<pb::Volume> {
+pub(crate) fn volumes(state: &State, now: Time, deleting: bool) -> Vec<pb::Volume> {
     let wanted = state.volumes.iter().filter(|(_, record)| deleting || record.is_live());
-    wanted.map(|(id, record)| volume_of(state, *id, record)).collect()
+    wanted.map(|(id, record)| volume_of(state, now, *id, record)).collect()
 }
 
-pub(crate) fn stat(state: &State, id: VolumeId) -> Result<pb::StatVolumeResponse, Problem> {
+pub(crate) fn stat(state: &State, now: Time, id: VolumeId) -> Result<pb::StatVolumeResponse, Problem> {
     Ok(pb::StatVolumeResponse {
-        volume: Some(volume(state, id)?),
+        volume: Some(volume(state, now, id)?),
         allocated: state.allocation(id).as_bytes().to_vec(),
         freeing: state.freeing(id).into_iter().map(|target| target.0).collect(),
     })
@@ -156,7 +168,7 @@ pub(crate) fn status(state: &State, now: Time) -> pb::StatusResponse {
         targets,
         copysets,
         pools: state.pools.keys().map(|id| pool(state, *id)).collect(),
-        volumes: volumes(state, true),
+        volumes: volumes(state, now, true),
         usage: Some(usage),
         warnings,
         version: env!("CARGO_PKG_VERSION").to_owned(),

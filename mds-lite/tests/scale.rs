@@ -91,6 +91,7 @@ fn heartbeats(state: &State) -> Vec<Heartbeat> {
         // Written to a little everywhere, in one interval.
         slots: (1..=100).map(|id| (VolumeId(id), Slots { held: 40, led: 13 })).collect(),
         slots_whole: true,
+        attached: Vec::new(),
     };
     reports.into_iter().map(beat).collect()
 }
@@ -167,6 +168,7 @@ fn a_large_cluster_is_placed_started_and_listened_to() {
         next_pool: 2,
         next_copyset: size.copysets + 1,
         next_volume: size.volumes + 1,
+        ..Counters::default()
     };
     let changes: Vec<Change> = more.chain([Change::Counters(counters)]).collect();
     store.commit(&changes).unwrap();

@@ -309,6 +309,7 @@ impl World {
             failed_shards: BTreeSet::new(),
             slots: BTreeMap::new(),
             slots_whole: true,
+            attached: Vec::new(),
         };
         let Some(reply) = self.run(Command::Heartbeat(beat)) else {
             self.run(Command::Register(registration(id)));

@@ -48,6 +48,10 @@ pub mod limits {
     pub const ALLOWED_HOSTS_MAX: usize = 64;
     /// Hosts on the lists of all exports: at most 223 bytes each, so 3.5 MiB of a map.
     pub const ALLOWED_HOSTS_ALL_MAX: usize = 16_384;
+    /// Hosts that are attached to one volume by name: some thousand bytes of its record.
+    pub const HOLDERS_MAX: usize = 64;
+    /// Attachments that one target reports.
+    pub const ATTACHED_MAX: usize = 65_536;
     /// Labels of one target.
     pub const LABELS_MAX: usize = 32;
     /// The longest path of a Unix socket, as in `sockaddr_un`.
@@ -97,6 +101,22 @@ pub fn check_host_nqn(nqn: &str) -> Result<(), Problem> {
     };
     let fix = "take the host's own name from its /etc/nvme/hostnqn";
     Err(Problem::new(ProblemKind::Invalid, format!("host {nqn:?} refused"), cause, fix))
+}
+
+/// Whether a host that attaches to a volume may be called so: over NVMe by its NQN, over NBD as it likes.
+pub fn check_holder(holder: &str) -> Result<(), Problem> {
+    let cause = if holder.is_empty() {
+        "it is empty".into()
+    } else if holder.len() > crate::nvme_tcp::wire::NQN_BYTES_MAX {
+        format!("it is {} bytes long", holder.len())
+    } else if !holder.bytes().all(|byte| byte.is_ascii_graphic()) {
+        "it holds something other than printable ASCII, or a space".into()
+    } else {
+        return Ok(());
+    };
+    let fix =
+        "name the host by its NQN (/etc/nvme/hostnqn) or by a word of its own, the same at each attachment";
+    Err(Problem::new(ProblemKind::Invalid, format!("holder {holder:?} refused"), cause, fix))
 }
 
 /// Whether a volume may have this size in bytes and this block size.

@@ -27,8 +27,9 @@ pub const MAGIC: [u8; 4] = *b"ASHP";
 pub const FORMAT: u16 = 1;
 /// Bytes of the header.
 pub const HEADER_BYTES: usize = 32;
-/// Longest message without its payload: a list of 32,000 chunks, or a chunk's table (16 KiB), fits.
-pub const META_BYTES_MAX: usize = 256 << 10;
+/// Longest message without its payload: a list of 32,000 chunks and the fences of 16,000 volumes, or a chunk's
+/// table (16 KiB), fits.
+pub const META_BYTES_MAX: usize = 512 << 10;
 /// Longest payload: an append is closed once it holds 1 MiB, so one more entry may be in it.
 pub const PAYLOAD_BYTES_MAX: usize = (1 << 20) + ENTRY_BYTES_MAX;
 /// Unit of offsets and lengths of a write.
@@ -62,7 +63,8 @@ impl Op {
     /// The version of its message that is spoken here; raised with every change of the message.
     pub const fn version(self) -> u16 {
         match self {
-            Op::Hello | Op::Raft | Op::Io | Op::IoReply | Op::Fetch | Op::Fetched => 1,
+            // Fences came with 2. A message takes as much room as the largest one, so all have changed.
+            Op::Hello | Op::Raft | Op::Io | Op::IoReply | Op::Fetch | Op::Fetched => 2,
         }
     }
     /// The operation that carries a message.
@@ -346,7 +348,7 @@ fn check_body(body: &Body) -> Result<(), FrameError> {
         Body::Write { range, .. } => entry_range(*range),
         Body::Zero { range, .. } => range.is_valid().then_some(()).ok_or(FrameError::Range),
         Body::Members(members) => check_members(members),
-        Body::Noop | Body::DropVolume { .. } => Ok(()),
+        Body::Noop | Body::DropVolume { .. } | Body::Fence(_) => Ok(()),
     }
 }
 
@@ -359,7 +361,7 @@ fn check_members(members: &Members) -> Result<(), FrameError> {
 
 fn io_layout(op: &IoOp, parts: &mut Vec<Part>) -> Result<(), FrameError> {
     match *op {
-        IoOp::WhoLeads => Ok(()),
+        IoOp::WhoLeads | IoOp::Fence { .. } => Ok(()),
         IoOp::Read { range, .. } => entry_range(range),
         IoOp::Status { range, .. } => range.is_valid().then_some(()).ok_or(FrameError::Range),
         IoOp::Zero { offset, length, .. } => extent(offset, length),
@@ -389,7 +391,8 @@ fn outcome_layout(outcome: &IoOutcome, parts: &mut Vec<Part>) -> Result<(), Fram
         | IoOutcome::NoSpace
         | IoOutcome::Invalid
         | IoOutcome::Corrupt
-        | IoOutcome::Busy => Ok(()),
+        | IoOutcome::Busy
+        | IoOutcome::Fenced { .. } => Ok(()),
     }
 }
 

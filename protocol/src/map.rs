@@ -4,7 +4,7 @@
 //! Which copyset holds a chunk is a function of the volume's record alone, so no table is
 //! looked up, and nobody has to be asked, on the IO path (docs/adr/0002).
 
-use crate::types::{ChunkId, CopysetId, SEGMENT_CHUNKS, ShardAddr, TargetId, VolumeId};
+use crate::types::{ChunkId, CopysetId, SEGMENT_CHUNKS, SessionEpoch, ShardAddr, TargetId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
@@ -58,6 +58,24 @@ pub struct VolumeEntry {
     pub copysets: Vec<CopysetId>,
     /// Its chunks are to be freed.
     pub deleted: bool,
+    /// Who may attach.
+    pub session: Session,
+}
+
+/// Who may attach to a volume, and what is let through of it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Session {
+    /// Hosts that attach from now on do so under this epoch; those of a lower one are let go.
+    pub epoch: SessionEpoch,
+    /// The only host that may attach; empty: any may.
+    pub holder: String,
+}
+
+impl Session {
+    /// Whether a host of this name, empty where it has none, may attach.
+    pub fn admits(&self, host: &str) -> bool {
+        self.holder.is_empty() || self.holder == host
+    }
 }
 
 /// One volume offered over one protocol, by every target.

@@ -5,8 +5,8 @@
 // The rkyv derives make archived twins whose fields cannot carry docs.
 #![allow(missing_docs)]
 
-use crate::raft::{Members, Message};
-use crate::types::{BlockRange, ChunkId, CopysetId, LogIndex, ShardAddr, Term};
+use crate::raft::{Fence, Members, Message};
+use crate::types::{BlockRange, ChunkId, CopysetId, LogIndex, SessionEpoch, ShardAddr, Term, VolumeId};
 use rkyv::{Archive, Deserialize, Serialize};
 use smallvec::SmallVec;
 
@@ -56,6 +56,8 @@ pub struct IoRequest {
     pub copyset: CopysetId,
     /// The term of the leader that the sender believes in; another term's leader refuses.
     pub term: Term,
+    /// Under which the host is attached to the volume; a lower one than the volume's fence is refused.
+    pub epoch: SessionEpoch,
     pub op: IoOp,
 }
 
@@ -76,8 +78,10 @@ pub enum IoOp {
     },
     /// Make `length` bytes at byte `offset` read as zeroes; up to the end of the chunk.
     Zero { chunk: ChunkId, offset: u32, length: u32 },
-    /// Which blocks hold data? Answered by [`IoReply::present_runs`].
+    /// Which blocks hold data? Answered by [`IoOutcome::Status`].
     Status { chunk: ChunkId, range: BlockRange },
+    /// Let nothing of a lower epoch than the request's through any more. Done once that is committed.
+    Fence { volume: VolumeId },
 }
 
 /// The answer to an [`IoRequest`].
@@ -113,6 +117,8 @@ pub enum IoOutcome {
     Corrupt,
     /// Not done: too much in flight here; send it again a little later.
     Busy,
+    /// Not done, and never to be: the volume was taken over, its fence is at `epoch`.
+    Fenced { epoch: SessionEpoch },
 }
 
 /// What a replica that lacks data asks.
@@ -132,7 +138,8 @@ pub enum Fetch {
 #[derive(Clone, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
 pub enum Fetched {
     /// The state as of `index` is spread over these chunks.
-    Begin { index: LogIndex, term: Term, members: Members, chunks: Vec<ChunkId> },
+    /// Fences are those of its volumes.
+    Begin { index: LogIndex, term: Term, members: Members, fences: Vec<Fence>, chunks: Vec<ChunkId> },
     /// One value a block, 0 where the block was never written (see `types::crc_at_rest`).
     Table { chunk: ChunkId, crcs: Vec<u32> },
     /// The blocks, as in [`IoOutcome::Data`].

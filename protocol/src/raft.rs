@@ -5,7 +5,9 @@
 // The rkyv derives make archived twins whose fields cannot carry docs.
 #![allow(missing_docs)]
 
-use crate::types::{BlockRange, ChunkId, LogIndex, MEMBERS_MAX, ShardAddr, TargetId, Term, VolumeId};
+use crate::types::{
+    BlockRange, ChunkId, LogIndex, MEMBERS_MAX, SessionEpoch, ShardAddr, TargetId, Term, VolumeId,
+};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// One entry of a copyset's Raft log, without its payload.
@@ -46,6 +48,17 @@ pub enum Body {
     },
     /// Change the membership; in force as soon as it is in the log (Raft dissertation, 4.1).
     Members(Members),
+    /// Refuse what is asked of a volume under a lower epoch. No payload.
+    Fence(Fence),
+}
+
+/// A volume's fence in a copyset: nothing behind it in the log was asked under a lower epoch. Only rises.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Archive, Serialize, Deserialize)]
+pub struct Fence {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The lowest epoch that is let through.
+    pub epoch: SessionEpoch,
 }
 
 impl Body {
@@ -55,6 +68,41 @@ impl Body {
             Body::Write { range, .. } => range.count.into(),
             _ => 0,
         }
+    }
+}
+
+/// The fences of a copyset, one a volume that was ever attached exclusively; all others are at epoch 0.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Fences(Vec<Fence>);
+
+impl Fences {
+    /// The lowest epoch that a volume's fence lets through.
+    pub fn of(&self, volume: VolumeId) -> SessionEpoch {
+        match self.find(volume) {
+            Ok(at) => self.0[at].epoch,
+            Err(_) => SessionEpoch(0),
+        }
+    }
+    /// Raises a volume's fence; one that is as high stays.
+    pub fn raise(&mut self, fence: Fence) {
+        match self.find(fence.volume) {
+            Ok(at) => self.0[at].epoch = self.0[at].epoch.max(fence.epoch),
+            Err(_) if fence.epoch == SessionEpoch(0) => {}
+            Err(at) => self.0.insert(at, fence),
+        }
+    }
+    /// The volume is gone, and its id is never given out again.
+    pub fn forget(&mut self, volume: VolumeId) {
+        if let Ok(at) = self.find(volume) {
+            self.0.remove(at);
+        }
+    }
+    /// All, in order of volume.
+    pub fn as_slice(&self) -> &[Fence] {
+        &self.0
+    }
+    fn find(&self, volume: VolumeId) -> Result<usize, usize> {
+        self.0.binary_search_by_key(&volume, |fence| fence.volume)
     }
 }
 

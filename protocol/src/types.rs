@@ -53,6 +53,10 @@ number!(
     /// A Raft term.
     Term(u64), "T");
 number!(
+    /// Counts the exclusive attachments of a volume that ended others: what a host asks under a lower one than
+    /// the volume's fence is refused. 0: never attached exclusively.
+    SessionEpoch(u64), "E");
+number!(
     /// A position in a copyset's Raft log. The first entry has index 1; 0 means "before the first".
     LogIndex(u64), "i");
 

@@ -21,9 +21,10 @@ use crate::usage::Usage;
 use chunkstore::Layout;
 use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb};
 use protocol::peer::PeerMessage;
-use protocol::types::{ChunkId, CopysetId, LogIndex, Span, Time};
+use protocol::types::{ChunkId, CopysetId, LogIndex, SessionEpoch, Span, Time, VolumeId};
 use reactor::host::{CoreLoop, Turn};
 use reactor::{Completion, IoError, Listener, Op, Output as Done, Reactor};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use transport::Owner;
@@ -262,6 +263,10 @@ impl<R: Reactor> Core<R> {
                 ToShard::SegmentGranted { volume, segment } => {
                     self.export.volume().segment_granted(volume, segment);
                 }
+                ToShard::Fence { volume, epoch, reply } => {
+                    let job = self.port.open_fence(reply);
+                    self.export.fence(job, volume, epoch, now);
+                }
                 ToShard::Connections { reply } => {
                     let _ = reply.send(self.connections());
                 }
@@ -284,9 +289,16 @@ impl<R: Reactor> Core<R> {
             queue: conn.queue.into(),
             header_digest: conn.digests.0,
             data_digest: conn.digests.1,
+            epoch: conn.epoch.0,
             ..pb::Connection::default()
         };
         self.export.connections().map(told).collect()
+    }
+
+    /// Hosts that say who they are, each once a volume.
+    fn attached(&self) -> BTreeSet<(VolumeId, SessionEpoch, String)> {
+        let named = self.export.connections().filter(|conn| !conn.host.is_empty() && conn.volume.0 != 0);
+        named.map(|conn| (conn.volume, conn.epoch, conn.host)).collect()
     }
 
     fn stop(&mut self, now: Time) {
@@ -330,6 +342,7 @@ impl<R: Reactor> Core<R> {
             standings: self.shard.standings(),
             volumes: self.shard.volume_slots(),
             connections: self.export.connections().count(),
+            attached: self.attached(),
             arena_blocks: (arena.used_blocks(), arena.capacity_blocks()),
             slots_max: self.layout.slots_max,
             segment_bytes: u64::from(self.layout.segment_bytes),
@@ -450,6 +463,9 @@ impl<R: Reactor> Core<R> {
                     self.export.volume().link_down(to, now);
                 }
             }
+            ExportOut::Fenced { job, result } => {
+                self.port.fenced(job, result.map_err(|why| not_fenced(&why)));
+            }
             ExportOut::NeedMap => self.port.tell(FromShard::NeedMap),
             ExportOut::FirstWrite { volume, segment } => {
                 self.port.tell(FromShard::FirstWrite { volume, segment });
@@ -482,6 +498,15 @@ impl<R: Reactor> CoreLoop for Core<R> {
 fn accept<R: Reactor>(reactor: &mut R, index: usize, listener: Listener) {
     let token = Owner { kind: kind::ACCEPT, index: index as u32 }.token(0);
     reactor.submit(token, Op::Accept { listener });
+}
+
+fn not_fenced(why: &str) -> Problem {
+    Problem::new(
+        ProblemKind::NotReady,
+        "the volume's fence has not risen in all of its copysets",
+        why,
+        "repeat; where another host has taken the volume over meanwhile, see `ashlar volume show`",
+    )
 }
 
 fn not_transferred(copyset: u32, why: String) -> Problem {

@@ -17,11 +17,13 @@ use crate::metrics::ShardCounters;
 use crate::subsystems::Seat;
 use chunkstore::Payload;
 use client::volume::{Action, Config, IoError, Request, SubmitError, VolumeIo};
+use protocol::control::check_holder;
 use protocol::map::{ClusterMap, ExportProtocol};
 use protocol::nbd::{ExportInfo, NbdError, Refusal, Violation};
 use protocol::peer::{IoOutcome, IoReply, IoRequest};
 use protocol::types::{
-    BLOCK_BYTES, ENTRY_BYTES_MAX, ShardAddr, Time, VolumeId, block_crc, crc_at_rest, crc_from_rest,
+    BLOCK_BYTES, ENTRY_BYTES_MAX, SessionEpoch, ShardAddr, Time, VolumeId, block_crc, crc_at_rest,
+    crc_from_rest,
 };
 use reactor::{Arena, Completion, Op, Reactor, Socket};
 use slab::Slab;
@@ -41,7 +43,12 @@ pub enum ExportOut {
     NeedMap,
     /// Report to the MDS.
     FirstWrite { volume: VolumeId, segment: u32 },
+    /// A volume's fence stands in all of its copysets, or why not.
+    Fenced { job: u64, result: Result<(), String> },
 }
+
+/// Ids of [`VolumeIo`] that are jobs of the control thread, not places in `pending`.
+const FENCE_JOB: u64 = 1 << 63;
 
 /// What a request of [`VolumeIo`] was made for.
 enum Purpose {
@@ -94,10 +101,24 @@ pub struct ConnInfo {
     pub queue: u16,
     /// Whether headers, and data, carry digests.
     pub digests: (bool, bool),
+    /// Under which it attached to its volume.
+    pub epoch: SessionEpoch,
+}
+
+/// How an NBD client is attached.
+#[derive(Clone, Default)]
+struct Attached {
+    volume: VolumeId,
+    epoch: SessionEpoch,
+    /// As it calls itself; empty: it does not.
+    holder: String,
+    /// Another host has taken the volume over.
+    over: bool,
 }
 
 struct Pending {
     conn: ConnKey,
+    epoch: SessionEpoch,
     req: ReqId,
     purpose: Purpose,
     since: Time,
@@ -121,6 +142,8 @@ pub struct Export {
     map: Arc<ClusterMap>,
     volume: VolumeIo<Mem>,
     conns: Slab<NbdConn>,
+    /// Of each, by its place.
+    attached: Vec<Attached>,
     nvme: Nvme,
     pending: Slab<Pending>,
     /// Requests that [`VolumeIo`] had no room for.
@@ -151,6 +174,7 @@ impl Export {
             map: Arc::default(),
             volume: VolumeIo::new(config),
             conns: Slab::new(),
+            attached: Vec::new(),
             pending: Slab::new(),
             deferred: VecDeque::new(),
             out: VecDeque::new(),
@@ -164,8 +188,19 @@ impl Export {
     /// Takes a newer map.
     pub fn set_map(&mut self, map: Arc<ClusterMap>, now: Time) {
         self.map = map.clone();
+        for attached in &mut self.attached {
+            attached.over |= is_over(&map, attached.volume, attached.epoch);
+        }
+        self.nvme.note_take_overs(&map);
         self.volume.set_map(map, now);
         self.offer_nvme();
+    }
+
+    /// Raises a volume's fence in each of its copysets; [`ExportOut::Fenced`] follows.
+    pub fn fence(&mut self, job: u64, volume: VolumeId, epoch: SessionEpoch, now: Time) {
+        if let Err(error) = self.volume.submit(FENCE_JOB | job, epoch, Request::Fence { volume }, now) {
+            self.out.push_back(ExportOut::Fenced { job, result: Err(error.to_string()) });
+        }
     }
 
     /// The routing core, for what concerns it alone (links, segments).
@@ -190,9 +225,10 @@ impl Export {
             volume: VolumeId(conn.export().map_or(0, |e| e.id as u32)),
             in_flight: conn.requests(),
             protocol: ExportProtocol::Nbd,
-            host: String::new(),
+            host: self.attached[key].holder.clone(),
             queue: 0,
             digests: (false, false),
+            epoch: self.attached[key].epoch,
         };
         self.conns.iter().map(nbd).chain(self.nvme.connections())
     }
@@ -204,7 +240,9 @@ impl Export {
         let conn = if full { None } else { NbdConn::new(reactor, socket, owner, self.limits) };
         match conn {
             Some(conn) => {
-                self.conns.insert(conn);
+                let key = self.conns.insert(conn);
+                self.attached.resize_with(self.attached.len().max(key + 1), Attached::default);
+                self.attached[key] = Attached::default();
                 self.counts.connections += 1;
             }
             None => {
@@ -293,7 +331,10 @@ impl Export {
     fn event(&mut self, key: usize, event: NbdEvent, now: Time) {
         match event {
             NbdEvent::OpenExport { name } => {
-                let answer = self.find(&name);
+                let answer = self.find(&name).map(|(info, attached)| {
+                    self.attached[key] = attached;
+                    info
+                });
                 self.conns[key].answer_export(answer);
             }
             NbdEvent::ListExports => {
@@ -349,8 +390,10 @@ impl Export {
         offered.filter_map(|e| self.map.volumes.get(&e.volume)).filter(|v| !v.deleted).map(|v| v.name.clone())
     }
 
-    /// The export of a name; the empty name is the only export, if there is just one.
-    fn find(&self, name: &str) -> Result<ExportInfo, Refusal> {
+    /// The export of a name, `VOLUME` or `VOLUME@HOLDER`; the empty name is the only export, if there is just
+    /// one.
+    fn find(&self, asked: &str) -> Result<(ExportInfo, Attached), Refusal> {
+        let (name, holder) = asked.split_once('@').unwrap_or((asked, ""));
         let mut names = self.names();
         let name = match (name, names.next(), names.next()) {
             ("", Some(only), None) => only,
@@ -362,14 +405,24 @@ impl Export {
                 "volume {name} is not exported over NBD; `ashlar export add {name}` does it"
             )));
         }
-        Ok(ExportInfo {
+        let session = &volume.session;
+        if !holder.is_empty() {
+            check_holder(holder).map_err(|problem| Refusal::Policy(problem.to_string()))?;
+        }
+        if !session.admits(holder) {
+            return Err(Refusal::Policy(held(&name, &session.holder)));
+        }
+        let (epoch, holder) = (session.epoch, holder.to_owned());
+        let attached = Attached { volume: id, epoch, holder, over: false };
+        let info = ExportInfo {
             id: u64::from(id.0),
             description: description(&name),
-            name,
+            name: if asked.is_empty() { name } else { asked.to_owned() },
             bytes: volume.bytes,
             block_bytes: volume.block_bytes,
             read_only: false,
-        })
+        };
+        Ok((info, attached))
     }
 
     fn begin_nbd(
@@ -381,11 +434,23 @@ impl Export {
         request: impl FnOnce(VolumeId) -> Request<Mem>,
     ) {
         let volume = self.conns[conn].export().map_or(VolumeId(0), |e| VolumeId(e.id as u32));
-        self.begin(ConnKey::Nbd(conn), req, purpose, now, request(volume));
+        let Attached { epoch, over, .. } = self.attached[conn];
+        self.begin((ConnKey::Nbd(conn), req), purpose, (epoch, over), now, request(volume));
     }
 
-    fn begin(&mut self, conn: ConnKey, req: ReqId, purpose: Purpose, now: Time, request: Request<Mem>) {
-        let key = self.pending.insert(Pending { conn, req, purpose, since: now });
+    fn begin(
+        &mut self,
+        (conn, req): (ConnKey, ReqId),
+        purpose: Purpose,
+        (epoch, over): (SessionEpoch, bool),
+        now: Time,
+        request: Request<Mem>,
+    ) {
+        let key = self.pending.insert(Pending { conn, epoch, req, purpose, since: now });
+        if over {
+            self.count_error(IoError::Fenced);
+            return self.ended(key, Err(Failure::Io(IoError::Fenced)), now);
+        }
         self.submit(key, request, now);
     }
 
@@ -400,7 +465,8 @@ impl Export {
     fn try_submit(&mut self, key: usize, request: Request<Mem>, now: Time) -> bool {
         // A copy of handles, for the case that there is no room now.
         let again = request.clone();
-        match self.volume.submit(key as u64, request, now) {
+        let epoch = self.pending[key].epoch;
+        match self.volume.submit(key as u64, epoch, request, now) {
             Ok(()) => true,
             Err(SubmitError::Busy) => {
                 self.deferred.push_front((key, again));
@@ -476,6 +542,10 @@ impl Export {
                 Action::ReadPiece { id, offset, length, present, crcs, payload } => {
                     debug_assert_eq!(crcs.len(), payload.len(), "checked when the reply came");
                     self.read_piece(id as usize, (offset, length), present, &crcs, &payload);
+                }
+                Action::Done { id, result } if id & FENCE_JOB != 0 => {
+                    let result = result.map_err(|error| error.to_string());
+                    self.out.push_back(ExportOut::Fenced { job: id & !FENCE_JOB, result });
                 }
                 Action::Done { id, result } => {
                     if let Err(error) = result {
@@ -595,6 +665,7 @@ impl Export {
             IoError::NoSpace => &counters.errors_no_space,
             IoError::Corrupt => &counters.errors_corrupt,
             IoError::TimedOut => &counters.errors_timed_out,
+            IoError::Fenced => &counters.errors_fenced,
             IoError::Stopped | IoError::Gone | IoError::Io => &counters.errors_other,
         };
         counter.add(1);
@@ -621,6 +692,15 @@ fn blocks_of(payload: Mems) -> client::volume::Payload<Mem> {
         return payload;
     }
     payload.iter().flat_map(|run| (0..run.blocks()).map(move |at| run.window(at, 1))).collect()
+}
+
+/// Whether an attachment under this epoch has ended.
+fn is_over(map: &ClusterMap, volume: VolumeId, epoch: SessionEpoch) -> bool {
+    map.volumes.get(&volume).is_some_and(|volume| volume.session.epoch > epoch)
+}
+
+fn held(name: &str, holder: &str) -> String {
+    format!("volume {name} is attached exclusively by {holder}; its holder attaches to {name}@HOLDER")
 }
 
 fn description(volume: &str) -> String {
@@ -659,6 +739,7 @@ fn push_data(list: &mut ReadParts, run: &Mem, from: usize, to: usize, crc: u32) 
 fn nbd_error(failure: Failure) -> NbdError {
     match failure {
         Failure::Io(IoError::NoSpace) => NbdError::NoSpace,
+        Failure::Io(IoError::Fenced) => NbdError::NotPermitted,
         Failure::Io(IoError::Stopped | IoError::Gone) => NbdError::Shutdown,
         Failure::Io(IoError::Corrupt | IoError::Io | IoError::TimedOut) | Failure::WireCorrupt => {
             NbdError::Io

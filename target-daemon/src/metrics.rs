@@ -105,12 +105,13 @@ counters! {
     flushes_host: "ashlar_host_flushes_total" counter "Flushes answered to hosts.";
     errors_no_space: "ashlar_host_errors_total" counter ["reason" = "no_space"] "Requests of hosts that failed.";
     errors_corrupt: "ashlar_host_errors_total" counter ["reason" = "corrupt"] "Requests of hosts that failed.";
+    errors_fenced: "ashlar_host_errors_total" counter ["reason" = "fenced"] "Requests of hosts that failed.";
     errors_timed_out: "ashlar_host_errors_total" counter ["reason" = "timed_out"] "Requests of hosts that failed.";
     errors_other: "ashlar_host_errors_total" counter ["reason" = "other"] "Requests of hosts that failed.";
     io_local: "ashlar_pieces_total" counter ["route" = "local"] "Pieces of IO sent to leaders, here or on other shards.";
     io_forwarded: "ashlar_pieces_total" counter ["route" = "forwarded"] "Pieces of IO sent to leaders, here or on other shards.";
     io_served: "ashlar_pieces_served_total" counter "Pieces of IO done here as a leader.";
-    io_refused: "ashlar_pieces_refused_total" counter "Pieces of IO not done here: not the leader, or busy.";
+    io_refused: "ashlar_pieces_refused_total" counter "Pieces of IO not done here: not the leader, busy, or of a host whose volume was taken over.";
     log_batches: "ashlar_log_batches_total" counter "Batches written to the log.";
     log_bytes: "ashlar_log_bytes_total" counter "Bytes written to the log, headers included.";
     log_used_bytes: "ashlar_log_used_bytes" gauge "Bytes of the log that a restart would have to replay.";

@@ -162,7 +162,9 @@ impl Sibling {
 mod tests {
     use super::*;
     use protocol::peer::{Hello, IoOp, IoRequest};
-    use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, ShardAddr, TargetId, Term, VolumeId};
+    use protocol::types::{
+        BLOCK_BYTES, ChunkId, CopysetId, SessionEpoch, ShardAddr, TargetId, Term, VolumeId,
+    };
 
     fn hello(incarnation: u64) -> PeerMessage {
         let at = |shard| ShardAddr { target: TargetId(1), shard };
@@ -215,7 +217,13 @@ mod tests {
         let run = run.freeze();
         let chunk = ChunkId { volume: VolumeId(1), index: 0 };
         let op = IoOp::Write { chunk, offset: 512, length: BLOCK_BYTES as u32, crc: 0 };
-        let write = PeerMessage::Io(IoRequest { id: 1, copyset: CopysetId(1), term: Term(1), op });
+        let write = PeerMessage::Io(IoRequest {
+            id: 1,
+            copyset: CopysetId(1),
+            term: Term(1),
+            epoch: SessionEpoch(0),
+            op,
+        });
         let own = IoBuf::part(run.clone(), 512..512 + BLOCK_BYTES);
         zero.send(Parcel::new(&write, &[own], false));
         zero.flush();

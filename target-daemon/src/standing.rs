@@ -5,8 +5,8 @@ use crate::export::ExportCounts;
 use crate::shard::{ChunkCheck, CopysetStanding, Counts, Membership, VolumeSlots};
 use copyset::{Health, Lag, Role};
 use protocol::control::{pb, shard_to_pb};
-use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, VolumeId};
-use std::collections::BTreeMap;
+use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, SessionEpoch, VolumeId};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What is published once a second.
 pub struct Snapshot {
@@ -28,6 +28,8 @@ pub struct Snapshot {
     pub volumes: BTreeMap<VolumeId, VolumeSlots>,
     /// Hosts connected.
     pub connections: usize,
+    /// Those that say who they are, with volume and epoch.
+    pub attached: BTreeSet<(VolumeId, SessionEpoch, String)>,
     /// Arena blocks in use and in all.
     pub arena_blocks: (usize, usize),
     /// Chunk slots that the layout allows.
@@ -44,7 +46,7 @@ pub fn publish(port: &ShardPort, now: &Snapshot) {
     let (shard, store) = (&now.shard, &now.store);
     let block = BLOCK_BYTES as u64;
     counters.io_served.set(shard.reads + shard.writes + shard.zeroes);
-    counters.io_refused.set(shard.not_leader + shard.busy);
+    counters.io_refused.set(shard.not_leader + shard.busy + shard.fenced);
     counters.log_batches.set(store.batches);
     counters.log_bytes.set(store.log_bytes);
     counters.log_used_bytes.set(store.segments_used * now.segment_bytes);
@@ -95,7 +97,12 @@ fn status(now: &Snapshot) -> pb::ShardStatus {
         failed: now.failed,
         failure: String::new(),
         volumes: now.volumes.iter().map(|(volume, slots)| volume_slots(*volume, *slots)).collect(),
+        attached: now.attached.iter().map(attached).collect(),
     }
+}
+
+fn attached((volume, epoch, holder): &(VolumeId, SessionEpoch, String)) -> pb::Attached {
+    pb::Attached { volume: volume.0, holder: holder.clone(), epoch: epoch.0 }
 }
 
 fn volume_slots(volume: VolumeId, slots: VolumeSlots) -> pb::VolumeSlots {

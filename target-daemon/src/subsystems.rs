@@ -186,7 +186,8 @@ fn view(map: &ClusterMap, me: TargetId) -> View {
         let volume = map.volumes.get(&e.volume).filter(|v| !v.deleted)?;
         let (bytes, block_bytes) = (volume.bytes, volume.block_bytes);
         let namespace = Namespace { volume: e.volume, bytes, block_bytes };
-        Some(Volume { name: volume.name.clone(), namespace, allowed_hosts: e.allowed_hosts.clone() })
+        let (allowed_hosts, session) = (e.allowed_hosts.clone(), volume.session.clone());
+        Some(Volume { name: volume.name.clone(), namespace, allowed_hosts, session })
     });
     View {
         cluster: map.cluster,
@@ -206,7 +207,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::map::{ExportEntry, VolumeEntry};
+    use protocol::map::{ExportEntry, Session, VolumeEntry};
     use protocol::nvme_tcp::Sqe;
     use protocol::nvme_tcp::controller::{Answer, Connected};
     use protocol::nvme_tcp::host::{CC_ENABLE, connect_data};
@@ -226,6 +227,7 @@ mod tests {
             block_bytes: 4096,
             copysets: vec![CopysetId(1)],
             deleted: false,
+            session: Session::default(),
         };
         map.volumes.insert(VolumeId(1), volume);
         map.exports.push(ExportEntry {

@@ -15,8 +15,8 @@ use protocol::frame::{Encoder, HEADER_BYTES, decode_header, decode_meta};
 use protocol::peer::{IoOp, IoRequest, PeerMessage};
 use protocol::raft::{Body, Entry, HardState, Members, Message};
 use protocol::types::{
-    BLOCK_BYTES, BlockRange, ChunkId, CopysetId, LogIndex, ShardAddr, TargetId, Term, Time, VolumeId,
-    block_crc,
+    BLOCK_BYTES, BlockRange, ChunkId, CopysetId, LogIndex, SessionEpoch, ShardAddr, TargetId, Term, Time,
+    VolumeId, block_crc,
 };
 use reactor::mailbox::mailbox;
 use reactor::ring::{Ring, RingConfig};
@@ -56,7 +56,8 @@ fn crc(c: &mut Criterion) {
 fn frame(c: &mut Criterion) {
     let mut group = c.benchmark_group("frame");
     let op = IoOp::Read { chunk: chunk(), range: BlockRange { first: 0, count: 1 } };
-    let io = PeerMessage::Io(IoRequest { id: 7, copyset: COPYSET, term: Term(3), op });
+    let io =
+        PeerMessage::Io(IoRequest { id: 7, copyset: COPYSET, term: Term(3), epoch: SessionEpoch(0), op });
     for (name, message) in [("io", io), ("append of 1", append(1)), ("append of 32", append(BATCH))] {
         let (mut encoder, mut bytes) = (Encoder::new(), Vec::new());
         group.bench_function(format!("encode {name}"), |b| {

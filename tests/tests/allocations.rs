@@ -5,7 +5,9 @@
 //! second brings a few dozen allocations that have nothing to do with IO (the standing that is published, housekeeping),
 //! so a handful in 100,000 is what nothing looks like.
 
-use protocol::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
+use protocol::map::{
+    ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, Session, TargetEntry, VolumeEntry,
+};
 use protocol::types::{BLOCK_BYTES, CopysetId, ShardAddr, Span, TargetId, VolumeId};
 use reactor::host::{CoreLoop, Turn};
 use reactor::ring::{Ring, RingConfig};
@@ -41,6 +43,7 @@ fn map() -> ClusterMap {
         block_bytes: BLOCK_BYTES as u32,
         copysets: vec![CopysetId(1)],
         deleted: false,
+        session: Session::default(),
     };
     map.volumes.insert(VolumeId(1), volume);
     let export =

@@ -46,6 +46,16 @@ impl AdminClient {
         Ok(())
     }
 
+    /// Refuses, in every copyset of the volume, what is asked under a lower epoch. Idempotent.
+    ///
+    /// # Errors
+    /// `TimedOut`: ask again, or another target.
+    pub async fn fence_volume(&self, volume: VolumeId, epoch: u64) -> Result<(), Problem> {
+        let request = pb::FenceVolumeRequest { volume: volume.0, epoch };
+        self.link.repeat(async |c| stub(c).fence_volume(request).await).await?;
+        Ok(())
+    }
+
     /// The hosts attached through this target.
     pub async fn connections(&self) -> Result<Vec<pb::Connection>, Problem> {
         let request = pb::ListConnectionsRequest {};

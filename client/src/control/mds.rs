@@ -177,6 +177,28 @@ impl MdsClient {
         response.volume.ok_or_else(|| self.link.nonsense("no volume"))
     }
 
+    /// Attaches a host to a volume; also tells the generation of the map that has it. Carried out once at most.
+    pub async fn attach_volume(
+        &self,
+        request: pb::AttachVolumeRequest,
+    ) -> Result<(pb::Volume, u64), Problem> {
+        let response = self.single(async |c| stub(c).attach_volume(request.clone()).await).await?;
+        let volume = response.volume.ok_or_else(|| self.link.nonsense("no volume"))?;
+        Ok((volume, response.generation))
+    }
+
+    /// Ends a host's attachment; also tells the generation of the map that has it. Carried out once at most.
+    pub async fn detach_volume(
+        &self,
+        volume: pb::VolumeRef,
+        holder: &str,
+    ) -> Result<(pb::Volume, u64), Problem> {
+        let request = pb::DetachVolumeRequest { volume: Some(volume), holder: holder.to_owned() };
+        let response = self.single(async |c| stub(c).detach_volume(request.clone()).await).await?;
+        let volume = response.volume.ok_or_else(|| self.link.nonsense("no volume"))?;
+        Ok((volume, response.generation))
+    }
+
     /// Forgets a target that is away and holds no replica. Carried out once at most.
     pub async fn remove_target(&self, target: TargetId) -> Result<(), Problem> {
         let request = pb::RemoveTargetRequest { target: target.0 };

@@ -48,6 +48,10 @@ impl Cursor {
         let cap = (offset / CHUNK_BYTES as u64 + STATUS_CHUNKS_MAX) * CHUNK_BYTES as u64;
         Self { at: block_down(offset), end: end.min(cap), step: CHUNK_BYTES as u64 }
     }
+    /// A piece for each of so many copysets: its chunk index is the copyset's place among the volume's.
+    pub fn copysets(count: usize) -> Self {
+        Self { at: 0, end: count as u64 * CHUNK_BYTES as u64, step: CHUNK_BYTES as u64 }
+    }
     pub fn is_empty(self) -> bool {
         self.at >= self.end
     }

@@ -9,7 +9,9 @@ use super::cut::Extent;
 use super::route::{Attempt, Link, Probe, Route};
 use super::{Action, IoError, Job, Kind, PIECES_OPEN_MAX, PROBE_SLOT, Payload, Piece, SERIAL_BITS, VolumeIo};
 use protocol::peer::{IoOp, IoOutcome, IoReply, IoRequest};
-use protocol::types::{BLOCK_BYTES, BlockRange, ChunkId, CopysetId, ShardAddr, Span, Term, Time};
+use protocol::types::{
+    BLOCK_BYTES, BlockRange, ChunkId, CopysetId, SessionEpoch, ShardAddr, Span, Term, Time,
+};
 
 /// `NeedMap` is said at most this often.
 const NEED_MAP_EVERY: Span = Span::ms(1000);
@@ -34,15 +36,19 @@ impl<P: Clone> VolumeIo<P> {
         while self.jobs[at].open < PIECES_OPEN_MAX {
             let job = &mut self.jobs[at];
             let Some(extent) = job.cursor.next() else { return };
-            let volume = job.volume;
+            let (volume, epoch) = (&self.map.volumes[&job.volume], job.epoch);
+            let copyset = match job.kind {
+                Kind::Fence => volume.copysets[extent.chunk_index() as usize],
+                _ => volume.copyset_of(extent.chunk_index()),
+            };
             let (op, payload) = piece_op(job, extent);
             job.open += 1;
-            let copyset = self.map.volumes[&volume].copyset_of(extent.chunk_index());
             let serial = self.next_serial();
             let key = self.pieces.insert(Piece {
                 job: at,
                 serial,
                 copyset,
+                epoch,
                 extent,
                 op,
                 payload,
@@ -150,6 +156,7 @@ impl<P: Clone> VolumeIo<P> {
         assert!(piece.sent.is_none(), "a waiting piece is not in flight");
         piece.sent = Some(attempt);
         let (bytes, op, payload) = (piece.read_bytes(), piece.op, piece.payload.clone());
+        let epoch = piece.epoch;
         self.in_flight += 1;
         self.read_bytes += bytes;
         let route = self.route(id);
@@ -161,7 +168,7 @@ impl<P: Clone> VolumeIo<P> {
             route.heard_at = now;
             self.arm(id, now + self.config.who_leads_after);
         }
-        let request = IoRequest { id: attempt.id, copyset: id, term: attempt.term, op };
+        let request = IoRequest { id: attempt.id, copyset: id, term: attempt.term, epoch, op };
         self.actions.push_back(Action::Send { to: attempt.to, request, payload });
     }
 
@@ -187,7 +194,8 @@ impl<P: Clone> VolumeIo<P> {
         let probe = Probe { id: wire_id(PROBE_SLOT, self.next_serial()), to, sent_at: now };
         self.route(id).probe = Some(probe);
         self.arm(id, now + self.config.who_leads_after);
-        let request = IoRequest { id: probe.id, copyset: id, term, op: IoOp::WhoLeads };
+        let request =
+            IoRequest { id: probe.id, copyset: id, term, epoch: SessionEpoch(0), op: IoOp::WhoLeads };
         self.actions.push_back(Action::Send { to, request, payload: None });
     }
 
@@ -297,6 +305,7 @@ impl<P: Clone> VolumeIo<P> {
             IoOutcome::NoSpace => Err(IoError::NoSpace),
             IoOutcome::Corrupt => Err(IoError::Corrupt),
             IoOutcome::Invalid => Err(IoError::Io),
+            IoOutcome::Fenced { .. } => Err(IoError::Fenced),
             outcome => self.accept(key, outcome, payload),
         };
         self.route(copyset).progress(now);
@@ -365,7 +374,7 @@ impl<P: Clone> VolumeIo<P> {
         let piece = &self.pieces[key];
         let job = &mut self.jobs[piece.job];
         match (piece.op, outcome) {
-            (IoOp::Write { .. } | IoOp::Zero { .. }, IoOutcome::Done) => Ok(()),
+            (IoOp::Write { .. } | IoOp::Zero { .. } | IoOp::Fence { .. }, IoOutcome::Done) => Ok(()),
             (IoOp::Read { range, .. }, IoOutcome::Data { present, crcs })
                 if u64::from(present) >> range.count == 0 && crcs.len() == present.count_ones() as usize =>
             {
@@ -476,6 +485,7 @@ fn piece_op<P>(job: &mut Job<P>, extent: Extent) -> (IoOp, Option<P>) {
     match job.kind {
         Kind::Read => (IoOp::Read { chunk, range: range() }, None),
         Kind::Status => (IoOp::Status { chunk, range: range() }, None),
+        Kind::Fence => (IoOp::Fence { volume: job.volume }, None),
         Kind::Zero => (IoOp::Zero { chunk, offset, length }, None),
         Kind::Write => {
             let (crc, payload) = job.write.take().expect("a write is one piece");

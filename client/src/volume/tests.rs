@@ -3,11 +3,12 @@
 mod simulation;
 
 use super::*;
-use protocol::map::CopysetEntry;
+use protocol::map::{CopysetEntry, Session};
 use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, TargetId};
 
 type Io = VolumeIo<Vec<u64>>;
 const VOLUME: VolumeId = VolumeId(7);
+const EPOCH: SessionEpoch = SessionEpoch(4);
 const CHUNK: u64 = CHUNK_BYTES as u64;
 
 fn shard(target: u32) -> ShardAddr {
@@ -23,6 +24,7 @@ fn map(copysets: u32) -> ClusterMap {
         block_bytes: 512,
         copysets: (1..=copysets).map(CopysetId).collect(),
         deleted: false,
+        session: Session::default(),
     };
     ClusterMap {
         generation: 1,
@@ -74,12 +76,12 @@ impl Bench {
         }
     }
     fn read(&mut self, id: u64, offset: u64, length: u64) {
-        self.io.submit(id, Request::Read { volume: VOLUME, offset, length }, self.now).unwrap();
+        self.io.submit(id, EPOCH, Request::Read { volume: VOLUME, offset, length }, self.now).unwrap();
         self.drain();
     }
     fn write(&mut self, id: u64, offset: u64) {
         let request = Request::WritePiece { volume: VOLUME, offset, length: 4096, crc: 1, payload: vec![id] };
-        self.io.submit(id, request, self.now).unwrap();
+        self.io.submit(id, EPOCH, request, self.now).unwrap();
         self.drain();
     }
     fn next_sent(&mut self) -> (ShardAddr, IoRequest) {
@@ -242,7 +244,7 @@ fn a_long_read_is_cut_and_never_has_more_in_flight_than_allowed() {
 fn a_status_joins_runs_across_chunks_and_is_cut_to_what_was_asked() {
     let mut bench = Bench::led(Config::default());
     let request = Request::Status { volume: VOLUME, offset: CHUNK - 8192 + 512, length: 8192 };
-    bench.io.submit(1, request, bench.now).unwrap();
+    bench.io.submit(1, EPOCH, request, bench.now).unwrap();
     bench.drain();
     let (first, second) = (bench.next_sent(), bench.next_sent());
     bench.answer(second.0, second.1, IoOutcome::Status { runs: vec![(1, true)] });
@@ -270,7 +272,10 @@ fn nonsense_from_a_peer_fails_the_request_and_nothing_else() {
 #[test]
 fn a_zero_that_fails_is_told_only_when_nothing_of_it_is_in_flight() {
     let mut bench = Bench::led(Config::default());
-    bench.io.submit(1, Request::Zero { volume: VOLUME, offset: 0, length: 2 * CHUNK }, bench.now).unwrap();
+    bench
+        .io
+        .submit(1, EPOCH, Request::Zero { volume: VOLUME, offset: 0, length: 2 * CHUNK }, bench.now)
+        .unwrap();
     bench.drain();
     let (first, second) = (bench.next_sent(), bench.next_sent());
     bench.answer(first.0, first.1, IoOutcome::NoSpace);
@@ -302,7 +307,7 @@ fn a_refused_segment_fails_writes_and_is_reported_again_later() {
 fn requests_that_cannot_be_are_refused_and_leave_nothing_behind() {
     let mut bench = Bench::new(Config { requests_max: 1, ..Config::default() });
     let read = |offset, length| Request::<Vec<u64>>::Read { volume: VOLUME, offset, length };
-    let mut submit = |request| bench.io.submit(1, request, Time(0));
+    let mut submit = |request| bench.io.submit(1, EPOCH, request, Time(0));
     let write =
         |offset, length| Request::WritePiece { volume: VOLUME, offset, length, crc: 0, payload: vec![] };
     assert_eq!(submit(read(0, 0)), Err(SubmitError::OutOfRange));
@@ -322,7 +327,7 @@ fn requests_that_cannot_be_are_refused_and_leave_nothing_behind() {
 }
 
 fn submit_id(io: &mut Io, id: u64) -> Result<(), SubmitError> {
-    io.submit(id, Request::Read { volume: VOLUME, offset: 0, length: 512 }, Time(0))
+    io.submit(id, EPOCH, Request::Read { volume: VOLUME, offset: 0, length: 512 }, Time(0))
 }
 
 #[test]
@@ -398,4 +403,42 @@ fn idle_there_is_nothing_to_wake_for() {
     bench.pass(Span::ms(10_000));
     assert_eq!(bench.io.next_timeout(), None);
     assert!(bench.sent.is_empty());
+}
+
+#[test]
+fn a_write_under_an_epoch_that_a_take_over_ended_fails_for_good() {
+    let mut bench = Bench::led(Config::default());
+    bench.write(1, 0);
+    let (to, request) = bench.next_sent();
+    assert_eq!(request.epoch, EPOCH);
+    bench.answer(to, request, IoOutcome::Fenced { epoch: SessionEpoch(EPOCH.0 + 1) });
+    assert_eq!(bench.done(), [(1, Err(IoError::Fenced))]);
+    bench.pass(Span::ms(5000));
+    assert_eq!(bench.sent_ops(), [], "it is not sent again");
+}
+
+#[test]
+fn a_fence_is_raised_in_each_copyset_of_the_volume_once_however_small_it_is() {
+    let mut bench = Bench::led(Config::default());
+    let mut wide = map(3);
+    wide.generation = 2;
+    // Fewer chunks than copysets.
+    wide.volumes.get_mut(&VOLUME).unwrap().bytes = CHUNK;
+    bench.io.set_map(Arc::new(wide), bench.now);
+    bench.io.submit(1, EPOCH, Request::Fence { volume: VOLUME }, bench.now).unwrap();
+    bench.drain();
+    let mut raised = BTreeSet::new();
+    while let Some((to, request)) = bench.sent.pop_front() {
+        match request.op {
+            IoOp::WhoLeads => bench.not_leader(to, request, Some(2), 7),
+            IoOp::Fence { volume: VOLUME } => {
+                assert_eq!(request.epoch, EPOCH);
+                assert!(raised.insert(request.copyset), "{request:?}");
+                bench.answer(to, request, IoOutcome::Done);
+            }
+            op => panic!("{op:?}"),
+        }
+    }
+    assert_eq!(raised, (1..=3).map(CopysetId).collect());
+    assert_eq!(bench.done(), [(1, Ok(()))]);
 }

@@ -4,6 +4,7 @@ use super::VolumeRef;
 use crate::record::Uuid;
 use protocol::control::{Problem, ProblemKind};
 use protocol::types::{TargetId, VolumeId};
+use std::collections::BTreeSet;
 
 pub(super) fn no_volume(volume: &VolumeRef) -> Problem {
     let named = match volume {
@@ -33,6 +34,33 @@ pub(super) fn not_in_bin(volume: &VolumeRef) -> Problem {
 
 pub(super) fn target_in_use(target: TargetId, why: &str, fix: &str) -> Problem {
     Problem::new(ProblemKind::InUse, format!("target {target} was not removed"), why, fix)
+}
+
+pub(super) fn held(volume: &str, holder: &str, exclusive: bool, left_ns: u64) -> Problem {
+    let (how, end) =
+        if exclusive { ("exclusively ", "its lease ends") } else { ("", "its lease ends, unless renewed,") };
+    Problem::new(
+        ProblemKind::InUse,
+        format!("volume {volume:?} is attached {how}by {holder:?}"),
+        format!("{end} in {} s", left_ns.div_ceil(1_000_000_000)),
+        format!(
+            "let it go: ashlar volume detach {volume} --holder {holder}; if that host is dead or cut off, attach with \
+             --take-over: what it still sends is refused then"
+        ),
+    )
+}
+
+pub(super) fn not_attached(volume: &str, holder: &str, holders: &BTreeSet<String>) -> Problem {
+    let cause = match holders.len() {
+        0 => "nobody is attached to it by name".into(),
+        _ => format!("those that are: {}", holders.iter().map(String::as_str).collect::<Vec<_>>().join(", ")),
+    };
+    Problem::new(
+        ProblemKind::NotFound,
+        format!("{holder:?} is not attached to volume {volume:?}"),
+        cause,
+        format!("see `ashlar volume show {volume}`"),
+    )
 }
 
 pub(super) fn no_pool(name: &str, registered: usize, expected: u32) -> Problem {

@@ -280,6 +280,7 @@ impl State {
         };
         self.seen.insert(target, seen);
         self.take_slots(target, beat.slots, beat.slots_whole);
+        self.renew_leases(target, &beat.attached, now);
         changes.extend(self.free(target, &beat.freed));
         if !changes.is_empty() {
             changes.push(Change::Counters(self.next_generation()));

@@ -1,6 +1,8 @@
 //! Hazards of the state: ids given twice, names that clash, space counted wrongly, and a restart
 //! that forgets.
 
+mod sessions;
+
 use super::*;
 use crate::store::{RedbStore, Store};
 use proptest::prelude::*;
@@ -27,6 +29,7 @@ type Durable = (
     BTreeMap<VolumeId, VolumeRecord>,
     BTreeMap<VolumeId, Allocated>,
     (BTreeMap<ExportKey, AllowedHosts>, Counters, BTreeMap<String, VolumeId>),
+    BTreeMap<VolumeId, SessionRecord>,
 );
 
 impl Mds {
@@ -68,6 +71,7 @@ impl Mds {
             s.volumes.clone(),
             s.allocated.clone(),
             (s.exports.clone(), s.counters, s.names.clone()),
+            s.sessions.clone(),
         )
     }
     fn create(&mut self, name: &str, bytes: u64) -> Result<VolumeId, Problem> {
@@ -113,6 +117,7 @@ fn beat(id: u32, freed: &[VolumeId]) -> Heartbeat {
         failed_shards: BTreeSet::new(),
         slots: BTreeMap::new(),
         slots_whole: false,
+        attached: Vec::new(),
     }
 }
 
@@ -568,6 +573,12 @@ fn any_command() -> impl Strategy<Value = Command> {
             Command::AddExport { volume, protocol, allowed }
         }),
         (volume(), protocol()).prop_map(|(v, p)| Command::RemoveExport(v, p)),
+        (volume(), "[ab ]", any::<bool>(), any::<bool>()).prop_map(
+            |(volume, holder, exclusive, take_over)| {
+                Command::Attach(Attach { volume, holder, exclusive, take_over })
+            }
+        ),
+        (volume(), "[ab]").prop_map(|(volume, holder)| Command::Detach { volume, holder }),
     ]
 }
 

@@ -204,7 +204,7 @@ impl State {
         Ok(Decision { changes, reply: Reply::Done })
     }
 
-    fn find_live(&self, volume: &VolumeRef) -> Result<(VolumeId, &VolumeRecord), Problem> {
+    pub(super) fn find_live(&self, volume: &VolumeRef) -> Result<(VolumeId, &VolumeRecord), Problem> {
         let (id, record) = self.find_volume(volume)?;
         if record.is_live() { Ok((id, record)) } else { Err(error::no_volume(volume)) }
     }

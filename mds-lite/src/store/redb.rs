@@ -24,7 +24,8 @@ const EXPORTS: TableDefinition<'_, (u32, u8), ()> = TableDefinition::new("export
 const ALLOWED_HOSTS: TableDefinition<'_, (u32, u8), &[u8]> = TableDefinition::new("allowed_hosts");
 
 /// The tables of rows that are found by an id alone.
-const BY_ID: [Table; 5] = [Table::Targets, Table::Pools, Table::Copysets, Table::Volumes, Table::Allocated];
+const BY_ID: [Table; 6] =
+    [Table::Targets, Table::Pools, Table::Copysets, Table::Volumes, Table::Allocated, Table::Sessions];
 /// An empty list of hosts, which has no row.
 const ANY_HOST: &[u8] = b"[]";
 

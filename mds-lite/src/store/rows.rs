@@ -24,11 +24,13 @@ pub enum Table {
     Allocated = 6,
     /// By volume id and protocol; the value lists the only hosts that may attach.
     Exports = 7,
+    /// By volume id.
+    Sessions = 8,
 }
 
 impl Table {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Counters,
         Self::Targets,
         Self::Pools,
@@ -36,6 +38,7 @@ impl Table {
         Self::Volumes,
         Self::Allocated,
         Self::Exports,
+        Self::Sessions,
     ];
 
     /// Its name, in keys and in messages.
@@ -48,6 +51,7 @@ impl Table {
             Self::Volumes => "volumes",
             Self::Allocated => "allocated",
             Self::Exports => "exports",
+            Self::Sessions => "sessions",
         }
     }
 
@@ -89,11 +93,12 @@ pub fn rows_of(change: &Change) -> Vec<Row> {
             put(Table::Allocated, Key(id.0, 0), allocated.as_bytes().to_vec())
         }
         Change::VolumePurged(id) => {
-            [Table::Volumes, Table::Allocated].map(|table| end(table, Key(id.0, 0))).into()
+            [Table::Volumes, Table::Allocated, Table::Sessions].map(|table| end(table, Key(id.0, 0))).into()
         }
         Change::Export((volume, protocol), allowed) => {
             put(Table::Exports, Key(volume.0, protocol_number(*protocol)), encode(allowed))
         }
+        Change::Session(id, session) => put(Table::Sessions, Key(id.0, 0), encode(session)),
         Change::ExportRemoved((volume, protocol)) => {
             vec![end(Table::Exports, Key(volume.0, protocol_number(*protocol)))]
         }
@@ -113,6 +118,7 @@ pub fn change_of(table: Table, key: Key, value: &[u8]) -> Result<Change, String>
         Table::Copysets => Change::Copyset(CopysetId(id), decode("copyset", value)?),
         Table::Volumes => Change::Volume(VolumeId(id), decode("volume", value)?),
         Table::Allocated => Change::Allocated(VolumeId(id), Allocated::from_bytes(value)),
+        Table::Sessions => Change::Session(VolumeId(id), decode("session", value)?),
         Table::Exports => {
             let protocol = protocol_from(sub).ok_or(format!("export protocol {sub}"))?;
             Change::Export((VolumeId(id), protocol), decode("list of hosts", value)?)

@@ -1,9 +1,9 @@
 //! Cluster map <-> message. Coming in, everything is checked: sizes, names, addresses, and that
 //! every id that is referred to exists.
 
-use super::{Problem, ProblemKind, check_host_nqn, check_name, check_volume_size, limits, pb};
-use crate::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
-use crate::types::{CopysetId, MEMBERS_MAX, ShardAddr, TargetId, VolumeId};
+use super::{Problem, ProblemKind, check_holder, check_host_nqn, check_name, check_volume_size, limits, pb};
+use crate::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, Session, TargetEntry, VolumeEntry};
+use crate::types::{CopysetId, MEMBERS_MAX, SessionEpoch, ShardAddr, TargetId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
@@ -41,6 +41,8 @@ fn volume_to_pb(id: VolumeId, entry: &VolumeEntry) -> pb::MapVolume {
         block_bytes: entry.block_bytes,
         copysets: entry.copysets.iter().map(|id| id.0).collect(),
         deleted: entry.deleted,
+        epoch: entry.session.epoch.0,
+        holder: entry.session.holder.clone(),
     }
 }
 
@@ -168,12 +170,17 @@ fn volume_from_pb(message: &pb::MapVolume, map: &ClusterMap) -> Result<VolumeEnt
     if let Some(absent) = copysets.iter().find(|id| !map.copysets.contains_key(id)) {
         return Err(bad(format!("copyset {absent}, which is not in the map")));
     }
+    if !message.holder.is_empty() {
+        check_holder(&message.holder).map_err(|p| bad(p.to_string()))?;
+    }
+    let session = Session { epoch: SessionEpoch(message.epoch), holder: message.holder.clone() };
     Ok(VolumeEntry {
         name: message.name.clone(),
         bytes: message.bytes,
         block_bytes: message.block_bytes,
         copysets,
         deleted: message.deleted,
+        session,
     })
 }
 
@@ -280,7 +287,8 @@ mod tests {
         for (id, deleted) in [(1, false), (2, true)] {
             let copysets = vec![CopysetId(2), CopysetId(1)];
             let name = "vol0".to_string();
-            let entry = VolumeEntry { name, bytes: 1 << 30, block_bytes: 512, copysets, deleted };
+            let session = Session { epoch: SessionEpoch(5), holder: "nqn.2014-08.org.example:a".into() };
+            let entry = VolumeEntry { name, bytes: 1 << 30, block_bytes: 512, copysets, deleted, session };
             map.volumes.insert(VolumeId(id), entry);
         }
         map.exports.push(ExportEntry {
@@ -324,6 +332,7 @@ mod tests {
             ("size of 1844", |m| m.volumes[0].bytes = u64::MAX),
             ("volume name", |m| m.volumes[0].name = "a/b".into()),
             ("volume name", |m| m.volumes[0].name.clear()),
+            ("holder \"a b\"", |m| m.volumes[0].holder = "a b".into()),
             ("two volumes named", |m| m.volumes[1].deleted = false),
             ("export of volume 2", |m| m.exports[0].volume = 2),
             ("does not start", |m| m.exports[0].allowed_hosts[0] = "somebody".into()),

@@ -1,8 +1,8 @@
 //! Golden bytes of every operation, and bytes that are not ours.
 
 use super::*;
-use crate::raft::{AppendOutcome, Entry, Round, Standing};
-use crate::types::{ChunkId, CopysetId, LogIndex, ShardAddr, TargetId, Term, VolumeId};
+use crate::raft::{AppendOutcome, Entry, Fence, Round, Standing};
+use crate::types::{ChunkId, CopysetId, LogIndex, SessionEpoch, ShardAddr, TargetId, Term, VolumeId};
 use expect_test::expect_file;
 use proptest::prelude::*;
 
@@ -18,6 +18,10 @@ fn chunk(index: u32) -> ChunkId {
 
 fn range(first: usize, count: usize) -> BlockRange {
     BlockRange::new(first, count).unwrap()
+}
+
+fn fence(volume: u32) -> Fence {
+    Fence { volume: VolumeId(volume), epoch: SessionEpoch(6) }
 }
 
 fn members() -> Members {
@@ -41,7 +45,7 @@ fn append(entries: Vec<Entry>, crcs: Vec<u32>) -> PeerMessage {
 }
 
 fn io(op: IoOp) -> PeerMessage {
-    PeerMessage::Io(IoRequest { id: 0x1234, copyset: CS, term: Term(5), op })
+    PeerMessage::Io(IoRequest { id: 0x1234, copyset: CS, term: Term(5), epoch: SessionEpoch(6), op })
 }
 
 fn reply(outcome: IoOutcome) -> PeerMessage {
@@ -68,6 +72,7 @@ fn every_message() -> Vec<(&'static str, PeerMessage)> {
         entry(14, Body::Write { chunk: chunk(2), range: range(0, 32) }),
         entry(15, Body::DropVolume { volume: VolumeId(9) }),
         entry(16, Body::Members(members())),
+        entry(17, Body::Fence(fence(9))),
     ];
     let from = shard(1, 0);
     vec![
@@ -120,18 +125,26 @@ fn every_message() -> Vec<(&'static str, PeerMessage)> {
         ("io_read", io(IoOp::Read { chunk: chunk(1), range: range(1, 32) })),
         ("io_write", io(IoOp::Write { chunk: chunk(1), offset: 4096 + 512, length: 1024, crc: 0xdead_beef })),
         ("io_zero", io(IoOp::Zero { chunk: chunk(1), offset: 0, length: CHUNK_BYTES as u32 })),
+        ("io_fence", io(IoOp::Fence { volume: VolumeId(9) })),
         ("io_status", io(IoOp::Status { chunk: chunk(1), range: BlockRange::CHUNK })),
         ("reply_done", reply(IoOutcome::Done)),
         ("reply_data", reply(IoOutcome::Data { present: 0b101, crcs: vec![1, 2].into() })),
         ("reply_status", reply(IoOutcome::Status { runs: vec![(4000, false), (96, true)] })),
         ("reply_not_leader", reply(IoOutcome::NotLeader { leader: Some(shard(2, 1)), term: Term(6) })),
+        ("reply_fenced", reply(IoOutcome::Fenced { epoch: SessionEpoch(7) })),
         ("fetch_begin", fetch(Fetch::Begin)),
         ("fetch_table", fetch(Fetch::Table { chunk: chunk(1) })),
         ("fetch_blocks", fetch(Fetch::Blocks { chunk: chunk(1), range: range(8, 32) })),
         ("fetch_end", fetch(Fetch::End)),
         (
             "fetched_begin",
-            fetched(Fetched::Begin { index, term, members: members(), chunks: vec![chunk(1), chunk(2)] }),
+            fetched(Fetched::Begin {
+                index,
+                term,
+                members: members(),
+                fences: vec![fence(9)],
+                chunks: vec![chunk(1), chunk(2)],
+            }),
         ),
         (
             "fetched_blocks",
@@ -165,6 +178,10 @@ fn hex(bytes: &[u8]) -> String {
     lines.map(|line| line.trim_end().to_owned() + "\n").collect()
 }
 
+fn unhex(text: &str) -> Vec<u8> {
+    text.split_whitespace().map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect()
+}
+
 /// A change of any of these files is a change of the wire: raise the operation's version.
 #[test]
 fn golden_bytes_of_every_operation() {
@@ -172,6 +189,27 @@ fn golden_bytes_of_every_operation() {
         let path = format!("{}/testdata/frames/{name}.hex", env!("CARGO_MANIFEST_DIR"));
         expect_file![path].assert_eq(&hex(&encode(&message)));
     }
+}
+
+/// What was spoken before volumes had fences: a peer that still does must be told so, not misread.
+#[test]
+fn frames_of_version_1_are_refused_by_their_version() {
+    let frames = [
+        ("hello", Op::Hello),
+        ("io_write", Op::Io),
+        ("raft_append", Op::Raft),
+        ("reply_done", Op::IoReply),
+        ("fetched_begin", Op::Fetched),
+    ];
+    for (name, op) in frames {
+        let path = format!("{}/testdata/frames/v1/{name}.hex", env!("CARGO_MANIFEST_DIR"));
+        let text = std::fs::read_to_string(path).unwrap();
+        assert_eq!(decode(&unhex(&text)).unwrap_err(), FrameError::Version { op, theirs: 1 }, "{name}");
+    }
+}
+
+fn begin(chunks: Vec<ChunkId>, fences: Vec<Fence>) -> PeerMessage {
+    fetched(Fetched::Begin { index: LogIndex(1), term: Term(1), members: members(), fences, chunks })
 }
 
 #[test]
@@ -182,8 +220,7 @@ fn every_message_comes_back_as_it_was_sent() {
     }
     let table = fetched(Fetched::Table { chunk: chunk(1), crcs: (0..4096).collect() });
     assert_eq!(decode(&encode(&table)).unwrap().0, table);
-    let chunks = (0..32_000).map(chunk).collect();
-    let begin = fetched(Fetched::Begin { index: LogIndex(1), term: Term(1), members: members(), chunks });
+    let begin = begin((0..32_000).map(chunk).collect(), (0..16_000).map(fence).collect());
     assert_eq!(decode(&encode(&begin)).unwrap().0, begin);
 }
 
@@ -284,8 +321,7 @@ fn too_much_payload_or_message_is_not_sent() {
     more.push(entry(20, Body::Write { chunk: chunk(1), range: range(0, 1) }));
     let error = Encoder::new().encode(&append(more, vec![0; 289]), &mut Vec::new());
     assert_eq!(error, Err(FrameError::PayloadLength(PAYLOAD_BYTES_MAX as u32 + 4096)));
-    let chunks = (0..40_000).map(chunk).collect();
-    let begin = fetched(Fetched::Begin { index: LogIndex(1), term: Term(1), members: members(), chunks });
+    let begin = begin((0..70_000).map(chunk).collect(), vec![]);
     let mut out = Vec::new();
     assert!(matches!(Encoder::new().encode(&begin, &mut out), Err(FrameError::MetaLength(_))));
     assert!(out.is_empty());
@@ -308,7 +344,7 @@ fn every_field_of_the_header_is_checked() {
     check(with_header(|h| h[4] = 2), Format(2));
     check(with_header(|h| h[6] = 0), Op(0));
     check(with_header(|h| h[6] = 7), Op(7));
-    check(with_header(|h| h[8] = 2), Version { op: super::Op::Io, theirs: 2 });
+    check(with_header(|h| h[8] = 3), Version { op: super::Op::Io, theirs: 3 });
     check(with_header(|h| h[10] = 1), Reserved);
     check(with_header(|h| h[24] = 1), Reserved);
     check(with_header(|h| h[12..16].fill(0xff)), MetaLength(u32::MAX));
@@ -325,9 +361,7 @@ fn every_field_of_the_header_is_checked() {
 
 #[test]
 fn a_membership_with_a_target_twice_is_refused() {
-    let good =
-        fetched(Fetched::Begin { index: LogIndex(1), term: Term(1), members: members(), chunks: vec![] });
-    let mut bytes = forge(&good, 0);
+    let mut bytes = forge(&begin(vec![], vec![]), 0);
     // Voter 2 of target 2 becomes a second one of target 1.
     let at = HEADER_BYTES + find(&bytes[HEADER_BYTES..], &[2, 0, 0, 0, 1, 0]);
     bytes[at] = 1;

@@ -257,6 +257,8 @@ statuses! {
     CAPACITY = 0x081;
     /// Not now.
     NOT_READY = 0x082;
+    /// Another host has it for itself.
+    RESERVATION_CONFLICT = 0x083;
     /// Too many Asynchronous Event Requests.
     AER_LIMIT = 0x105;
     /// No such log page.

@@ -4,7 +4,7 @@ use super::agent::usage_of;
 use super::{Control, ShardHandle, ToShard, lock};
 use protocol::control::pb::target_admin_server::{TargetAdmin, TargetAdminServer};
 use protocol::control::{Problem, ProblemKind, pb};
-use protocol::types::{CopysetId, TargetId, VolumeId};
+use protocol::types::{CopysetId, SessionEpoch, TargetId, VolumeId};
 use std::net::TcpListener;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,6 +18,10 @@ use tonic::{Request, Response, Status};
 const CHECKSUMS_WAITING_MAX: usize = 256;
 /// How long a shard may take to answer.
 const SHARD_PATIENCE: Duration = Duration::from_secs(5);
+/// How long fences may take to rise; then the caller asks again.
+const FENCE_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked whether a newer map has come.
+const MAP_LOOK: Duration = Duration::from_millis(10);
 
 /// Serves until the listener fails.
 pub(super) async fn serve(
@@ -46,6 +50,13 @@ impl Admin {
                 "see `ashlar volume ls`; repeat when the target reached the MDS again",
             )
         })
+    }
+
+    /// Under which epoch hosts attach to a volume, by the map in force.
+    fn epoch(&self, id: VolumeId) -> Result<SessionEpoch, Problem> {
+        self.volume(id.0)?;
+        let map = self.control.map();
+        Ok(map.and_then(|map| map.volumes.get(&id).map(|v| v.session.epoch)).unwrap_or_default())
     }
 
     /// The shard that holds a copyset's replica, by what it posted last.
@@ -119,6 +130,35 @@ impl TargetAdmin for Admin {
         Ok(Response::new(pb::TransferLeaderResponse {}))
     }
 
+    async fn fence_volume(
+        &self,
+        request: Request<pb::FenceVolumeRequest>,
+    ) -> Result<Response<pb::FenceVolumeResponse>, Status> {
+        let pb::FenceVolumeRequest { volume, epoch } = request.into_inner();
+        let (volume, epoch) = (VolumeId(volume), SessionEpoch(epoch));
+        let end = tokio::time::Instant::now() + FENCE_PATIENCE;
+        while self.epoch(volume)? < epoch {
+            if tokio::time::Instant::now() >= end {
+                return Err(map_is_old(volume, epoch).into());
+            }
+            tokio::time::sleep(MAP_LOOK).await;
+        }
+        let mut answer = None;
+        for port in &self.control.ports {
+            let (reply, told) = oneshot::channel();
+            // The next one, where this one takes nothing.
+            if port.send(ToShard::Fence { volume, epoch, reply }).is_ok() {
+                answer = Some(told);
+                break;
+            }
+        }
+        match tokio::time::timeout_at(end, answer.ok_or_else(busy)?).await {
+            Ok(answer) => answer.map_err(|_| busy())??,
+            Err(_) => return Err(fence_waits(volume).into()),
+        }
+        Ok(Response::new(pb::FenceVolumeResponse {}))
+    }
+
     async fn list_connections(
         &self,
         _: Request<pb::ListConnectionsRequest>,
@@ -159,6 +199,24 @@ async fn answered<T>(answer: oneshot::Receiver<T>) -> Result<T, Problem> {
             "see the target's log and metrics, then repeat",
         )),
     }
+}
+
+fn map_is_old(volume: VolumeId, epoch: SessionEpoch) -> Problem {
+    Problem::new(
+        ProblemKind::TimedOut,
+        format!("this target's map knows nothing of epoch {epoch} of volume {volume}"),
+        "it does not reach the MDS",
+        "ask another target, or repeat when it does",
+    )
+}
+
+fn fence_waits(volume: VolumeId) -> Problem {
+    Problem::new(
+        ProblemKind::TimedOut,
+        format!("the fence of volume {volume} has not risen in all of its copysets within 5 s"),
+        "one of them has no leader or no quorum",
+        "repeat; see `ashlar status` for copysets without a leader",
+    )
 }
 
 fn busy() -> Problem {

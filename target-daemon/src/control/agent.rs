@@ -7,7 +7,7 @@
 use super::FromShard;
 use super::space::Space;
 use crate::shard::{Order, OrderKind};
-use protocol::control::{pb, shard_from_pb};
+use protocol::control::{limits, pb, shard_from_pb};
 use protocol::map::ClusterMap;
 use protocol::types::{CopysetId, LogIndex, MEMBERS_MAX, Span, TargetId, Time, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -84,7 +84,11 @@ impl Agent {
         let usage = usage_of(&shards, capacity_bytes);
         let (volumes, volumes_whole) = self.space.tell(&shards);
         let freed = self.freed.iter().filter(|(_, by)| by.len() == usize::from(self.shards));
+        let attached = shards.iter().flat_map(|shard| shard.attached.iter().cloned());
+        // Through several shards, told once.
+        let attached: BTreeMap<_, _> = attached.map(|a| ((a.volume, a.epoch, a.holder.clone()), a)).collect();
         pb::HeartbeatRequest {
+            attached: attached.into_values().take(limits::ATTACHED_MAX).collect(),
             target: self.target.0,
             disk_uuid: self.disk.to_vec(),
             known_generation: self.map.as_ref().map_or(0, |map| map.generation),

@@ -8,7 +8,7 @@ use crate::shard::Order;
 use crate::subsystems::{Seat, Subsystems, Wake};
 use protocol::control::{Problem, pb};
 use protocol::map::ClusterMap;
-use protocol::types::{CopysetId, TargetId, VolumeId};
+use protocol::types::{CopysetId, SessionEpoch, TargetId, VolumeId};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,6 +58,15 @@ pub enum ToShard {
         volume: VolumeId,
         /// Which gigabyte.
         segment: u32,
+    },
+    /// Raise the volume's fence in each of its copysets.
+    Fence {
+        /// The volume.
+        volume: VolumeId,
+        /// To this.
+        epoch: SessionEpoch,
+        /// Whether it is committed everywhere.
+        reply: oneshot::Sender<Result<(), Problem>>,
     },
     /// List the hosts connected here.
     Connections {
@@ -115,6 +124,8 @@ pub struct ShardPort {
     backlog: VecDeque<FromShard>,
     /// Checks of volumes under way, by job.
     checks: BTreeMap<u64, Check>,
+    /// Fences that rise, by job.
+    fences: BTreeMap<u64, oneshot::Sender<Result<(), Problem>>>,
     next_job: u64,
 }
 
@@ -154,11 +165,12 @@ pub fn shard_ports(wakes: Vec<Box<dyn Fn() + Send + Sync>>) -> (ControlEnds, Vec
     let subsystems = Subsystems::new(wakes.clone());
     let make = |(shard, wake): (usize, Wake)| {
         let shared = Arc::new(Shared::default());
-        let (backlog, checks) = (VecDeque::new(), BTreeMap::new());
+        let (backlog, checks, fences) = (VecDeque::new(), BTreeMap::new(), BTreeMap::new());
         let shard = u16::try_from(shard).expect("the configuration has at most 65,535 shards");
         let handle = ShardHandle { shared: shared.clone(), wake };
         let seat = subsystems.seat(shard);
-        (handle, ShardPort { shard, seat, shared, reports: reports.clone(), backlog, checks, next_job: 0 })
+        let (reports, next_job) = (reports.clone(), 0);
+        (handle, ShardPort { shard, seat, shared, reports, backlog, checks, fences, next_job })
     };
     let (shards, ports) = wakes.into_iter().enumerate().map(make).unzip();
     (ControlEnds { shards, reports: incoming, subsystems }, ports)
@@ -234,6 +246,19 @@ impl ShardPort {
         }
         self.retry_checks();
         self.checks.contains_key(&job)
+    }
+    /// Takes over the answering of [`ToShard::Fence`]; the number names it from now on.
+    pub fn open_fence(&mut self, reply: oneshot::Sender<Result<(), Problem>>) -> u64 {
+        self.next_job += 1;
+        self.fences.insert(self.next_job, reply);
+        self.next_job
+    }
+    /// A fence has risen in every copyset, or cannot.
+    pub fn fenced(&mut self, job: u64, result: Result<(), Problem>) {
+        if let Some(reply) = self.fences.remove(&job) {
+            // Whoever asked may have given up.
+            let _ = reply.send(result);
+        }
     }
     /// What this shard counts.
     pub fn counters(&self) -> &Arc<ShardCounters> {

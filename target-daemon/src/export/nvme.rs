@@ -5,16 +5,17 @@
 //! shard's alone, commands of admin queues go to the [subsystems](crate::subsystems) of the target.
 
 use super::{
-    CONNECTIONS_MAX, ConnInfo, ConnKey, Export, Failure, Gathered, Pending, Purpose, joined, zero_range,
+    CONNECTIONS_MAX, ConnInfo, ConnKey, Export, Failure, Gathered, Pending, Purpose, is_over, joined,
+    zero_range,
 };
 use crate::core_loop::kind;
 use crate::mem::Mem;
 use crate::subsystems::Seat;
 use client::volume::{IoError, Request, SubmitError};
-use protocol::map::ExportProtocol;
+use protocol::map::{ClusterMap, ExportProtocol};
 use protocol::nvme_tcp::controller::{Answer, Out, QueueId};
 use protocol::nvme_tcp::{Status, Violation};
-use protocol::types::{BLOCK_BYTES, Time, VolumeId, block_crc};
+use protocol::types::{BLOCK_BYTES, SessionEpoch, Time, VolumeId, block_crc};
 use reactor::{Completion, Op, Reactor, Socket};
 use slab::Slab;
 use transport::{NbdLimits, NvmeCloseReason, NvmeConn, NvmeEvent, NvmeLimits, Owner, ReqId};
@@ -40,6 +41,9 @@ struct Attached {
     /// Empty until its Connect was accepted.
     host: String,
     qid: u16,
+    epoch: SessionEpoch,
+    /// Another host has taken the volume over.
+    over: bool,
 }
 
 impl Nvme {
@@ -65,7 +69,16 @@ impl Nvme {
             host: self.attached[key].host.clone(),
             queue: self.attached[key].qid,
             digests: conn.digests(),
+            epoch: self.attached[key].epoch,
         })
+    }
+
+    /// Notes whose attachment has ended.
+    pub(super) fn note_take_overs(&mut self, map: &ClusterMap) {
+        for (key, conn) in &self.conns {
+            let (attached, namespace) = (&mut self.attached[key], conn.namespace());
+            attached.over |= namespace.is_some_and(|n| is_over(map, n.volume, attached.epoch));
+        }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -228,6 +241,7 @@ impl Export {
                     Ok(told) => {
                         let attached = &mut self.nvme.attached[key];
                         (attached.host, attached.qid) = (told.host.clone(), told.qid);
+                        attached.epoch = told.epoch;
                     }
                 }
                 self.nvme.conns[key].connect_done(&sqe, answer);
@@ -275,7 +289,8 @@ impl Export {
         request: impl FnOnce(VolumeId) -> Request<Mem>,
     ) {
         let volume = self.nvme.conns[conn].namespace().map_or(VolumeId(0), |n| n.volume);
-        self.begin(ConnKey::Nvme(conn), req, purpose, now, request(volume));
+        let Attached { epoch, over, .. } = self.nvme.attached[conn];
+        self.begin((ConnKey::Nvme(conn), req), purpose, (epoch, over), now, request(volume));
     }
 
     /// The host is gone: nobody waits for its requests any more.
@@ -301,6 +316,8 @@ impl Export {
 fn status(failure: Failure, reading: bool) -> Status {
     match failure {
         Failure::Io(IoError::NoSpace) => Status::CAPACITY.dnr(),
+        // As if the other host had reserved the namespace: no path of this one will do.
+        Failure::Io(IoError::Fenced) => Status::RESERVATION_CONFLICT.dnr(),
         // Another target may serve it.
         Failure::Io(IoError::Stopped) | Failure::Refused(SubmitError::Stopped) => Status::PATH_INTERNAL,
         Failure::Io(IoError::Gone) | Failure::Refused(SubmitError::UnknownVolume) => {

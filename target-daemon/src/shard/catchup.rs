@@ -139,7 +139,9 @@ impl Shard {
         let replica = &hosted.replica;
         let Some(catch_up) = hosted.catch_up.as_mut().filter(|c| c.from == from) else { return };
         match fetched {
-            Fetched::Begin { index, term, members, chunks } if matches!(catch_up.phase, Phase::Beginning) => {
+            Fetched::Begin { index, term, members, fences, chunks }
+                if matches!(catch_up.phase, Phase::Beginning) =>
+            {
                 if !fits(replica, (index, term)) {
                     return; // A new leader that is still behind this replica: asked again later.
                 }
@@ -147,6 +149,10 @@ impl Shard {
                 catch_up.base = Some(Base { index, term, members });
                 catch_up.phase = Phase::Fetching;
                 catch_up.chunks = chunks.into();
+                // As of `index`, and so committed: they may rise before the chunks are there.
+                for fence in fences {
+                    self.store.stage(Record::Fence { copyset: id, fence }, None, &[]);
+                }
                 self.drop_other_chunks(id);
             }
             Fetched::Table { chunk, crcs } => {

@@ -2,6 +2,7 @@
 
 use super::affinity::Affinity;
 use super::catchup::CatchUp;
+use super::fence::Gate;
 use super::ordering::Ordering;
 use super::orders::Goal;
 use crate::mem::Mem;
@@ -86,6 +87,8 @@ pub struct Hosted {
     pub waiters: VecDeque<Waiter>,
     /// The order of overlapping writes.
     pub ordering: Ordering<PendingWrite>,
+    /// What its leader lets through of volumes that were taken over.
+    pub gate: Gate,
     /// Where IO comes from.
     pub affinity: Affinity,
     /// Messages that wait for payloads, by receiver.
@@ -110,6 +113,7 @@ impl Hosted {
             incoming: Incoming::default(),
             waiters: VecDeque::new(),
             ordering: Ordering::default(),
+            gate: Gate::default(),
             affinity: Affinity::default(),
             outboxes: BTreeMap::new(),
             catch_up: None,

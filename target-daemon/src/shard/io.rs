@@ -1,5 +1,6 @@
 //! IO on the chunks of a copyset, as its leader answers it.
 
+use super::fence::volume_of;
 use super::hosted::{Crcs, PendingWrite, Waiter};
 use super::ordering::Step;
 use super::repair::Repaired;
@@ -8,10 +9,10 @@ use crate::mem::{Mem, Mems};
 use chunkstore::{BadBlock, Payload, ReadData, ReadError, ReadPiece};
 use copyset::{ReadGrant, Refused, Role};
 use protocol::peer::{IoOp, IoOutcome, IoReply, IoRequest, PeerMessage};
-use protocol::raft::Body;
+use protocol::raft::{Body, Fence};
 use protocol::types::{
-    BLOCK_BYTES, BlockRange, CHUNK_BYTES, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, ENTRY_BYTES_MAX, ShardAddr,
-    Term, block_crc,
+    BLOCK_BYTES, BlockRange, CHUNK_BYTES, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, ENTRY_BYTES_MAX,
+    SessionEpoch, ShardAddr, Term, block_crc,
 };
 
 /// Granularity of offsets and lengths, in bytes.
@@ -27,6 +28,7 @@ pub struct Request {
     origin: Origin,
     id: u64,
     copyset: CopysetId,
+    epoch: SessionEpoch,
     /// Parts that are not answered, plus one while parts are still being started.
     open: u32,
     outcome: IoOutcome,
@@ -95,6 +97,13 @@ impl Shard {
             return self.answer_not_leader(origin, id, copyset);
         }
         hosted.affinity.count(from.target);
+        if let Some(volume) = volume_of(&request.op)
+            && !hosted.gate.passes(volume, request.epoch)
+        {
+            let newest = hosted.gate.newest(volume);
+            let outcome = self.barred(copyset, Fence { volume, epoch: request.epoch }, newest);
+            return self.answer(origin, id, copyset, outcome, Mems::new());
+        }
         if self.requests.len() + self.work.len() + self.slowed.len() >= REQUESTS_MAX {
             self.counts.busy += 1;
             return self.answer(origin, id, copyset, IoOutcome::Busy, Mems::new());
@@ -151,6 +160,10 @@ impl Shard {
     fn begin(&mut self, origin: Origin, request: &IoRequest, payload: Mems) {
         match request.op {
             IoOp::WhoLeads => {}
+            // It stands: what is lower was told so before it came here.
+            IoOp::Fence { .. } => {
+                self.answer(origin, request.id, request.copyset, IoOutcome::Done, Mems::new());
+            }
             IoOp::Read { chunk, range } => self.begin_read(origin, request, chunk, range),
             IoOp::Status { chunk, range } => self.begin_status(origin, request, chunk, range),
             IoOp::Write { chunk, offset, length, crc } => {
@@ -369,6 +382,7 @@ impl Shard {
             origin,
             id: request.id,
             copyset: request.copyset,
+            epoch: request.epoch,
             open: 1,
             outcome: IoOutcome::Done,
             bytes,
@@ -434,6 +448,11 @@ impl Shard {
             return self.part_ended(write.request, IoOutcome::Busy);
         }
         let Some(hosted) = self.hosted.get_mut(&id) else { return self.part_not_leader(write.request, id) };
+        let (fence, epoch) = (hosted.gate.newest(chunk.volume), self.requests[write.request].epoch);
+        if fence != epoch {
+            let outcome = self.barred_write(epoch, fence);
+            return self.part_ended(write.request, outcome);
+        }
         match hosted.replica.propose(body, self.now) {
             Ok(index) => {
                 if let Some(data) = write.data {

@@ -15,6 +15,7 @@
 mod affinity;
 mod catchup;
 mod check;
+mod fence;
 mod hosted;
 mod io;
 mod ordering;
@@ -33,7 +34,9 @@ use pace::Pace;
 use protocol::map::ClusterMap;
 use protocol::peer::{Fetch, PeerMessage};
 use protocol::raft::Members;
-use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, LogIndex, ShardAddr, Span, TargetId, Time, VolumeId};
+use protocol::types::{
+    BLOCK_BYTES, ChunkId, CopysetId, LogIndex, SessionEpoch, ShardAddr, Span, TargetId, Time, VolumeId,
+};
 use reactor::Arena;
 use slab::Slab;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -146,6 +149,8 @@ pub struct Counts {
     pub no_space: u64,
     /// Refused because too much was in flight.
     pub busy: u64,
+    /// Refused because their volume was taken over.
+    pub fenced: u64,
     /// Payloads from the wire that failed their checksum.
     pub wire_corrupt: u64,
     /// Reads whose every copy was bad.
@@ -441,7 +446,11 @@ impl Shard {
             let mut left = false;
             let ids: Vec<CopysetId> = self.hosted.keys().copied().collect();
             for id in ids {
-                if !self.store.chunks_of(id).iter().any(|c| c.volume == volume) {
+                let chunks = self.store.chunks_of(id).iter().any(|c| c.volume == volume);
+                // A follower may have a fence left over that its leader has not: it takes up 16 bytes, no more.
+                let leads = self.hosted.get(&id).is_some_and(|h| h.replica.role() == Role::Leader);
+                let fenced = leads && self.store.fence(id, volume) > SessionEpoch(0);
+                if !chunks && !fenced {
                     continue;
                 }
                 left = true;
@@ -459,7 +468,10 @@ impl Shard {
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
         let settled = hosted.replica.applied_index() == hosted.replica.last_index();
         if hosted.replica.role() == Role::Leader && settled {
-            let _ = hosted.replica.propose(protocol::raft::Body::DropVolume { volume }, now);
+            let body = protocol::raft::Body::DropVolume { volume };
+            if let Ok(index) = hosted.replica.propose(body, now) {
+                hosted.gate.proposed(index, body);
+            }
             self.touch(id);
         }
     }

@@ -1,6 +1,7 @@
 //! Between the replicas, the log and the peers: what a replica decides is made durable, sent
 //! and applied here.
 
+use super::fence::Gate;
 use super::hosted::{Crcs, Hosted, OUTBOX_MAX, Outbox};
 use super::{Shard, Work};
 use crate::mem::{Mem, Mems};
@@ -160,6 +161,9 @@ impl Shard {
             hosted.waiters.pop_front();
         }
         hosted.ordering.applied(up_to);
+        if hosted.gate.awaits(up_to) {
+            hosted.gate.reached(up_to, self.store.fences(id));
+        }
         hosted.replica.applied(up_to);
         for (request, kept) in done.drain(..) {
             if kept {
@@ -189,23 +193,26 @@ impl Shard {
             waiter.term >= term
         });
         hosted.outboxes.clear();
+        hosted.gate = Gate::default();
         for request in refused {
             self.part_not_leader(request, id);
         }
     }
 
     /// Entries of earlier leaders that are not applied yet come before everything proposed from now
-    /// on: a write to part of a block must read what they leave behind.
+    /// on: a write to part of a block must read what they leave behind, and a write behind a fence is judged
+    /// by it.
     fn order_inherited(&mut self, id: CopysetId) {
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
         let (applied, last) = (hosted.replica.applied_index(), hosted.replica.last_index());
-        for index in applied.next().0..=last.0 {
-            if let Some(Body::Write { chunk, range } | Body::Zero { chunk, range }) =
-                hosted.replica.entry(LogIndex(index)).map(|entry| entry.body)
-            {
-                hosted.ordering.proposed(LogIndex(index), chunk, range);
+        let indexes = (applied.next().0..=last.0).map(LogIndex);
+        let inherited = indexes.filter_map(|index| Some((index, hosted.replica.entry(index)?.body)));
+        for (index, body) in inherited.clone() {
+            if let Body::Write { chunk, range } | Body::Zero { chunk, range } = body {
+                hosted.ordering.proposed(index, chunk, range);
             }
         }
+        hosted.gate = Gate::new(self.store.fences(id), inherited);
     }
 
     fn health_changed(&mut self, id: CopysetId, health: Health) {

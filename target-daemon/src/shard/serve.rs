@@ -30,7 +30,8 @@ impl Shard {
                 };
                 let members = replica.members_as_of(index);
                 let chunks = self.store.chunks_of(id);
-                self.tell(origin, id, Fetched::Begin { index, term, members, chunks });
+                let fences = self.store.fences(id).as_slice().to_vec();
+                self.tell(origin, id, Fetched::Begin { index, term, members, fences, chunks });
             }
             Fetch::End if leads => {
                 let index = replica.applied_index();

@@ -84,7 +84,7 @@ fn command(kind: u8, bytes: &[u8]) -> Result<Command, Problem> {
     fn get<M: Message + Default>(bytes: &[u8]) -> M {
         M::decode(bytes).unwrap_or_default()
     }
-    Ok(match kind % 9 {
+    Ok(match kind % 11 {
         0 => Command::Register(intake::registration(get(bytes))?),
         1 => Command::Heartbeat(intake::heartbeat(get(bytes))?),
         2 => intake::allocate(get(bytes))?,
@@ -93,6 +93,8 @@ fn command(kind: u8, bytes: &[u8]) -> Result<Command, Problem> {
         5 => intake::delete_volume(get(bytes), 1 << 30)?,
         6 => intake::add_export(get(bytes))?,
         8 => intake::resize_volume(get(bytes))?,
+        9 => intake::attach(get(bytes))?,
+        10 => intake::detach(get(bytes))?,
         _ => {
             let request: pb::RemoveExportRequest = get(bytes);
             Command::RemoveExport(intake::volume_ref(request.volume)?, protocol_from_pb(request.protocol)?)
@@ -108,7 +110,7 @@ fn requests(dice: &mut Dice) -> Vec<u8> {
     }
     for _ in 0..dice.below(10) {
         let volume = pb::VolumeRef { id: dice.below(3) as u32, name: format!("v{}", dice.below(3)) };
-        match dice.below(8) {
+        match dice.below(10) {
             0 => put(&mut out, 0, &registration(1 + dice.below(6) as u32, dice)),
             1 => put(&mut out, 1, &heartbeat(dice)),
             2 => {
@@ -130,6 +132,16 @@ fn requests(dice: &mut Dice) -> Vec<u8> {
             6 => {
                 let bytes = if dice.percent(70) { (1 + dice.below(9) as u64) << 30 } else { dice.odd() };
                 put(&mut out, 8, &pb::ResizeVolumeRequest { volume: Some(volume), bytes });
+            }
+            7 => {
+                let holder = dice.pick(&["a", "b", "", "a b"]).to_owned() + &"x".repeat(dice.below(3) * 120);
+                let (exclusive, take_over) = (dice.percent(50), dice.percent(50));
+                let volume = Some(volume);
+                put(&mut out, 9, &pb::AttachVolumeRequest { volume, holder, exclusive, take_over });
+            }
+            8 => {
+                let holder = dice.pick(&["a", "b"]).to_owned();
+                put(&mut out, 10, &pb::DetachVolumeRequest { volume: Some(volume), holder });
             }
             _ => {
                 let protocol = dice.below(4) as i32;

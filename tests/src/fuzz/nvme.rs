@@ -57,6 +57,7 @@ fn view() -> View {
         name: "vol0".into(),
         namespace: NAMESPACE,
         allowed_hosts: Default::default(),
+        session: Default::default(),
     });
     view
 }

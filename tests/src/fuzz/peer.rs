@@ -9,7 +9,7 @@ use protocol::frame::{
     decode_meta,
 };
 use protocol::peer::{Fetch, Fetched, Hello, IoOp, IoOutcome, IoReply, IoRequest, PeerMessage};
-use protocol::raft::{AppendOutcome, Body, Entry, Kind, Members, Message, Round, Standing};
+use protocol::raft::{AppendOutcome, Body, Entry, Fence, Kind, Members, Message, Round, Standing};
 use protocol::types::*;
 
 /// A peer.
@@ -119,7 +119,10 @@ fn message(dice: &mut Dice) -> PeerMessage {
             to: shard(dice),
             incarnation: dice.roll(),
         }),
-        1 => PeerMessage::Io(IoRequest { id: dice.roll(), copyset, term: Term(dice.odd()), op: io(dice) }),
+        1 => {
+            let (id, term, epoch) = (dice.roll(), Term(dice.odd()), SessionEpoch(dice.odd()));
+            PeerMessage::Io(IoRequest { id, copyset, term, epoch, op: io(dice) })
+        }
         2 => PeerMessage::IoReply(IoReply { id: dice.roll(), copyset, outcome: outcome(dice) }),
         3 => {
             let fetch = match dice.below(4) {
@@ -137,8 +140,9 @@ fn message(dice: &mut Dice) -> PeerMessage {
 
 fn io(dice: &mut Dice) -> IoOp {
     let (offset, length) = (512 * dice.below(32768) as u32, 512 * dice.below(260) as u32);
-    match dice.below(5) {
+    match dice.below(6) {
         0 => IoOp::WhoLeads,
+        5 => IoOp::Fence { volume: VolumeId(dice.odd() as u32) },
         1 => IoOp::Read { chunk: chunk(dice), range: range(dice) },
         2 => IoOp::Write { chunk: chunk(dice), offset, length, crc: dice.roll() as u32 },
         3 => IoOp::Zero { chunk: chunk(dice), offset, length },
@@ -147,7 +151,8 @@ fn io(dice: &mut Dice) -> IoOp {
 }
 
 fn outcome(dice: &mut Dice) -> IoOutcome {
-    match dice.below(6) {
+    match dice.below(7) {
+        6 => IoOutcome::Fenced { epoch: SessionEpoch(dice.odd()) },
         0 => {
             let (present, crcs) = data(dice);
             IoOutcome::Data { present, crcs: crcs.into() }
@@ -168,6 +173,7 @@ fn fetched(dice: &mut Dice) -> Fetched {
             index: LogIndex(dice.odd()),
             term: Term(dice.odd()),
             members: members(dice),
+            fences: (0..dice.below(4)).map(|_| fence(dice)).collect(),
             chunks: (0..dice.below(20)).map(|_| chunk(dice)).collect(),
         },
         1 => Fetched::Table { chunk: chunk(dice), crcs: crcs(dice, CHUNK_BLOCKS) },
@@ -226,8 +232,13 @@ fn raft(copyset: CopysetId, dice: &mut Dice) -> PeerMessage {
     PeerMessage::Raft { copyset, message, crcs: crcs(dice, blocks) }
 }
 
+fn fence(dice: &mut Dice) -> Fence {
+    Fence { volume: VolumeId(dice.odd() as u32), epoch: SessionEpoch(dice.odd()) }
+}
+
 fn body(dice: &mut Dice) -> Body {
-    match dice.below(5) {
+    match dice.below(6) {
+        5 => Body::Fence(fence(dice)),
         0 => Body::Noop,
         1 => Body::Zero { chunk: chunk(dice), range: range(dice) },
         2 => Body::DropVolume { volume: VolumeId(dice.odd() as u32) },

@@ -7,7 +7,9 @@ use super::mds_guard::Guard;
 use super::witness::Witness;
 use super::{Draw, Failure, Mix};
 use protocol::control::pb;
-use protocol::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, TargetEntry, VolumeEntry};
+use protocol::map::{
+    ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, Session, TargetEntry, VolumeEntry,
+};
 use protocol::types::{CopysetId, ShardAddr, Span, TargetId, Time, VolumeId};
 use reactor::host::{CoreLoop, Turn};
 use reactor::sim::{SimReactor, SimWorld};
@@ -506,7 +508,8 @@ fn cluster_map(mix: &Mix) -> ClusterMap {
         let id = VolumeId(n as u32 + 1);
         let copysets = map.copysets.keys().copied().collect();
         let (bytes, block_bytes) = (*bytes, *block_bytes);
-        let entry = VolumeEntry { name: volume_name(n), bytes, block_bytes, copysets, deleted: false };
+        let (name, deleted, session) = (volume_name(n), false, Session::default());
+        let entry = VolumeEntry { name, bytes, block_bytes, copysets, deleted, session };
         map.volumes.insert(id, entry);
         map.exports.push(ExportEntry {
             volume: id,

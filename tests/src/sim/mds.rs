@@ -226,6 +226,7 @@ impl Plane {
             unstable_after: mds.unstable_after,
             offline_after: mds.offline_after,
             tasks_a_target: mds.tasks_a_target,
+            ..Policy::default()
         };
         let mut plane = Self {
             world: world.clone(),

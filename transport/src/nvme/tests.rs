@@ -139,7 +139,12 @@ fn subsystem() -> String {
 fn serve(manner: Manner, hosts: impl FnOnce(SocketAddr) + Send + 'static) -> Seen {
     let mut controllers = Controllers::new();
     let namespace = Namespace { volume: VolumeId(1), bytes: VOLUME_BYTES as u64, block_bytes: LBA as u32 };
-    let volumes = vec![Volume { name: "vol0".into(), namespace, allowed_hosts: Default::default() }];
+    let volumes = vec![Volume {
+        name: "vol0".into(),
+        namespace,
+        allowed_hosts: Default::default(),
+        session: Default::default(),
+    }];
     controllers.set_view(View { cluster: [5; 16], generation: 1, target: 1, volumes, ..View::default() });
     let model = Model { controllers, volume: vec![0; VOLUME_BYTES], bad: manner.bad };
     let (seen, model) = rig::serve(manner.temper, manner.limits, model, |addr| match addr {

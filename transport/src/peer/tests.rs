@@ -3,7 +3,9 @@
 use super::*;
 use protocol::peer::{IoOp, IoRequest};
 use protocol::raft::{Body, Entry, Kind, Message, Round};
-use protocol::types::{BlockRange, ChunkId, CopysetId, LogIndex, ShardAddr, TargetId, Term, VolumeId};
+use protocol::types::{
+    BlockRange, ChunkId, CopysetId, LogIndex, SessionEpoch, ShardAddr, TargetId, Term, VolumeId,
+};
 use reactor::ring::{Ring, RingConfig};
 use reactor::{Addr, Listener, Op, Output};
 use std::io::Write;
@@ -159,7 +161,7 @@ fn append(arena: &reactor::Arena, first: u64, counts: &[usize]) -> Option<(PeerM
 fn write(offset: u32, length: u32) -> PeerMessage {
     let chunk = ChunkId { volume: VolumeId(1), index: 0 };
     let op = IoOp::Write { chunk, offset, length, crc: block_crc(&vec![0x42; length as usize]) };
-    PeerMessage::Io(IoRequest { id: 9, copyset: CopysetId(1), term: Term(2), op })
+    PeerMessage::Io(IoRequest { id: 9, copyset: CopysetId(1), term: Term(2), epoch: SessionEpoch(0), op })
 }
 
 #[test]

@@ -14,7 +14,8 @@ use protocol::control::{Problem, ProblemKind};
 use protocol::map::ClusterMap;
 use protocol::peer::{Hello, IoOutcome, PeerMessage};
 use protocol::types::{
-    BLOCK_BYTES, ENTRY_BYTES_MAX, ShardAddr, Span, TargetId, Time, VolumeId, block_crc, crc_at_rest,
+    BLOCK_BYTES, ENTRY_BYTES_MAX, SessionEpoch, ShardAddr, Span, TargetId, Time, VolumeId, block_crc,
+    crc_at_rest,
 };
 use reactor::ring::Ring;
 use reactor::{Addr, Buf, BufMut, Completion, IoBuf, Op, Output, Reactor, Waker};
@@ -57,6 +58,8 @@ struct Progress {
 pub struct VolumeDriver {
     io: VolumeIo<IoBuf>,
     volume: VolumeId,
+    /// As it was when this client attached: a take-over ends it.
+    epoch: SessionEpoch,
     bytes: u64,
     peers: Vec<Peer>,
     hello: Hello,
@@ -75,6 +78,14 @@ impl VolumeDriver {
         let (control, map) = Control::start(mds, ring.waker())?;
         let (volume, entry) =
             map.volume_named(name).with_context(|| format!("the cluster has no volume `{name}`"))?;
+        let session = &entry.session;
+        anyhow::ensure!(
+            session.admits(""),
+            "volume `{name}` is attached exclusively by {}; `ashlar volume detach {name} --holder {}` lets it go",
+            session.holder,
+            session.holder
+        );
+        let epoch = session.epoch;
         let me = ShardAddr {
             target: TargetId(CLIENTS_FROM | (ring.random() as u32 & !CLIENTS_FROM)),
             shard: job as u16,
@@ -83,7 +94,8 @@ impl VolumeDriver {
         let (bytes, slots) = (entry.bytes, Slots::default());
         let (io, peers, progress) = (VolumeIo::new(Config::default()), Vec::new(), Vec::new());
         let completions = Vec::new();
-        let mut driver = Self { io, volume, bytes, peers, hello, slots, progress, control, completions };
+        let mut driver =
+            Self { io, volume, epoch, bytes, peers, hello, slots, progress, control, completions };
         driver.set_map(map, ring.now());
         Ok(driver)
     }
@@ -289,7 +301,7 @@ impl Driver for VolumeDriver {
         }
         self.progress[slot as usize].pieces = requests.len() as u64;
         for (nth, request) in requests.into_iter().enumerate() {
-            if let Err(error) = self.io.submit(id + nth as u64, request, now) {
+            if let Err(error) = self.io.submit(id + nth as u64, self.epoch, request, now) {
                 // Told as a piece that ended, at the next turn.
                 self.control.refusals.push((slot, error.to_string()));
             }

@@ -405,7 +405,7 @@ impl World {
             }
         }
         self.clients[client].open.insert(id, op);
-        self.clients[client].io.submit(id, request, self.now).unwrap();
+        self.clients[client].io.submit(id, SessionEpoch(0), request, self.now).unwrap();
     }
 
     fn drain(&mut self, client: usize) {

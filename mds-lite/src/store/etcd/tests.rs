@@ -256,7 +256,8 @@ fn a_large_cluster_is_stored_and_loaded() {
         copysets: (1..=copysets).map(CopysetId).collect(),
         targets: Vec::new(),
     };
-    let next = Counters { generation: 2, next_pool: 2, next_copyset: copysets + 1, next_volume: volumes + 1 };
+    let (next_copyset, next_volume) = (copysets + 1, volumes + 1);
+    let next = Counters { generation: 2, next_pool: 2, next_copyset, next_volume, ..Counters::default() };
     let mut changes: Vec<Change> = (1..=1000).map(target).collect();
     changes.extend(many(copysets));
     changes.extend([Change::Pool(1, pool), Change::Counters(next)]);

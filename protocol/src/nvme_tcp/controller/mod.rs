@@ -21,7 +21,8 @@ use super::command::Namespace;
 use super::identify;
 use super::logs::{Ana, Served};
 use super::wire::*;
-use crate::types::{Span, Time, VolumeId};
+use crate::map::Session;
+use crate::types::{SessionEpoch, Span, Time, VolumeId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
@@ -61,11 +62,16 @@ pub struct Volume {
     pub namespace: Namespace,
     /// The names of the only hosts that may see it; empty: any may.
     pub allowed_hosts: BTreeSet<String>,
+    /// Who of them may attach now.
+    pub session: Session,
 }
 
 impl Volume {
     fn allows(&self, host: &str) -> bool {
         self.allowed_hosts.is_empty() || self.allowed_hosts.contains(host)
+    }
+    fn admits(&self, host: &str) -> bool {
+        self.allows(host) && self.session.admits(host)
     }
 }
 
@@ -82,6 +88,8 @@ pub struct Connected {
     pub host: String,
     /// The queue's number.
     pub qid: u16,
+    /// Under which its controller was made: what is done by its queues is done under this.
+    pub epoch: SessionEpoch,
 }
 
 /// The answer to an admin command.
@@ -189,6 +197,7 @@ struct Controller {
     nqn: String,
     /// `None`: discovery.
     volume: Option<VolumeId>,
+    epoch: SessionEpoch,
     host_nqn: String,
     host_id: [u8; 16],
     admin: QueueId,
@@ -244,7 +253,7 @@ impl Controllers {
     pub fn set_view(&mut self, view: View) {
         let before = core::mem::replace(&mut self.view, view);
         let offer = |view: &View| {
-            let seen = |v: &Volume| (v.name.clone(), v.allowed_hosts.clone());
+            let seen = |v: &Volume| (v.name.clone(), v.allowed_hosts.clone(), v.session.holder.clone());
             view.volumes.iter().map(seen).collect::<Vec<_>>()
         };
         let changed = before.ports != self.view.ports || offer(&before) != offer(&self.view);
@@ -276,7 +285,8 @@ impl Controllers {
             }
         }
     }
-    /// Ends the controllers of hosts that are no longer allowed.
+    /// Ends the controllers of hosts that are no longer allowed. One whose volume was taken over stays: its
+    /// commands fail for good, where those of one that ends would be sent again by a host that comes back.
     fn let_go(&mut self) {
         let stays = |c: &Controller| {
             let volume = self.view.volumes.iter().find(|v| Some(v.namespace.volume) == c.volume);
@@ -331,12 +341,13 @@ impl Controllers {
         host_id: [u8; 16],
         now: Time,
     ) -> Result<Connected, Refused> {
-        let volume = self.subsystem(nqn, host)?;
+        let (volume, epoch) = self.subsystem(nqn, host)?;
         let cntlid = self.free_id(nqn).ok_or((Status::CONNECT_BUSY, 0))?;
         let controller = Controller {
             cntlid,
             nqn: nqn.to_owned(),
             volume,
+            epoch,
             host_nqn: host.to_owned(),
             host_id,
             admin: queue,
@@ -357,7 +368,7 @@ impl Controllers {
         self.next += 1;
         self.controllers.insert(self.next, controller);
         self.queues.insert(queue, self.next);
-        Ok(Connected { admin: true, cntlid, namespace: None, host: host.to_owned(), qid: 0 })
+        Ok(Connected { admin: true, cntlid, namespace: None, host: host.to_owned(), qid: 0, epoch })
     }
     fn connect_io(
         &mut self,
@@ -385,19 +396,20 @@ impl Controllers {
         }
         controller.io.insert(qid, queue);
         self.queues.insert(queue, *key);
-        let namespace = namespace(&self.view, volume);
-        Ok(Connected { admin: false, cntlid, namespace, host: host.to_owned(), qid })
+        let (namespace, epoch) = (namespace(&self.view, volume), controller.epoch);
+        Ok(Connected { admin: false, cntlid, namespace, host: host.to_owned(), qid, epoch })
     }
-    /// The volume of a subsystem, if the host may; `None` is discovery, which all may.
-    fn subsystem(&self, nqn: &str, host: &str) -> Result<Option<VolumeId>, Refused> {
+    /// The volume of a subsystem and the epoch of its session, if the host may; `None` is discovery, which all
+    /// may.
+    fn subsystem(&self, nqn: &str, host: &str) -> Result<(Option<VolumeId>, SessionEpoch), Refused> {
         if nqn == DISCOVERY_NQN {
-            return Ok(None);
+            return Ok((None, SessionEpoch(0)));
         }
         let mut volumes = self.view.volumes.iter();
         let found = volumes.find(|v| identify::nqn(&self.view.cluster, &v.name) == nqn);
         let found = found.ok_or(in_data(256))?;
-        match found.allows(host) {
-            true => Ok(Some(found.namespace.volume)),
+        match found.admits(host) {
+            true => Ok((Some(found.namespace.volume), found.session.epoch)),
             false => Err((Status::CONNECT_HOST.dnr(), 0)),
         }
     }
@@ -455,7 +467,7 @@ impl Controllers {
 impl View {
     /// The names of the volumes that a host may see.
     pub(super) fn shown(&self, host: &str) -> Vec<&str> {
-        self.volumes.iter().filter(|v| v.allows(host)).map(|v| v.name.as_str()).collect()
+        self.volumes.iter().filter(|v| v.admits(host)).map(|v| v.name.as_str()).collect()
     }
 }
 

@@ -14,6 +14,7 @@ fn volume(id: u32, name: &str, bytes: u64) -> Volume {
         name: name.into(),
         namespace: Namespace { volume: VolumeId(id), bytes, block_bytes: 4096 },
         allowed_hosts: BTreeSet::new(),
+        session: Session::default(),
     }
 }
 
@@ -350,6 +351,35 @@ fn a_host_that_is_not_on_the_list_neither_sees_nor_reaches_the_volume_and_is_let
     assert_eq!(closed, [1, 2], "both queues of the volume, and discovery stays");
     c.set_view(listed(&[]));
     assert!(connect(&mut c, 3, 0, u16::MAX, &vol0()).is_ok(), "an empty list lets any host in");
+}
+
+#[test]
+fn a_taken_over_volume_lets_in_its_holder_alone_and_leaves_earlier_controllers_to_fail() {
+    let held = |epoch, holder: &str| {
+        let session = Session { epoch: SessionEpoch(epoch), holder: holder.to_owned() };
+        View { volumes: vec![Volume { session, ..volume(1, "vol0", 1 << 30) }], ..view() }
+    };
+    let (mut c, id) = enabled(&vol0());
+    connect(&mut c, 1, 0, u16::MAX, DISCOVERY_NQN).expect("accepted");
+    c.admin(1, &Sqe::property_set(1, property::CC, CC_ENABLE), &[], Time(1));
+    let found = |c: &mut Controllers| match c.admin(1, &get_log(log::DISCOVERY, 16, 0), &[], Time(1)) {
+        Answer::Done { data, .. } => u64_at(&data, 8),
+        Answer::Later => panic!("a log page waits"),
+    };
+    assert_eq!(connect(&mut c, 2, 1, id, &vol0()).expect("accepted").epoch, SessionEpoch(0));
+    c.set_view(held(3, "nqn.other"));
+    assert!(
+        told(&mut c).iter().all(|out| !matches!(out, Out::Close { .. })),
+        "it stays, and its commands fail"
+    );
+    assert_eq!(found(&mut c), 0);
+    assert_eq!(connect(&mut c, 3, 0, u16::MAX, &vol0()), Err((Status::CONNECT_HOST.dnr(), 0)));
+    assert_eq!(connect(&mut c, 3, 2, id, &vol0()), Err((Status::CONNECT_HOST.dnr(), 0)), "nor another queue");
+    c.set_view(held(4, HOST));
+    assert_eq!(found(&mut c), 2);
+    let late = connect(&mut c, 3, 2, id, &vol0()).expect("it is the holder");
+    assert_eq!(late.epoch, SessionEpoch(0), "a queue has the epoch of its controller");
+    assert_eq!(connect(&mut c, 4, 0, u16::MAX, &vol0()).expect("accepted").epoch, SessionEpoch(4));
 }
 
 #[test]
