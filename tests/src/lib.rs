@@ -16,8 +16,10 @@
 pub mod chaos;
 pub mod cluster;
 pub mod damage;
+pub mod delay;
 pub mod fuzz;
 pub mod metrics;
+pub mod nbd;
 pub mod register;
 pub mod several;
 pub mod sim;

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -80,6 +80,8 @@ pub struct Several {
     shape: Shape,
     /// With one, each part has an address of its own; without, ports.
     net: Option<Net>,
+    /// Where targets say that they are reached, if it is not where they listen.
+    advertise: Option<IpAddr>,
     ports: Vec<u16>,
     bin: PathBuf,
     root: tempfile::TempDir,
@@ -95,9 +97,26 @@ impl Several {
     /// # Errors
     /// Something cannot be started, or does not come up.
     pub fn start(shape: Shape) -> anyhow::Result<Self> {
+        let mut cluster = Self::prepare(shape, None)?;
+        cluster.launch_all()?;
+        Ok(cluster)
+    }
+
+    /// A cluster on loopback, not started yet, whose targets say that they are reached at another address: what
+    /// [`Several::ways`] tells must listen there first.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn prepare_behind(shape: Shape, advertise: IpAddr) -> anyhow::Result<Self> {
+        Self::prepare(shape, Some(advertise))
+    }
+
+    fn prepare(shape: Shape, advertise: Option<IpAddr>) -> anyhow::Result<Self> {
         let lock = machine_lock()?;
         let root = tempfile::Builder::new().prefix("ashlar-several-").tempdir_in(scratch_dir())?;
-        let net = match nix::unistd::geteuid().is_root() && in_path("ip") && in_path("nft") {
+        let apart =
+            advertise.is_none() && nix::unistd::geteuid().is_root() && in_path("ip") && in_path("nft");
+        let net = match apart {
             true => Some(Net::new(shape.count() - 1)?),
             false => None,
         };
@@ -112,18 +131,40 @@ impl Several {
         let ports = taken.iter().map(|l| Ok(l.local_addr()?.port())).collect::<anyhow::Result<_>>()?;
         drop(taken);
         let processes = (0..shape.count()).map(|_| None).collect();
-        let mut cluster = Self { processes, shape, net, ports, bin: binary()?, root, _lock: lock };
+        let cluster = Self { processes, shape, net, advertise, ports, bin: binary()?, root, _lock: lock };
         for n in 0..shape.targets {
             let config = cluster.root.path().join(format!("target-{n}.toml"));
             std::fs::create_dir_all(cluster.root.path().join(format!("target-{n}")))?;
             std::fs::write(&config, cluster.target_config(n))?;
             Run::new(&cluster.bin).args(["target", "format", "--config"]).arg(&config).ok()?;
         }
-        for part in shape.parts() {
-            cluster.launch(part)?;
-        }
-        cluster.create_volume("vol0", "256M")?;
         Ok(cluster)
+    }
+
+    /// Starts every part, and makes `vol0`.
+    ///
+    /// # Errors
+    /// Something cannot be started, or does not come up.
+    pub fn launch_all(&mut self) -> anyhow::Result<()> {
+        for part in self.shape.parts() {
+            self.launch(part)?;
+        }
+        self.create_volume("vol0", "256M")
+    }
+
+    /// Where a target says that others, and commands, reach it, and where it listens for them.
+    pub fn ways(&self, target: usize) -> Vec<(String, String)> {
+        let told = |address: String| match self.advertise {
+            Some(ip) => address.replacen("127.0.0.1", &ip.to_string(), 1),
+            None => address,
+        };
+        let listens = [0, 1].map(|which| self.address(Part::Target(target), which));
+        listens.into_iter().map(|address| (told(address.clone()), address)).collect()
+    }
+
+    /// Where a target listens for NBD.
+    pub fn nbd(&self, target: usize) -> String {
+        self.address(Part::Target(target), 3)
     }
 
     /// Makes a volume, once the cluster takes one, and exports it.
@@ -162,12 +203,13 @@ impl Several {
         let dir = self.root.path().join(format!("target-{n}"));
         let mds: Vec<_> = (0..self.shape.mds).map(|n| self.mds(n)).collect();
         let [peer, admin, metrics, nbd] = [0, 1, 2, 3].map(|which| self.address(part, which));
+        let advertise = self.advertise.map(|ip| format!("advertise = \"{ip}\"\n")).unwrap_or_default();
         let topology = match self.shape.zones {
             0 => String::new(),
             zones => format!("[topology]\nzone = \"zone-{}\"\n", n % zones),
         };
         format!(
-            "id = {id}\ndir = {dir:?}\nmds = {mds:?}\ncapacity_bytes = 2147483648\narena_bytes = 33554432\n\
+            "id = {id}\n{advertise}dir = {dir:?}\nmds = {mds:?}\ncapacity_bytes = 2147483648\narena_bytes = 33554432\n\
              [log]\nsegment_bytes = 16777216\nsegments = 8\n{topology}[listen]\npeer = [\"{peer}\"]\nadmin = \"{admin}\"\n\
              metrics = \"{metrics}\"\nnbd = \"{nbd}\"\n"
         )

@@ -7,6 +7,7 @@
 use super::fleet::{addresses, volume_name};
 use super::history::{History, Register, Ticket};
 use super::mds_operator::Notice;
+use super::sessions::{TakeOvers, holder};
 use super::{Draw, Failure, Mix};
 use protocol::nbd::client::{self, Reply};
 use protocol::nbd::wire::{FIXED_NEWSTYLE, GREETING_BYTES, NO_ZEROES, chunk, cmd, cmd_flag, opt, rep};
@@ -27,6 +28,8 @@ const KINDS: u64 = 8;
 
 /// The error number for "the server is stopping".
 const SHUTDOWN: u32 = 108;
+/// The error number of a host whose volume was taken over.
+const NOT_PERMITTED: u32 = 1;
 /// The error number for "no space left".
 const NO_SPACE: u32 = 28;
 /// Blocks of the buffer that is received into.
@@ -82,6 +85,11 @@ pub struct Host {
     draining: bool,
     /// Its volume is there; where it is not yet, or not any more, nothing is asked.
     is_there: bool,
+    /// Under which epoch it took its volume over last; it goes on under that though others have since.
+    epoch: Option<u64>,
+    /// It holds its volume, or hosts do not take turns at all.
+    holds: bool,
+    take_overs: Rc<RefCell<TakeOvers>>,
     /// Its volume is about to go: whatever is asked of it may fail.
     leaves: bool,
     /// Reads of the end of a run that are still to be made: offset and length.
@@ -108,6 +116,7 @@ impl Host {
         number: usize,
         mix: &Mix,
         history: Rc<RefCell<History>>,
+        take_overs: Rc<RefCell<TakeOvers>>,
         seed: u64,
     ) -> Result<Self, Failure> {
         let reactor =
@@ -126,7 +135,8 @@ impl Host {
         windows.dedup();
         windows.iter_mut().for_each(|first| *first *= BLOCK_BYTES as u64);
         let now = reactor.now();
-        let (mut mix, is_there) = (mix.clone(), mix.mds.is_none());
+        let (mut mix, holds) = (mix.clone(), mix.take_overs.is_none());
+        let is_there = mix.mds.is_none() && holds;
         if number < mix.readers {
             mix.reads_permille = 1000;
         }
@@ -151,6 +161,9 @@ impl Host {
             heard_at: now,
             draining: false,
             is_there,
+            epoch: None,
+            holds,
+            take_overs,
             leaves: false,
             last_reads: Vec::new(),
             completions: Vec::new(),
@@ -189,9 +202,22 @@ impl Host {
         self.reactor.waker().wake();
     }
 
+    /// The volume was taken over: by this host under an epoch, or by another one, which this one is not told.
+    pub fn hold(&mut self, epoch: Option<u64>) {
+        self.holds = epoch.is_some();
+        if epoch.is_some() {
+            (self.epoch, self.is_there) = (epoch, true);
+            // A connection belongs to the epoch that it was made under.
+            let now = self.reactor.now();
+            self.connection += 1;
+            self.give_up(now);
+        }
+        self.reactor.waker().wake();
+    }
+
     /// Reads all places of the volume once more.
     pub fn read_everything(&mut self) {
-        if !self.is_there || self.leaves {
+        if !self.is_there || self.leaves || !self.holds {
             return;
         }
         let bytes = self.mix.windows.1 * BLOCK_BYTES as u64;
@@ -205,7 +231,7 @@ impl Host {
 
     /// Whether nothing is in flight or to be asked.
     pub fn is_idle(&self) -> bool {
-        self.requests.is_empty() && self.last_reads.is_empty()
+        self.requests.is_empty() && (self.last_reads.is_empty() || !self.holds)
     }
 
     /// What it waits for.
@@ -370,7 +396,9 @@ impl Host {
         if self.structured {
             client::option(opt::STRUCTURED_REPLY, &[], &mut out);
         }
-        client::info_option(opt::GO, &volume_name(self.volume), &[], &mut out);
+        let name = volume_name(self.volume);
+        let name = self.epoch.map_or(name.clone(), |epoch| format!("{name}@{}", holder(self.number, epoch)));
+        client::info_option(opt::GO, &name, &[], &mut out);
         self.send(&out);
         self.state = State::Options;
         GREETING_BYTES
@@ -432,6 +460,10 @@ impl Host {
         let now = self.reactor.now();
         if request.error != 0 {
             self.errors += 1;
+            if request.error == NOT_PERMITTED && self.epoch.is_some() {
+                // As a lost connection, only that it knows; it does not believe it.
+                return Ok(());
+            }
             let no_space = request.error == NO_SPACE && self.mix.faults.has_little_space();
             if request.error == SHUTDOWN || no_space || self.leaves || self.mix.faults.has_bad_disk() {
                 // Its fate is unknown, as with a lost connection.
@@ -460,6 +492,13 @@ impl Host {
     fn check_read(&mut self, request: &Request, now: Time) -> Result<(), Failure> {
         if request.got != u64::from(request.length) {
             return Err(self.broken("a read with bytes missing"));
+        }
+        let ended = self.epoch.and_then(|epoch| self.take_overs.borrow().ended(self.volume, epoch));
+        if ended.is_some_and(|at| at.0 < request.begun) {
+            return Err(Failure(format!(
+                "fence: host {} was answered a read of epoch {:?} that it began at {}, though a take-over had returned at {ended:?}",
+                self.number, self.epoch, request.begun
+            )));
         }
         let first = request.offset / self.unit;
         for (n, bytes) in request.data.chunks(self.unit as usize).enumerate() {
@@ -539,6 +578,9 @@ impl Host {
             return self.request(kind, fua, (offset, length), What::Write(tickets), &[], now);
         }
         let value = self.history.borrow_mut().new_value();
+        if let Some(epoch) = self.epoch {
+            self.take_overs.borrow_mut().writes(value, epoch);
+        }
         let tickets = self.begin(&registers, value, now);
         let mut data = Vec::with_capacity(length as usize);
         for (_, unit) in &registers {

@@ -15,11 +15,13 @@ use protocol::types::{BLOCK_BYTES, Span};
 /// systems that fill up: hosts are told so, and what was written stays; `late` lets requests arrive long after their
 /// sender has asked again elsewhere, while leadership goes to and fro; `discard` trims chunks whole and by halves
 /// where there is not one slot more than chunks; `amnesia` damages the log of one target whenever it is down, while the
-/// others are cut off from each other, so that what it has acknowledged is soon needed; `mds` has metadata servers
-/// that place, move and heal, while targets join, leave, return and are lost, and volumes come and go.
-pub const FAMILIES: [&str; 13] = [
+/// others are cut off from each other, so that what it has acknowledged is soon needed; `fence` lets hosts take
+/// volumes over from each other while the old ones go on, maps come late, requests arrive late and leaders change;
+/// `mds` has metadata servers that place, move and heal, while targets join, leave, return and are lost, and volumes
+/// come and go.
+pub const FAMILIES: [&str; 14] = [
     "swarm", "calm", "partial", "lag", "rot", "lease", "wire", "beyond", "full", "late", "discard",
-    "amnesia", "mds",
+    "amnesia", "fence", "mds",
 ];
 
 /// Of swarm seeds, how many in a thousand have metadata servers, unless they have bad disks. A generator of its own
@@ -171,7 +173,9 @@ pub struct Mix {
     pub hibernate_after: Span,
     /// What goes wrong.
     pub faults: Faults,
-    /// The metadata servers; `None`: the map is handed in and never changes.
+    /// Mean time between take-overs of a volume by one of its hosts; `None`: all use it all the time.
+    pub take_overs: Option<Span>,
+    /// The metadata servers; `None`: the map is handed in and never changes, but for take-overs.
     pub mds: Option<MdsMix>,
 }
 
@@ -201,6 +205,7 @@ impl Mix {
             election_timeout: Span::ms(500),
             hibernate_after: Span::ms(2_000),
             faults: Faults::default(),
+            take_overs: None,
             mds: None,
         }
     }
@@ -290,6 +295,26 @@ impl Mix {
                 mix.faults.partition = draw.chance(500).then_some(Span::ms(1_500));
                 mix.faults.isolate = true;
                 mix.faults.crash = draw.chance(500).then_some(Span::ms(3_000));
+                mix.election_timeout = Span::ms(200);
+            }
+            "fence" => {
+                let draw = &mut Draw::new(seed ^ 0x6665_6e63);
+                (mix.targets, mix.shards, mix.copysets) =
+                    (3, draw.of(&[1, 1, 2]), draw.between(1, 3) as usize);
+                mix.volumes = vec![(64 << 20, draw.of(&[512, 4096]))];
+                (mix.hosts, mix.readers) = (draw.between(3, 5) as usize, 0);
+                (mix.depth, mix.think_us_max, mix.windows) = (draw.of(&[1, 4]), 8_000, (3, 4));
+                // Zeroes do not tell who wrote them.
+                (mix.reads_permille, mix.zeroes_permille) = (300, 0);
+                (mix.blocks_max, mix.exclusive, mix.patience) = (draw.of(&[1, 4]), false, None);
+                (mix.load, mix.take_overs) = (Span::ms(12_000), Some(Span::ms(draw.of(&[200, 600]))));
+                mix.faults = Faults { down_max: Span::ms(400), ..Faults::default() };
+                mix.faults.detour = Some(Span::ms(draw.of(&[150, 400])));
+                mix.faults.pause = draw.chance(600).then_some(Span::ms(800));
+                mix.faults.transfer = draw.chance(600).then_some(Span::ms(400));
+                mix.faults.crash = draw.chance(600).then_some(Span::ms(1_500));
+                mix.faults.crash_all_permille = 200;
+                mix.faults.partition = draw.chance(300).then_some(Span::ms(1_500));
                 mix.election_timeout = Span::ms(200);
             }
             "discard" => {
@@ -407,6 +432,7 @@ impl Mix {
             election_timeout: Span::ms(draw.of(&[500, 500, 300, 1_000])),
             hibernate_after: Span::ms(draw.of(&[400, 2_000, 10_000])),
             faults: Faults::draw(draw),
+            take_overs: None,
             mds: None,
         }
     }
@@ -465,6 +491,7 @@ type Simpler = fn(&mut Mix);
 
 /// Ways to make a failing run simpler, the most telling first; each is kept where the run still fails.
 pub const SIMPLER: &[(&str, Simpler)] = &[
+    ("no take-overs", |mix| mix.take_overs = None),
     ("nobody joins", |mix| mix.faults.join = None),
     ("nothing is lost for good", |mix| mix.faults.lose = None),
     ("no long outages", |mix| mix.faults.outage = None),

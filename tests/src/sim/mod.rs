@@ -5,6 +5,7 @@
 //! Fleet    targets: real cores (shard, store, replicas, links, exports) on simulated reactors
 //! Host     NBD clients that write, read, trim and zero, and go elsewhere when a link breaks
 //! Nemesis  crashes, partitions, resets, stalls, damage at rest, targets that join and are lost
+//! Sessions volumes that are taken over by hosts from each other (some runs)
 //! Plane    metadata servers, what targets and they tell each other, and operators (some runs)
 //! Witness  what the copysets agreed on: log matching, one entry an index, durable on a majority
 //! History  every operation on every block, judged as an atomic register at the end
@@ -25,6 +26,7 @@ mod mds_operator;
 mod mds_store;
 mod mix;
 mod nemesis;
+mod sessions;
 mod witness;
 
 use fleet::Fleet;
@@ -39,6 +41,7 @@ pub use nemesis::Count;
 use nemesis::Nemesis;
 use protocol::types::{Span, Time};
 use reactor::sim::SimWorld;
+use sessions::{Sessions, TakeOvers};
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::ops::AddAssign;
@@ -77,6 +80,8 @@ pub struct Report {
     pub faults: Count,
     /// Writes, by register, that took effect twice: sent twice, and not acknowledged before both.
     pub doubles: u64,
+    /// Take-overs of volumes that returned.
+    pub take_overs: u64,
     /// What the shards counted, all lives together.
     pub shards: Tally,
     /// What metadata servers and operators did.
@@ -92,6 +97,7 @@ impl AddAssign for Report {
         self.unknown += one.unknown;
         self.errors += one.errors;
         self.doubles += one.doubles;
+        self.take_overs += one.take_overs;
         self.faults += one.faults;
         self.shards += one.shards;
         self.mds += one.mds;
@@ -169,6 +175,7 @@ struct Sim {
     hosts: Vec<Host>,
     nemesis: Nemesis,
     plane: Option<Plane>,
+    sessions: Option<Sessions>,
     history: Rc<RefCell<History>>,
     turns: u64,
 }
@@ -179,11 +186,14 @@ impl Sim {
         let world = SimWorld::new(seed, shards + mix.hosts);
         let fleet = Fleet::new(&world, mix)?;
         let history = Rc::new(RefCell::new(History::default()));
-        let make = |n: usize| Host::new(&world, shards + n, n, mix, history.clone(), seed);
+        let take_overs = Rc::new(RefCell::new(TakeOvers::default()));
+        let make =
+            |n: usize| Host::new(&world, shards + n, n, mix, history.clone(), take_overs.clone(), seed);
         let hosts = (0..mix.hosts).map(make).collect::<Result<Vec<_>, _>>()?;
         let nemesis = Nemesis::new(mix, seed, world.now());
         let plane = Plane::new(&world, mix, seed);
-        Ok(Self { world, mix: mix.clone(), fleet, hosts, nemesis, plane, history, turns: 0 })
+        let sessions = Sessions::new(mix, seed, world.now(), take_overs);
+        Ok(Self { world, mix: mix.clone(), fleet, hosts, nemesis, plane, sessions, history, turns: 0 })
     }
 
     fn run(mut self) -> Result<Report, Failure> {
@@ -201,6 +211,9 @@ impl Sim {
         if let Some(plane) = &mut self.plane {
             plane.heal(&mut self.fleet);
         }
+        if let Some(sessions) = &mut self.sessions {
+            sessions.heal(&mut self.fleet);
+        }
         self.hosts.iter_mut().for_each(Host::drain);
         match self.end() {
             // Where more broke than a copyset can bear, it may stop; it may not lie.
@@ -209,13 +222,16 @@ impl Sim {
             }
             done => done?,
         }
-        let doubles = self.history.borrow().judge(&self.fleet.witness.changes()?)?;
+        let changes = self.fleet.witness.changes()?;
+        let doubles = self.history.borrow().judge(&changes)?;
+        self.sessions.as_ref().map_or(Ok(()), |sessions| sessions.judge(&changes))?;
         let mut report = Report {
             trace: self.world.trace() ^ self.plane.as_ref().map_or(0, Plane::trace),
             turns: self.turns,
             span: self.world.now() - begun,
             faults: self.nemesis.count,
             doubles,
+            take_overs: self.sessions.as_ref().map_or(0, |sessions| sessions.count),
             shards: self.fleet.tally(),
             mds: self.plane.as_ref().map(|plane| plane.tally(&self.fleet)).unwrap_or_default(),
             ..Report::default()
@@ -233,6 +249,9 @@ impl Sim {
         if self.plane.is_some() {
             self.come_to_rest()?;
         }
+        self.settle("take-overs did not return", |sim| {
+            sim.sessions.as_ref().is_none_or(Sessions::is_settled)
+        })?;
         self.settle("hosts did not get their answers", |sim| sim.hosts.iter().all(Host::is_idle))?;
         self.hosts.iter_mut().for_each(Host::read_everything);
         self.settle("the last reads did not end", |sim| sim.hosts.iter().all(Host::is_idle))?;
@@ -294,8 +313,14 @@ impl Sim {
     /// Turns whatever has something to do, until nothing is left to happen before `until`.
     fn turn_until(&mut self, until: Time) -> Result<(), Failure> {
         loop {
-            let next = self.plane.as_ref().map_or(until, |plane| plane.next().min(until));
+            let now = self.world.now();
+            let plane = self.plane.as_ref().map(Plane::next);
+            let sessions = self.sessions.as_ref().map(|sessions| sessions.next(now));
+            let next = plane.into_iter().chain(sessions).chain([until]).min().expect("until is there");
             self.turn_nodes_until(next)?;
+            if let Some(sessions) = &mut self.sessions {
+                sessions.act(&self.world, &mut self.fleet, &mut self.hosts);
+            }
             if let Some(plane) = &mut self.plane {
                 plane.act(&mut self.fleet)?;
                 for notice in plane.notices() {
