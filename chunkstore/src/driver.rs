@@ -84,6 +84,7 @@ impl<P: Payload> Store<P> {
             Pending::Batch { lsn, blocks } => {
                 self.stats.log_bytes += u64::from(blocks) * protocol::types::BLOCK_BYTES as u64;
                 if self.log.written(lsn, self.now) {
+                    self.hints_durable();
                     self.events.push_back(Event::Durable(Lsn(self.log.durable)));
                 }
             }

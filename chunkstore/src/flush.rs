@@ -143,7 +143,7 @@ impl<P: Payload> Store<P> {
     fn eligible(&self, chunk: ChunkId) -> Vec<Item<P>> {
         let Some(state) = self.chunks.get(&chunk) else { return Vec::new() };
         let wanted = |b: &OverlayBlock<P>| {
-            b.lsn <= self.log.durable && self.round.wants(state.copyset, b.lsn, b.index)
+            self.round.wants(state.copyset, b.lsn, b.index) && self.may_flush(state.copyset, b)
         };
         let blocks = state.overlay.iter().filter(|(_, b)| wanted(b));
         blocks

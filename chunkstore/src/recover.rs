@@ -173,6 +173,7 @@ pub fn recover<P: Payload, M: Media + ?Sized>(
         // A hint never promises more than what is there.
         state.applied = state.applied.min(state.last());
         state.hinted = state.hinted.min(state.applied);
+        state.told = state.applied;
     }
     store.waiting_blocks = store.count_waiting();
     if !log.holes.is_empty() {
@@ -278,6 +279,7 @@ fn new_store<P: Payload>(
         preformat: Default::default(),
         last_stage: Time(0),
         hints: BTreeSet::new(),
+        hints_under_way: VecDeque::new(),
         stopping: false,
     };
     store.round.resume(from.seq, from.covers_lsn, (from.segments_ready, from.slots_ready));

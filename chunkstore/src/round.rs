@@ -255,6 +255,7 @@ impl<P: Payload> Store<P> {
         }
         let Some(oldest_kept) = self.ram.get(self.ram.len() / 8 * (8 - AHEAD_EIGHTHS)) else { return };
         let below = oldest_kept.lsn.min(self.log.durable + 1);
+        self.stage_hints(true);
         let round = &mut self.round;
         (round.phase, round.ahead, round.below) = (Phase::Flush, true, below);
         round.floors.clear();
@@ -280,8 +281,10 @@ impl<P: Payload> Store<P> {
         let mut chunks: Vec<(u64, ChunkId)> = Vec::new();
         for chunk in &self.dirty {
             let state = &self.chunks[chunk];
-            let wanted =
-                state.overlay.iter().filter(|(_, b)| self.round.wants(state.copyset, b.lsn, b.index));
+            let wanted = state.overlay.iter().filter(|(_, b)| {
+                self.round.wants(state.copyset, b.lsn, b.index)
+                    && (!self.round.ahead || self.may_flush(state.copyset, b))
+            });
             chunks.extend(wanted.map(|(_, b)| b.lsn).min().map(|lsn| (lsn, *chunk)));
         }
         chunks.sort_unstable();
@@ -323,6 +326,7 @@ impl<P: Payload> Store<P> {
 
     fn open_round(&mut self, target: u64, flush_all: bool) {
         debug_assert_eq!(self.waiting_blocks, self.count_waiting(), "what waits is counted right");
+        self.stage_hints(true);
         self.log.close();
         let round = &mut self.round;
         round.phase = Phase::Flush;
@@ -455,10 +459,13 @@ impl<P: Payload> Store<P> {
             }
             let (left, durable) = left();
             if !left.is_empty() {
-                // Nothing to be flushed until more is durable.
-                self.round.awaits = (!durable).then_some(self.log.durable);
                 if durable {
                     self.flush.queue.extend(left);
+                    self.start_jobs();
+                } else {
+                    // Nothing to be flushed until more is durable.
+                    self.stage_hints(true);
+                    self.round.awaits = Some(self.log.durable);
                 }
                 return;
             }
@@ -490,7 +497,7 @@ impl<P: Payload> Store<P> {
             let mut wanted = None;
             for (_, block) in state.overlay.iter() {
                 if self.round.wants(state.copyset, block.lsn, block.index) {
-                    wanted = Some(block.lsn <= self.log.durable);
+                    wanted = Some(self.may_flush(state.copyset, block));
                     if wanted == Some(true) {
                         break;
                     }

@@ -91,6 +91,8 @@ pub(crate) struct Copyset<P> {
     /// The last applied index that the log tells, and the log blocks of entries applied since.
     pub hinted: LogIndex,
     pub unhinted: usize,
+    /// The last applied index that a durable batch tells: what a start applies at least.
+    pub told: LogIndex,
     /// Committed while installing: applied at its end.
     pub deferred: LogIndex,
     pub entries: VecDeque<EntryMeta<P>>,
@@ -112,6 +114,7 @@ impl<P> Copyset<P> {
             applied: LogIndex(0),
             hinted: LogIndex(0),
             unhinted: 0,
+            told: LogIndex(0),
             deferred: LogIndex(0),
             entries: VecDeque::new(),
             chunks: BTreeSet::new(),
@@ -201,6 +204,8 @@ pub struct Store<P> {
     pub(crate) last_stage: Time,
     /// Copysets whose applied index the log should tell soon.
     pub(crate) hints: BTreeSet<CopysetId>,
+    /// Staged, and not known to be durable: LSN, copyset, applied index.
+    pub(crate) hints_under_way: VecDeque<(u64, CopysetId, LogIndex)>,
     pub(crate) stopping: bool,
 }
 
@@ -338,9 +343,26 @@ impl<P: Payload> Store<P> {
             (state.hinted, state.unhinted) = (state.applied, 0);
             let index = state.applied;
             self.stage(Record::Applied { copyset, index }, None, &[]);
+            self.hints_under_way.push_back((self.log.staged(), copyset, index));
         }
         // Not a sign of work: idleness goes on.
         self.last_stage = staged;
+    }
+    /// More of the log is durable, and hints with it.
+    pub(crate) fn hints_durable(&mut self) {
+        while self.hints_under_way.front().is_some_and(|(lsn, ..)| *lsn <= self.log.durable) {
+            let (_, copyset, index) = self.hints_under_way.pop_front().expect("looked at");
+            if let Some(state) = self.copysets.get_mut(&copyset) {
+                state.told = index.min(state.applied).max(state.told);
+            }
+        }
+    }
+    /// Whether a block of the overlay may go to its slot: a start must find it in the log, and apply it before the
+    /// slot is read. Until it is told that its entry is applied, a start would leave it out, and find a slot that is
+    /// newer than its table. (What was applied before a catch-up is told by its begin.)
+    pub(crate) fn may_flush(&self, copyset: CopysetId, over: &OverlayBlock<P>) -> bool {
+        over.lsn <= self.log.durable
+            && self.copysets.get(&copyset).is_none_or(|state| state.installing || over.index <= state.told)
     }
     /// The payload of an entry that is in the log.
     pub fn entry_payload(&self, copyset: CopysetId, index: LogIndex) -> EntryPayload<P> {

@@ -58,7 +58,7 @@ const PARTS: [(&str, FileId, u64, u64); 4] = [
     ("superblock-v1.bin", FileId::Superblock, 0, 2),
     ("checkpoint-v2.bin", FileId::Checkpoint(Side::B), 0, 1),
     ("log-v2.bin", FileId::Log(0), 0, 8),
-    ("table-v1.bin", FileId::Chunks(0), 0, 16),
+    ("table-v1-2.bin", FileId::Chunks(0), 0, 16),
 ];
 
 /// What was written before there were fences.
@@ -66,7 +66,7 @@ const PARTS_OLD: [(&str, FileId, u64, u64); 4] = [
     PARTS[0],
     ("checkpoint-v1.bin", FileId::Checkpoint(Side::B), 0, 1),
     ("log-v1.bin", FileId::Log(0), 0, 8),
-    PARTS[3],
+    ("table-v1.bin", FileId::Chunks(0), 0, 16),
 ];
 
 fn path(name: &str) -> PathBuf {

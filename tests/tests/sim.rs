@@ -55,6 +55,7 @@ const ONCE_FAILED: &[(&str, u64, &str)] = &[
         "a replica was to move to another shard of a target that had lost it: its vote went first, elsewhere was room",
     ),
     ("mds", 5, "an old replica on another shard was taken for the new one, which came only after 10 min"),
+    ("mds", 15, "a slot was newer than what a start applied: found as damage on a good disk"),
     ("mds", 22, "a map that could not be written was not written later: nothing was freed there any more"),
 ];
 
