@@ -194,9 +194,10 @@ impl Host {
                 self.is_there = false;
                 // Whatever a connection under way still brings is of no interest.
                 self.connection += 1;
-                self.last_reads.clear();
                 let now = self.reactor.now();
                 self.give_up(now);
+                // Reads that were under way are to be made again otherwise.
+                self.last_reads.clear();
             }
         }
         self.reactor.waker().wake();
