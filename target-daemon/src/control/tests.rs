@@ -5,6 +5,7 @@ use protocol::types::CopysetId;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
 /// An MDS on a thread of its own, that can be stopped and started on the same data.
 struct Mds {
@@ -42,8 +43,17 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
+/// An address that nobody listens on. Not one that the kernel gives out: between two uses it might go to another test.
 fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = (std::process::id() as u16).wrapping_mul(8);
+    loop {
+        let port = 20_000 + first.wrapping_add(NEXT.fetch_add(1, Relaxed)) % 12_000;
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
 }
 
 fn config(dir: &Path, mds: SocketAddr) -> TargetConfig {
@@ -93,7 +103,7 @@ fn get(address: SocketAddr, path: &str) -> String {
 #[test]
 fn a_target_joins_keeps_its_map_and_serves_by_it_while_the_mds_is_away() {
     let (dir, mds_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let mds = Mds::start(mds_dir.path(), "127.0.0.1:0".parse().unwrap());
+    let mds = Mds::start(mds_dir.path(), free());
     let config = config(dir.path(), mds.address);
     let (control, mut port) = begin(&config);
     let map = wait(&mut port, "a map with copysets", |m| map_of(m).filter(|m| m.copysets.len() == 2));
@@ -123,7 +133,7 @@ fn a_target_joins_keeps_its_map_and_serves_by_it_while_the_mds_is_away() {
 #[test]
 fn first_writes_are_accounted_for_and_new_volumes_reach_the_shards_at_once() {
     let (dir, mds_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let mds = Mds::start(mds_dir.path(), "127.0.0.1:0".parse().unwrap());
+    let mds = Mds::start(mds_dir.path(), free());
     let config = config(dir.path(), mds.address);
     let (control, mut port) = begin(&config);
     wait(&mut port, "copysets", |m| map_of(m).filter(|m| m.copysets.len() == 2));

@@ -89,15 +89,19 @@ impl Shard {
         if epoch < newest { self.fenced(newest) } else { IoOutcome::Busy }
     }
 
-    fn fenced(&mut self, epoch: SessionEpoch) -> IoOutcome {
+    /// Whether the map says that a volume is being freed. Its id is never given out again.
+    pub(super) fn is_deleted(&self, volume: VolumeId) -> bool {
+        self.map.volumes.get(&volume).is_some_and(|VolumeEntry { deleted, .. }| *deleted)
+    }
+
+    pub(super) fn fenced(&mut self, epoch: SessionEpoch) -> IoOutcome {
         self.counts.fenced += 1;
         IoOutcome::Fenced { epoch }
     }
 
     /// Proposes a fence, unless one as high is on its way; the sender comes again.
     fn raise_fence(&mut self, id: CopysetId, fence: Fence) -> IoOutcome {
-        if self.map.volumes.get(&fence.volume).is_some_and(|VolumeEntry { deleted, .. }| *deleted) {
-            // Its id is never given out again, and what is left of it is being freed.
+        if self.is_deleted(fence.volume) {
             return self.fenced(fence.epoch);
         }
         let room = self.store.can_propose(0);

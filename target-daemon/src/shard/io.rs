@@ -447,6 +447,11 @@ impl Shard {
             self.counts.busy += 1;
             return self.part_ended(write.request, IoOutcome::Busy);
         }
+        if self.is_deleted(chunk.volume) {
+            // Once a shard has told that it holds nothing of a volume, nothing may come any more.
+            let outcome = self.fenced(self.requests[write.request].epoch);
+            return self.part_ended(write.request, outcome);
+        }
         let Some(hosted) = self.hosted.get_mut(&id) else { return self.part_not_leader(write.request, id) };
         let (fence, epoch) = (hosted.gate.newest(chunk.volume), self.requests[write.request].epoch);
         if fence != epoch {
