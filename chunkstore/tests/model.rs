@@ -276,8 +276,7 @@ impl World {
         self.reads.clear();
         let durable = self.rig.store.durable().0;
         let disk = std::mem::take(&mut self.rig.disk);
-        let placeholder = Rig::new(&self.layout);
-        let mut old = std::mem::replace(&mut self.rig, placeholder);
+        let mut old = std::mem::replace(&mut self.rig, Rig::new(&self.layout));
         old.disk = disk;
         let (rig, copysets, report) = old.crash(&self.layout, &mut self.rng);
         self.rig = rig;

@@ -39,6 +39,19 @@ impl Service {
         let volume = intake::volume_ref(volume)?;
         self.owner()?.query(move |state, _| state.find_volume(&volume).map(|(id, _)| id)).await
     }
+
+    /// Attaches or detaches a host; tells the volume and the generation of the map that has it so.
+    async fn change_session(&self, command: Command) -> Result<(pb::Volume, u64), Problem> {
+        let view = |reply, state: &State, now| {
+            let volume = view::volume(state, now, volume_in(&reply))?;
+            Ok((volume, state.map().generation))
+        };
+        let (volume, generation) = self.owner()?.command(command, view).await?;
+        let pb::Session { epoch, exclusive, holders } = volume.session.clone().unwrap_or_default();
+        let holders: Vec<&str> = holders.iter().map(|holder| holder.name.as_str()).collect();
+        tracing::info!(volume = volume.name, epoch, exclusive, ?holders, "session changed");
+        Ok((volume, generation))
+    }
 }
 
 /// The map if newer than known.
@@ -206,28 +219,16 @@ impl Mds for Service {
         &self,
         request: Request<pb::AttachVolumeRequest>,
     ) -> Answer<pb::AttachVolumeResponse> {
-        let command = intake::attach(request.into_inner())?;
-        let view = |reply, state: &State, now| {
-            let volume = view::volume(state, now, volume_in(&reply))?;
-            Ok(pb::AttachVolumeResponse { volume: Some(volume), generation: state.map().generation })
-        };
-        let attached = self.owner()?.command(command, view).await?;
-        log_session(attached.volume.as_ref());
-        answer(attached)
+        let (volume, generation) = self.change_session(intake::attach(request.into_inner())?).await?;
+        answer(pb::AttachVolumeResponse { volume: Some(volume), generation })
     }
 
     async fn detach_volume(
         &self,
         request: Request<pb::DetachVolumeRequest>,
     ) -> Answer<pb::DetachVolumeResponse> {
-        let command = intake::detach(request.into_inner())?;
-        let view = |reply, state: &State, now| {
-            let volume = view::volume(state, now, volume_in(&reply))?;
-            Ok(pb::DetachVolumeResponse { volume: Some(volume), generation: state.map().generation })
-        };
-        let detached = self.owner()?.command(command, view).await?;
-        log_session(detached.volume.as_ref());
-        answer(detached)
+        let (volume, generation) = self.change_session(intake::detach(request.into_inner())?).await?;
+        answer(pb::DetachVolumeResponse { volume: Some(volume), generation })
     }
 
     async fn remove_target(
@@ -301,13 +302,6 @@ impl Mds for Service {
     async fn status(&self, _: Request<pb::StatusRequest>) -> Answer<pb::StatusResponse> {
         answer(self.owner()?.query(|state, now| Ok(view::status(state, now))).await?)
     }
-}
-
-fn log_session(volume: Option<&pb::Volume>) {
-    let Some((volume, session)) = volume.and_then(|v| Some((v, v.session.as_ref()?))) else { return };
-    let holders: Vec<&str> = session.holders.iter().map(|holder| holder.name.as_str()).collect();
-    let pb::Session { epoch, exclusive, .. } = session;
-    tracing::info!(volume = volume.name, epoch, exclusive, ?holders, "session changed");
 }
 
 /// Sends each newer map until the watcher leaves or the server stops.

@@ -117,7 +117,7 @@ pub enum IoOutcome {
     Corrupt,
     /// Not done: too much in flight here; send it again a little later.
     Busy,
-    /// Not done, and never to be: the volume was taken over, its fence is at `epoch`.
+    /// Not done, and never to be: the volume was taken over, its fence is at `epoch`; or it is being freed.
     Fenced { epoch: SessionEpoch },
 }
 

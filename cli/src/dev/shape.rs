@@ -81,7 +81,7 @@ pub struct TargetPorts {
 }
 
 impl Shape {
-    /// The shape of the cluster in a folder: the kept one, grown where more is asked for now.
+    /// The shape of the cluster in a folder: the kept one, grown where this call asks for more.
     pub fn settle(layout: &Layout, asked: Asked) -> Result<Self, Problem> {
         let kept = Self::read(layout)?;
         let mut ports = FreePorts::new(kept.as_ref());

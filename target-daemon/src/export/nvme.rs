@@ -324,7 +324,7 @@ fn status(failure: Failure, reading: bool) -> Status {
             Status::INVALID_NAMESPACE.dnr()
         }
         Failure::Io(IoError::Corrupt) if reading => Status::UNRECOVERED_READ,
-        // Its quorum is lost, for now.
+        // Its quorum is lost, and may come back.
         Failure::Io(IoError::TimedOut) => Status::NOT_READY,
         Failure::Io(IoError::Corrupt | IoError::Io) => Status::INTERNAL,
         Failure::WireCorrupt => Status::TRANSIENT_TRANSPORT,

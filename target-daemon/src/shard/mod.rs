@@ -149,7 +149,7 @@ pub struct Counts {
     pub no_space: u64,
     /// Refused because too much was in flight.
     pub busy: u64,
-    /// Refused because their volume was taken over.
+    /// Refused because their volume was taken over, or is being freed.
     pub fenced: u64,
     /// Payloads from the wire that failed their checksum.
     pub wire_corrupt: u64,

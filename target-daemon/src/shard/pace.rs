@@ -26,7 +26,7 @@ impl Pace {
         Self { bytes_s, credit: BURST_BYTES, filled_at: now, waited_for: false, turn: 0 }
     }
 
-    /// Whether so much may be asked for now; then it counts as asked for.
+    /// Whether so much may be asked for at `now`; then it counts as asked for.
     pub fn take(&mut self, bytes: u64, now: Time) -> bool {
         debug_assert!(bytes <= ENTRY_BYTES_MAX as u64);
         if self.bytes_s == 0 {

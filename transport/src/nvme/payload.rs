@@ -118,7 +118,7 @@ impl NvmeConn {
             }
         }
     }
-    /// How much may be asked for now; 0 if the request needs nothing (more), `None` if there is no room.
+    /// How much may be asked for next; 0 if the request needs nothing (more), `None` if there is no room.
     fn next_grant(&self, id: ReqId) -> Option<u32> {
         let req = &self.requests[id.key()];
         if req.error.is_some() || req.transfers >= self.session.r2t_max() {
