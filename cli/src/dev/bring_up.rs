@@ -21,6 +21,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 const TELL_AFTER: Duration = Duration::from_secs(1);
 /// The pool of a dev cluster.
 const POOL: &str = "default";
+/// Between two attempts at what was started again.
+const PAUSE_AGAIN: Duration = Duration::from_millis(50);
 /// One attempt of a probe.
 const PROBE_WAIT_MAX: Duration = Duration::from_secs(2);
 
@@ -50,6 +52,37 @@ pub async fn run(plan: &Plan) -> Result<Served, Problem> {
     up.export(&volume).await?;
     up.serving().await?;
     up.served().await
+}
+
+/// What was started again.
+pub enum Again {
+    /// The MDS, at this endpoint.
+    Mds(String),
+    /// The target with this NBD socket.
+    Target(PathBuf),
+}
+
+impl Again {
+    /// Ends when it serves (a target: the first block of vol0), or tells after `within` what it answers instead.
+    pub async fn serves(self, within: Duration) -> Result<(), String> {
+        let end = Instant::now() + within;
+        loop {
+            match self.attempt().await {
+                Err(_) if Instant::now() < end => sleep(PAUSE_AGAIN).await,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn attempt(&self) -> Result<(), String> {
+        match self {
+            Self::Target(socket) => probed(socket).await.map_err(|error| error.to_string()),
+            Self::Mds(endpoint) => {
+                let mds = MdsClient::new(endpoint, Patience::ONCE).map_err(|refusal| refusal.what)?;
+                mds.status().await.map(drop).map_err(|refusal| refusal.what)
+            }
+        }
+    }
 }
 
 impl BringUp<'_> {

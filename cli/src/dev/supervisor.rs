@@ -1,18 +1,20 @@
 //! Starts the processes, keeps them running, stops them.
 //!
 //! One loop owns all children and all of the state; whatever happens (a child's end, a
-//! signal, a restart that is due, the cluster ready) is one event of it.
+//! signal, a restart that is due, the cluster ready, a child that serves again) is one event of it.
 
-use super::bring_up::{self, Served};
+use super::bring_up::{self, Again, Served};
 use super::process::{Ended, Process};
 use super::record::{DevRecord, MdsRecord, TargetRecord};
 use super::{Plan, ready, say};
 use crate::problem::{Exit, Outcome, Problem};
 use nix::sys::signal::Signal;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::time::Duration;
 use tokio::signal::unix::{self, SignalKind};
 use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 /// For all targets together to stop; then for the MDS. After that they are killed.
@@ -42,6 +44,10 @@ struct Supervisor<'a> {
     tell_ended: mpsc::UnboundedSender<Ended>,
     /// Children to start again, and when.
     restarts: Vec<(Instant, usize)>,
+    /// Ends with each child that was started again and serves, or does not within a time.
+    probes: JoinSet<(usize, u32, Result<(), String>)>,
+    /// Of these, the one that each child's end makes idle.
+    probed: BTreeMap<usize, AbortHandle>,
     /// What is served, once it is.
     served: Option<Served>,
 }
@@ -79,7 +85,8 @@ impl<'a> Supervisor<'a> {
         for id in 1..=plan.shape.targets.len() as u32 {
             children.push(child(format!("target-{id}"), target_arguments(plan, id)));
         }
-        Self { plan, children, ended, tell_ended, restarts: Vec::new(), served: None }
+        let (probes, probed) = (JoinSet::new(), BTreeMap::new());
+        Self { plan, children, ended, tell_ended, restarts: Vec::new(), probes, probed, served: None }
     }
 
     async fn serve(&mut self, signals: &mut Signals) -> Outcome {
@@ -95,6 +102,7 @@ impl<'a> Supervisor<'a> {
                 () = signals.any() => return Ok(Exit::Ok),
                 Some(ended) = self.ended.recv() => self.child_ended(&ended)?,
                 () = sleep_until(due.unwrap_or(deadline)), if due.is_some() => self.restart_due()?,
+                Some(told) = self.probes.join_next() => told.into_iter().for_each(|told| self.tell_again(told)),
                 served = &mut coming_up, if self.served.is_none() => self.ready(served?)?,
                 () = sleep_until(deadline), if self.served.is_none() => return Err(self.not_ready()),
             }
@@ -117,6 +125,9 @@ impl<'a> Supervisor<'a> {
     fn child_ended(&mut self, ended: &Ended) -> Result<(), Problem> {
         let child = &mut self.children[ended.child];
         let wait = child.has_ended();
+        if let Some(probe) = self.probed.remove(&ended.child) {
+            probe.abort();
+        }
         if self.served.is_none() {
             return Err(died_early(child, ended));
         }
@@ -139,12 +150,44 @@ impl<'a> Supervisor<'a> {
         let due: Vec<_> = self.restarts.extract_if(.., |(due, _)| *due <= now).collect();
         for (_, index) in due {
             // Not enough memory or processes at the moment is no reason to end the others.
-            if let Err(problem) = self.start(index) {
-                say(&problem);
-                self.restarts.push((now + Duration::from_secs(1), index));
+            match self.start(index) {
+                Ok(()) => self.probe(index)?,
+                Err(problem) => {
+                    say(&problem);
+                    self.restarts.push((now + Duration::from_secs(1), index));
+                }
             }
         }
         Ok(())
+    }
+
+    /// Finds out when a child that was started again serves.
+    fn probe(&mut self, index: usize) -> Result<(), Problem> {
+        let pid = self.children[index].pid();
+        let what = match index {
+            MDS => Again::Mds(self.plan.mds_endpoint()),
+            target => Again::Target(self.plan.layout.socket(target as u32)?),
+        };
+        let probe = self.probes.spawn(async move { (index, pid, what.serves(READY_WAIT_MAX).await) });
+        self.probed.insert(index, probe);
+        Ok(())
+    }
+
+    fn tell_again(&self, (index, pid, outcome): (usize, u32, Result<(), String>)) {
+        let child = &self.children[index];
+        if !child.is_running() || child.pid() != pid {
+            return;
+        }
+        let name = &child.name;
+        match outcome {
+            Ok(()) => say(format_args!("{name} serves again, pid {pid}")),
+            Err(error) => {
+                let seconds = READY_WAIT_MAX.as_secs();
+                say(format_args!(
+                    "{name} runs again, pid {pid}, but does not serve after {seconds} s: {error}"
+                ));
+            }
+        }
     }
 
     /// Nothing is told before the cluster serves.
