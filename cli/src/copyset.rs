@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use client::control::{AdminClient, Patience};
 use protocol::control::pb;
 use protocol::types::{CopysetId, TargetId};
+use serde::Serialize;
 
 /// Commands on copysets.
 #[derive(Subcommand)]
@@ -53,6 +54,15 @@ pub struct TransferArgs {
     to: u32,
 }
 
+/// One copyset as printed.
+#[derive(Serialize)]
+struct OneShown {
+    #[serde(flatten)]
+    copyset: CopysetShown,
+    /// How often its membership has changed, as the MDS knows it.
+    epoch: u64,
+}
+
 /// Runs one of the commands.
 pub async fn run(command: CopysetCommand) -> Outcome {
     match command {
@@ -83,20 +93,28 @@ async fn list(args: ListArgs) -> Outcome {
 }
 
 async fn show(args: OneArgs) -> Outcome {
-    let status = args.cluster.connect()?.status().await?;
+    let mds = args.cluster.connect()?;
+    let status = mds.status().await?;
     let copyset = CopysetShown::from(find(&status, args.id)?);
+    let entry = mds.map_now().await?.copysets.remove(&CopysetId(args.id));
+    let copyset = OneShown { copyset, epoch: entry.map_or(0, |entry| entry.epoch) };
     args.output.print(&copyset, |copyset| {
-        let rows = copyset.replicas.iter().map(|(target, replica)| {
+        let rows = copyset.copyset.replicas.iter().map(|(target, replica)| {
             vec![
                 target.to_string(),
                 if replica.online { "online" } else { "AWAY" }.into(),
                 replica.role.into(),
                 replica.health.into(),
+                replica.commit_index.to_string(),
                 replica.applied_index.to_string(),
+                replica.entries_behind.map_or("-".into(), |entries| entries.to_string()),
             ]
         });
-        let replicas = table(&["TARGET", "STATE", "ROLE", "HEALTH", "APPLIED"], rows);
-        format!("copyset {} of pool {}: {}\n{replicas}", copyset.id, copyset.pool, copyset.state())
+        let replicas = table(&["TARGET", "STATE", "ROLE", "HEALTH", "COMMITTED", "APPLIED", "BEHIND"], rows);
+        let CopysetShown { id, pool, .. } = &copyset.copyset;
+        let term = copyset.copyset.term.map_or("no leader".into(), |term| format!("term {term}"));
+        let (state, epoch) = (copyset.copyset.state(), copyset.epoch);
+        format!("copyset {id} of pool {pool}: {state}, {term}, membership epoch {epoch}\n{replicas}")
     })?;
     Ok(Exit::Ok)
 }
@@ -118,6 +136,15 @@ async fn transfer(args: TransferArgs) -> Outcome {
             .cause("it is being elected, or most of its replicas are away")
             .fix(format!("see `ashlar copyset show {}`", one.id))
     })?;
+    if leader == to {
+        return Err(Problem::new(format!("target {to} leads copyset {} already", one.id))
+            .fix("name another of its targets"));
+    }
+    if !copyset.members.iter().any(|member| member.target == to) {
+        return Err(Problem::new(format!("copyset {} cannot be led from target {to}", one.id))
+            .cause(format!("its replicas are on targets {}", CopysetShown::from(copyset).places()))
+            .fix("name one of these"));
+    }
     let target = status.targets.iter().find(|target| target.id == leader);
     let address = target.and_then(|target| target.endpoints.as_ref()).map_or("", |e| e.admin.as_str());
     let admin = AdminClient::new(address, Patience::default())?;

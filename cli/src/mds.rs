@@ -10,7 +10,7 @@ use mds_lite::state::Change;
 use mds_lite::{StoreArgs, StoreAt};
 use serde::Serialize;
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 /// Commands of the metadata server.
@@ -116,7 +116,12 @@ async fn take(args: SnapshotArgs) -> Outcome {
     // What cannot be read back is no backup.
     let snapshot = Snapshot::decode(&bytes)?;
     let shown = args.file.display().to_string();
-    write_new(&args.file, &bytes).map_err(Problem::io(format!("cannot write {shown}")))?;
+    write_new(&args.file, &bytes).map_err(|error| match error.kind() {
+        ErrorKind::AlreadyExists => Problem::new(format!("{shown} is there already"))
+            .cause("a snapshot was written there before")
+            .fix("name another file; none is overwritten"),
+        _ => Problem::io(format!("cannot write {shown}"))(error),
+    })?;
     args.output.print(&Told::new(&snapshot), |told| told.line("wrote", &shown))?;
     Ok(Exit::Ok)
 }

@@ -81,7 +81,7 @@ pub struct Shown {
     name: String,
     replicas: u32,
     copysets: usize,
-    /// "zone", "host" or "target": what no two replicas of a copyset share.
+    /// "zone", "host" or "target": what no two replicas of a copyset share. Says nothing of a pool of one replica.
     failure_domain: String,
     capacity_bytes: u64,
     #[serde(flatten)]
@@ -119,6 +119,13 @@ impl From<&pb::Pool> for Shown {
             capacity_bytes: pool.capacity_bytes,
             space: Space::from(pool.space.unwrap_or_default()),
         }
+    }
+}
+
+impl Shown {
+    /// A lone replica is kept apart from nothing.
+    fn apart_by(&self) -> &str {
+        if self.replicas == 1 { "-" } else { &self.failure_domain }
     }
 }
 
@@ -210,10 +217,14 @@ async fn create(args: CreateArgs) -> Outcome {
     let request = pb::CreatePoolRequest { name, replicas, copysets, targets };
     let pool = cluster.connect()?.create_pool(request).await?;
     output.print(&Shown::from(&pool), |pool| {
-        format!(
-            "created {}: {} copysets of {} replicas, no two of a copyset on the same {}",
-            pool.name, pool.copysets, pool.replicas, pool.failure_domain
-        )
+        let Shown { name, copysets, replicas, failure_domain, .. } = pool;
+        match replicas {
+            1 => format!("created {name}: {copysets} copysets of 1 replica: what a disk loses is lost"),
+            _ => format!(
+                "created {name}: {copysets} copysets of {replicas} replicas, no two of a copyset on the same \
+                 {failure_domain}"
+            ),
+        }
     })?;
     Ok(Exit::Ok)
 }
@@ -232,7 +243,7 @@ pub fn listing(pools: &[Shown]) -> String {
             pool.name.clone(),
             pool.replicas.to_string(),
             pool.copysets.to_string(),
-            pool.failure_domain.clone(),
+            pool.apart_by().to_owned(),
             Size(pool.space.logical_bytes).to_string(),
             Size(pool.space.allocated_bytes).to_string(),
             Size(pool.space.replicated_bytes).to_string(),

@@ -89,7 +89,8 @@ pub struct CopysetShown {
     pub pool: String,
     /// The target that leads, if one is known.
     pub leader: Option<u32>,
-    term: Option<u64>,
+    /// Its term.
+    pub term: Option<u64>,
     degraded: bool,
     unavailable: bool,
     members: Vec<MemberShown>,
@@ -112,9 +113,12 @@ pub struct ReplicaShown {
     pub role: &'static str,
     /// One word.
     pub health: &'static str,
-    commit_index: u64,
+    /// Of the copyset's log.
+    pub commit_index: u64,
     /// Of the copyset's log.
     pub applied_index: u64,
+    /// Entries that it has not acknowledged, as its leader told last; `null`: no leader told of it.
+    pub entries_behind: Option<u64>,
 }
 
 /// Asks and prints.
@@ -227,7 +231,10 @@ impl TargetShown {
 
 impl From<&pb::CopysetStatus> for CopysetShown {
     fn from(copyset: &pb::CopysetStatus) -> Self {
-        let replicas = copyset.replicas.iter().map(|member| (member.target, replica(member)));
+        let reports = || copyset.replicas.iter().filter_map(|member| member.replica.as_ref());
+        let told = reports().filter(|report| report.role() == pb::ReplicaRole::Leader).max_by_key(|r| r.term);
+        let lags = told.and_then(|report| report.membership.as_ref()).map_or(&[][..], |m| &m.lags);
+        let replicas = copyset.replicas.iter().map(|member| (member.target, replica(member, lags)));
         let members = copyset.members.iter().map(|m| MemberShown { target: m.target, shard: m.shard });
         Self {
             id: copyset.id,
@@ -257,7 +264,7 @@ impl CopysetShown {
     }
 }
 
-fn replica(member: &pb::MemberStatus) -> ReplicaShown {
+fn replica(member: &pb::MemberStatus, lags: &[pb::PeerLag]) -> ReplicaShown {
     let replica = member.replica.clone().unwrap_or_default();
     ReplicaShown {
         online: member.online,
@@ -277,6 +284,7 @@ fn replica(member: &pb::MemberStatus) -> ReplicaShown {
         },
         commit_index: replica.commit_index,
         applied_index: replica.applied_index,
+        entries_behind: lags.iter().find(|lag| lag.target == member.target).map(|lag| lag.entries),
     }
 }
 

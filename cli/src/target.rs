@@ -6,7 +6,10 @@ use crate::output::OutputArgs;
 use crate::problem::{Exit, Outcome, Problem};
 use crate::status::{TargetShown, targets_table};
 use clap::{Args, Subcommand};
+use client::control::{AdminClient, Patience};
+use protocol::control::pb;
 use protocol::types::TargetId;
+use serde::Serialize;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use target_daemon::config::TargetConfig;
@@ -80,6 +83,47 @@ pub struct RunArgs {
     daemon: DaemonArgs,
 }
 
+/// One target as printed.
+#[derive(Serialize)]
+struct OneShown {
+    #[serde(flatten)]
+    target: TargetShown,
+    /// `null`: the target does not answer.
+    shards: Option<Vec<ShardShown>>,
+}
+
+/// A shard's disk as printed.
+#[derive(Serialize)]
+struct ShardShown {
+    index: u32,
+    /// Why it refuses work, if it does.
+    failure: Option<String>,
+    /// Blocks that failed their checksum, since the target's start.
+    blocks_damaged: u64,
+    /// Those of them that were mended from a peer.
+    blocks_repaired: u64,
+    capacity_bytes: u64,
+    used_bytes: u64,
+    log_bytes: u64,
+    log_used_bytes: u64,
+}
+
+impl From<pb::ShardStatus> for ShardShown {
+    fn from(shard: pb::ShardStatus) -> Self {
+        let usage = shard.usage.unwrap_or_default();
+        Self {
+            index: shard.index,
+            failure: shard.failed.then_some(shard.failure),
+            blocks_damaged: shard.blocks_damaged,
+            blocks_repaired: shard.blocks_repaired,
+            capacity_bytes: usage.capacity_bytes,
+            used_bytes: usage.used_bytes,
+            log_bytes: shard.log_bytes,
+            log_used_bytes: shard.log_used_bytes,
+        }
+    }
+}
+
 /// Runs one of the commands.
 pub fn run(command: TargetCommand) -> Outcome {
     match command {
@@ -107,13 +151,33 @@ async fn list(args: ListArgs) -> Outcome {
 async fn show(args: OneArgs) -> Outcome {
     let status = args.cluster.connect()?.status().await?;
     let found = status.targets.iter().find(|target| target.id == args.id);
-    let target = TargetShown::from(found.ok_or_else(|| {
+    let found = found.ok_or_else(|| {
         Problem::new(format!("no target with id {}", args.id))
             .cause("it never registered, or it was removed")
             .fix("see `ashlar target ls`")
-    })?);
-    args.output.print(&target, |target| target.details())?;
+    })?;
+    let shown = OneShown { target: TargetShown::from(found), shards: shards(found).await };
+    args.output.print(&shown, |shown| shown.target.details() + &disks(shown.shards.as_deref()))?;
     Ok(Exit::Ok)
+}
+
+/// What the target tells of its shards; the MDS does not know it.
+async fn shards(target: &pb::TargetStatus) -> Option<Vec<ShardShown>> {
+    let address = target.endpoints.as_ref().filter(|_| target.online)?.admin.clone();
+    let status = AdminClient::new(&address, Patience::ONCE).ok()?.status().await.ok()?;
+    Some(status.shards.into_iter().map(ShardShown::from).collect())
+}
+
+fn disks(shards: Option<&[ShardShown]>) -> String {
+    let Some(shards) = shards else { return "\n  disk       not known: the target does not answer".into() };
+    let line = |shard: &ShardShown| {
+        let ShardShown { index, failure, blocks_damaged, blocks_repaired, .. } = shard;
+        let state = failure.as_ref().map_or("well".to_owned(), |why| format!("FAILED: {why}"));
+        format!(
+            "\n  disk       shard {index}: {state}; {blocks_damaged} damaged blocks found, {blocks_repaired} mended"
+        )
+    };
+    shards.iter().map(line).collect()
 }
 
 async fn remove(args: RemoveArgs) -> Outcome {

@@ -10,7 +10,7 @@ use crate::problem::{Exit, Outcome, Problem};
 use crate::size::Size;
 use clap::{Args, Subcommand};
 use client::control::{MdsClient, volume_ref};
-use protocol::control::pb;
+use protocol::control::{ProblemKind, pb};
 use serde::Serialize;
 
 /// Commands on volumes.
@@ -21,10 +21,13 @@ pub enum VolumeCommand {
     /// List the volumes.
     Ls(ListArgs),
     /// Show one volume.
+    #[command(visible_alias = "stat")]
     Show(OneArgs),
     /// Make a volume larger. Hosts attached over NVMe see it at once, NBD clients at their next connection.
+    #[command(visible_alias = "extend")]
     Resize(ResizeArgs),
     /// Put a volume into the bin, or remove it with all that it holds.
+    #[command(visible_alias = "delete")]
     Rm(RemoveArgs),
     /// Take a volume out of the bin.
     Undelete(UndeleteArgs),
@@ -61,7 +64,7 @@ pub struct CreateArgs {
 /// What `volume ls` takes.
 #[derive(Args)]
 pub struct ListArgs {
-    /// Those being removed too.
+    /// Those in the bin and those being removed too.
     #[arg(long)]
     all: bool,
     #[command(flatten)]
@@ -103,7 +106,7 @@ pub struct RemoveArgs {
     /// Hours that it stays in the bin.
     #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=8760))]
     keep: u32,
-    /// Free its space at once: nothing brings it back. Needs --yes.
+    /// Free its space at once, also when it is in the bin already: nothing brings it back. Needs --yes.
     #[arg(long, conflicts_with = "keep")]
     purge: bool,
     /// Yes, destroy it.
@@ -279,7 +282,15 @@ async fn remove(args: RemoveArgs) -> Outcome {
             .fix("add --yes, or leave --purge out: it then stays in the bin for a day"));
     }
     let keep_s = if purge { 0 } else { keep * 3600 };
-    let id = one.cluster.connect()?.delete_volume(volume_ref(&one.name), keep_s).await?;
+    let mds = one.cluster.connect()?;
+    let volume = match mds.delete_volume(volume_ref(&one.name), keep_s).await {
+        Err(refusal) if purge && refusal.kind == ProblemKind::NotFound => {
+            let volume = in_bin(&mds.volumes(true).await?, &one.name, refusal.into())?;
+            mds.delete_volume(volume, keep_s).await
+        }
+        deleted => deleted,
+    };
+    let id = volume?;
     let shown = serde_json::json!({"id": id.0, "name": one.name, "keep_s": keep_s});
     one.output.print(&shown, |_| match purge {
         true => format!("removed {}; its space is freed in the background", one.name),
@@ -289,6 +300,20 @@ async fn remove(args: RemoveArgs) -> Outcome {
         ),
     })?;
     Ok(Exit::Ok)
+}
+
+/// The one volume of that name in the bin, to be purged; several are not told apart by a name.
+fn in_bin(volumes: &[pb::Volume], name: &str, none: Problem) -> Result<pb::VolumeRef, Problem> {
+    let mut binned = volumes.iter().filter(|v| v.name == name && v.purge_at_s.is_some() && !v.deleting);
+    match (binned.next(), binned.count()) {
+        (None, _) => Err(none),
+        (Some(one), 0) => Ok(pb::VolumeRef { id: one.id, name: String::new() }),
+        (Some(_), more) => Err(Problem::new(format!("{name} was not purged"))
+            .cause(format!("{} volumes in the bin were called so", more + 1))
+            .fix(format!(
+                "take out the last one (`ashlar volume undelete {name} --as OTHER`), then purge OTHER"
+            ))),
+    }
 }
 
 async fn undelete(args: UndeleteArgs) -> Outcome {
@@ -320,4 +345,31 @@ async fn stat(mds: &MdsClient, name: &str) -> Result<pb::Volume, Problem> {
             .cause("it is of another version")
             .fix("use one version")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_purged_from_the_bin_is_neither_in_use_nor_one_of_two() {
+        let volume = |id, name: &str, purge_at_s| pb::Volume {
+            id,
+            name: name.into(),
+            purge_at_s,
+            ..pb::Volume::default()
+        };
+        let all = [
+            volume(1, "a", None),
+            volume(2, "b", Some(9)),
+            pb::Volume { deleting: true, ..volume(3, "b", Some(9)) },
+            volume(4, "c", Some(8)),
+            volume(5, "c", Some(9)),
+        ];
+        let found = |name| in_bin(&all, name, Problem::new("there is none"));
+        assert_eq!(found("b").expect("one").id, 2);
+        assert_eq!(found("a").expect_err("in use").to_string(), "there is none");
+        let two = found("c").expect_err("two").to_string();
+        assert!(two.contains("2 volumes in the bin"), "{two}");
+    }
 }
