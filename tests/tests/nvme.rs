@@ -88,6 +88,11 @@ fn serve(cluster: &DevCluster, guest: &Guest, words: &[&str]) -> anyhow::Result<
             let add = ["export", "add", "vol0", "--protocol", "nvme", "--allow-host", host];
             Ok(cluster.ashlar(&add).ok()?.stdout)
         }
+        ["attach", host] => {
+            let attach = ["volume", "attach", "vol0", "--holder", host, "--exclusive", "--take-over"];
+            Ok(cluster.ashlar(&attach).ok()?.stdout)
+        }
+        ["detach", host] => Ok(cluster.ashlar(&["volume", "detach", "vol0", "--holder", host]).ok()?.stdout),
         [order @ ("drain" | "undrain"), target] => {
             Ok(cluster.ashlar(&["target", order, target]).ok()?.stdout)
         }

@@ -256,6 +256,32 @@ connect "${ports[0]}" "$nqn"
 disk=$(disk "$nqn")
 ok "allow-list: strangers neither see nor reach the volume"
 
+# --- a volume that another host takes over
+fill "$disk" 0 1
+host attach nqn.2014-08.org.nvmexpress:uuid:somebody-else || fail "attach by another host"
+conflict() { # COMMAND...: it fails as one without a reservation does, by the kernel's EBADE or by its status
+  ! "$@" >/tmp/seen 2>&1 || fail "a host that was taken over goes on: $*"
+  grep -qi 'Invalid exchange\|reservation conflict' /tmp/seen || fail "$*: $(cat /tmp/seen)"
+}
+conflict dd if=/dev/zero of="$disk" bs=4k count=1 oflag=direct
+conflict dd if="$disk" of=/dev/null bs=4k count=1 iflag=direct
+conflict nvme write "$disk" -s 0 -c 7 -z 4096 -d /dev/zero
+dmesg | grep -qi 'reservation conflict' || fail "the kernel tells of no conflict"
+paths_live "$nqn" 1 || fail "the controller of a host that was taken over is gone"
+disconnect "$nqn"
+refused || fail "a host that was taken over connects"
+ok "take-over: a host that was connected gets Reservation Conflict, keeps its controller, and does not come back"
+host attach "$hostnqn" || fail "attach"
+connect "${ports[0]}" "$nqn"
+disk=$(disk "$nqn")
+same "$disk" 0 /tmp/pattern 0 4096 || fail "a write that was refused took effect"
+verify "$disk" --rw=randwrite --bs=4k --iodepth=4 --size=512k
+disconnect "$nqn"
+host detach "$hostnqn" || fail "detach"
+connect "${ports[0]}" "$nqn"
+disk=$(disk "$nqn")
+ok "take-over: attached again it finds its data as it was, and writes"
+
 # --- two paths, one of which is drained, then dies under load
 gone() { ! nvme discover -t tcp -a "$address" -s "${ports[0]}" | grep -q "trsvcid: *${ports[1]}\$"; }
 connect "${ports[1]}" "$nqn" --nr-io-queues=2
