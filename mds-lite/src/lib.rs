@@ -32,7 +32,7 @@ mod service;
 pub mod snapshot;
 pub mod state;
 pub mod store;
-mod view;
+pub mod view;
 
 pub use etcd::EtcdAt;
 pub use server::{Args, Config, Server, StoreArgs, StoreAt, run};

@@ -93,7 +93,7 @@ fn page(state: &State, now: Time) -> String {
         "why",
         whys.map(|why| (why.word(), under_way(why))),
     );
-    let (outstanding, eta) = state.outstanding();
+    let (outstanding, eta) = view::outstanding(state);
     let help = "Replicas to be moved, built or taken away, those under way included.";
     page.one("ashlar_mds_moves_outstanding", "gauge", help, outstanding as u64);
     if let Some(eta) = eta {

@@ -5,7 +5,7 @@ use crate::state::schedule::{Presence, Task};
 use crate::state::{Leader, Membership, Replica, Space, State, Usage};
 use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb, shard_to_pb};
 use protocol::map::ExportProtocol;
-use protocol::types::{ChunkId, CopysetId, ShardAddr, TargetId, Time, VolumeId};
+use protocol::types::{ChunkId, CopysetId, ShardAddr, Span, TargetId, Time, VolumeId};
 use std::collections::BTreeMap;
 
 pub(crate) fn volume(state: &State, now: Time, id: VolumeId) -> Result<pb::Volume, Problem> {
@@ -145,7 +145,8 @@ pub(crate) fn route(state: &State, now: Time, chunk: ChunkId) -> Result<pb::GetR
     })
 }
 
-pub(crate) fn status(state: &State, now: Time) -> pb::StatusResponse {
+/// All that `ashlar status` shows.
+pub fn status(state: &State, now: Time) -> pb::StatusResponse {
     let held = held(state, now);
     let of = |id: &TargetId| held.get(id).copied().unwrap_or_default();
     let targets: Vec<_> =
@@ -161,7 +162,13 @@ pub(crate) fn status(state: &State, now: Time) -> pb::StatusResponse {
     if state.most_are_silent(now) {
         warnings.push("less than half of the targets are online: no replica is built elsewhere".into());
     }
-    let (outstanding, eta) = state.outstanding();
+    let (outstanding, eta) = outstanding(state);
+    if outstanding > 0 && state.tasks().next().is_none() {
+        warnings.push(format!(
+            "{outstanding} replicas are to move and none can: no other target has room for them, or their copysets have \
+             no leader"
+        ));
+    }
     pb::StatusResponse {
         cluster: state.cluster().0.to_vec(),
         generation: state.map().generation,
@@ -177,6 +184,12 @@ pub(crate) fn status(state: &State, now: Time) -> pb::StatusResponse {
         eta_ms: eta.map(|eta| eta.0 / 1_000_000),
         space: Some(space(state.space_of_pool(None))),
     }
+}
+
+/// Replicas that are to move, and how long that takes: as long as nothing moves, nobody knows.
+pub(crate) fn outstanding(state: &State) -> (usize, Option<Span>) {
+    let (outstanding, eta) = state.outstanding();
+    (outstanding, eta.filter(|_| state.tasks().next().is_some()))
 }
 
 fn space(space: Space) -> pb::Space {
@@ -295,6 +308,13 @@ fn warnings(state: &State, targets: &[pb::TargetStatus], copysets: &[pb::Copyset
             _ if target.online => {}
             Some(age) => lines.push(format!("target {} offline: last heartbeat {age} ms ago", target.id)),
             None => lines.push(format!("target {} offline: not heard of since the MDS started", target.id)),
+        }
+        let failed = state.seen(TargetId(target.id)).map(|seen| &seen.failed_shards);
+        for shard in failed.into_iter().flatten() {
+            lines.push(format!(
+                "target {}: the disk of shard {shard} failed; what it held is built elsewhere",
+                target.id
+            ));
         }
         if target.draining && target.replicas == 0 {
             lines.push(format!("target {} is empty: stop it, then `ashlar target rm {0}`", target.id));

@@ -7,7 +7,8 @@ use ashlar_mds_lite::state::{
     Change, Command, Heartbeat, Membership, Policy, Registration, Replica, Reply, Slots, State, Usage,
 };
 use ashlar_mds_lite::store::{RedbStore, Store};
-use protocol::control::{map_to_pb, pb};
+use ashlar_mds_lite::view;
+use protocol::control::{limits, map_to_pb, pb};
 use protocol::types::{CopysetId, LogIndex, Span, TargetId, Term, Time, VolumeId};
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -202,6 +203,10 @@ fn a_large_cluster_is_placed_started_and_listened_to() {
         began.elapsed(),
         resident_mib()
     );
+    let began = Instant::now();
+    let bytes = prost::Message::encoded_len(&view::status(&state, Time(70_000_000_000)));
+    eprintln!("the status has {} KiB as a message, made in {:?}", bytes / 1024, began.elapsed());
+    assert!(bytes < limits::MESSAGE_BYTES_MAX, "nobody could read a status of {bytes} bytes");
     let before = state.map().clone();
     drop(state);
     let began = Instant::now();

@@ -897,3 +897,53 @@ fn space_is_the_sum_of_what_targets_told_last_and_no_more_after_restarts_and_los
     assert_eq!(taken(&mds, one), (1, 1));
     assert!(mds.state.wants_slots(TargetId(1)) && !mds.state.wants_slots(TargetId(2)));
 }
+
+/// Three replicas on three targets: what one of them holds has nowhere to go.
+#[test]
+fn an_operator_hears_of_replicas_that_cannot_move_and_of_disks_that_failed() {
+    let mut mds = Mds::ready(GIB);
+    mds.now = mds.now + mds.policy.unstable_after + mds.policy.unstable_after;
+    for id in 1..=3 {
+        let membership = |members: &[ShardAddr]| Membership {
+            voters: members.to_vec(),
+            learners: Vec::new(),
+            settled: true,
+            lags: Vec::new(),
+            busy: false,
+        };
+        let replica = |(copyset, record): (&CopysetId, &CopysetRecord)| Replica {
+            copyset: *copyset,
+            shard: 0,
+            term: Term(1),
+            role: if id == 1 { pb::ReplicaRole::Leader } else { pb::ReplicaRole::Follower }.into(),
+            leader: Some(TargetId(1)),
+            commit: LogIndex(1),
+            applied: LogIndex(1),
+            health: pb::ReplicaHealth::Whole.into(),
+            membership: (id == 1).then(|| membership(&record.members)),
+        };
+        let replicas = mds.state.copysets.iter().map(replica).collect();
+        let usage = Usage { capacity: GIB, ..Usage::default() };
+        mds.run(Command::Heartbeat(Heartbeat { replicas, usage, ..beat(id, &[]) })).unwrap();
+    }
+    let warnings = |mds: &Mds| crate::view::status(&mds.state, mds.now).warnings;
+    mds.run(Command::Tick { unix_s: 0 }).unwrap();
+    assert_eq!(warnings(&mds), Vec::<String>::new());
+    let drain = |draining| Command::Drain { target: TargetId(2), draining };
+    mds.run(drain(true)).unwrap();
+    mds.run(Command::Tick { unix_s: 0 }).unwrap();
+    let told = warnings(&mds);
+    assert!(
+        matches!(&told[..], [one] if one.starts_with("12 replicas are to move and none can")),
+        "{told:?}"
+    );
+    mds.run(Command::Register(target(4, GIB))).unwrap();
+    let usage = Usage { capacity: GIB, ..Usage::default() };
+    mds.run(Command::Heartbeat(Heartbeat { usage, ..beat(4, &[]) })).unwrap();
+    mds.run(Command::Tick { unix_s: 0 }).unwrap();
+    assert_eq!(warnings(&mds), Vec::<String>::new(), "there is room now");
+    let failed_shards = BTreeSet::from([0]);
+    mds.run(Command::Heartbeat(Heartbeat { failed_shards, ..beat(4, &[]) })).unwrap();
+    let told = warnings(&mds);
+    assert!(told.iter().any(|line| line.starts_with("target 4: the disk of shard 0 failed")), "{told:?}");
+}
