@@ -26,7 +26,9 @@ fn session(state: &State, now: Time, id: VolumeId) -> pb::Session {
 
 fn volume_of(state: &State, now: Time, id: VolumeId, record: &VolumeRecord) -> pb::Volume {
     let (allocated, space) = (state.allocation(id), state.space_of(id));
-    let exports = state.exports.keys().filter(|(volume, _)| *volume == id);
+    // Not a look at all of them: ten thousand volumes may be exported.
+    let from = state.exports.range((id, ExportProtocol::Nbd)..);
+    let exports = from.map(|(key, _)| key).take_while(|(volume, _)| *volume == id);
     pb::Volume {
         id: id.0,
         name: record.name.clone(),
@@ -147,11 +149,13 @@ pub(crate) fn route(state: &State, now: Time, chunk: ChunkId) -> Result<pb::GetR
 
 /// All that `ashlar status` shows.
 pub fn status(state: &State, now: Time) -> pb::StatusResponse {
-    let held = held(state, now);
+    let leaders = known_leaders(state, now);
+    let held = held(state, &leaders);
     let of = |id: &TargetId| held.get(id).copied().unwrap_or_default();
     let targets: Vec<_> =
         state.targets.iter().map(|(id, record)| target(state, now, *id, record, of(id))).collect();
-    let copysets: Vec<_> = state.copysets.keys().map(|id| copyset(state, now, *id)).collect();
+    let copysets = state.copysets.keys().zip(&leaders);
+    let copysets: Vec<_> = copysets.map(|(id, leader)| copyset(state, now, *id, *leader)).collect();
     let mut usage = pb::Usage::default();
     for of in targets.iter().filter(|target| target.online).filter_map(|target| target.usage) {
         usage.capacity_bytes = usage.capacity_bytes.saturating_add(of.capacity_bytes);
@@ -215,16 +219,21 @@ fn task(state: &State, now: Time, id: CopysetId, task: &Task) -> pb::Task {
 }
 
 pub(crate) fn target_of(state: &State, now: Time, id: TargetId) -> Option<pb::TargetStatus> {
-    let held = held(state, now).get(&id).copied().unwrap_or_default();
+    let held = held(state, &known_leaders(state, now)).get(&id).copied().unwrap_or_default();
     state.targets.get(&id).map(|record| target(state, now, id, record, held))
 }
 
+/// Of each copyset, in their order.
+fn known_leaders(state: &State, now: Time) -> Vec<Option<Leader>> {
+    state.copysets.keys().map(|id| state.leader(*id, now)).collect()
+}
+
 /// Replicas and leaders of each target: counted at once, since a cluster has 100,000 copysets on 1,000 targets.
-fn held(state: &State, now: Time) -> BTreeMap<TargetId, (u32, u32)> {
+fn held(state: &State, leaders: &[Option<Leader>]) -> BTreeMap<TargetId, (u32, u32)> {
     let mut held: BTreeMap<TargetId, (u32, u32)> = BTreeMap::new();
-    for (id, record) in &state.copysets {
+    for (record, leader) in state.copysets.values().zip(leaders) {
         record.members.iter().for_each(|member| held.entry(member.target).or_default().0 += 1);
-        if let Some(leader) = state.leader(*id, now) {
+        if let Some(leader) = leader {
             held.entry(leader.target).or_default().1 += 1;
         }
     }
@@ -263,9 +272,8 @@ fn target(
     }
 }
 
-fn copyset(state: &State, now: Time, id: CopysetId) -> pb::CopysetStatus {
+fn copyset(state: &State, now: Time, id: CopysetId, leader: Option<Leader>) -> pb::CopysetStatus {
     let record = &state.copysets[&id];
-    let leader = state.leader(id, now);
     let mut whole = 0;
     let mut replicas = Vec::new();
     for member in &record.members {
@@ -290,7 +298,7 @@ fn copyset(state: &State, now: Time, id: CopysetId) -> pb::CopysetStatus {
 
 /// How many copysets are degraded, and how many unavailable.
 pub(crate) fn unwell(state: &State, now: Time) -> (u64, u64) {
-    let all = || state.copysets.keys().map(|id| copyset(state, now, *id));
+    let all = || state.copysets.keys().map(|id| copyset(state, now, *id, state.leader(*id, now)));
     all().fold((0, 0), |(degraded, unavailable), of| {
         (degraded + u64::from(of.degraded), unavailable + u64::from(of.unavailable))
     })
