@@ -10,6 +10,9 @@
 //!
 //! The shards of the same target are reached by mailboxes ([`crate::siblings`]), which never break.
 
+#[cfg(test)]
+mod tests;
+
 use crate::mem::{Mem, Mems};
 use crate::siblings::{Delivery, Parcel, Sibling};
 use chunkstore::Payload;

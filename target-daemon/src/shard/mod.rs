@@ -24,6 +24,8 @@ mod pace;
 mod raft;
 mod repair;
 mod serve;
+#[cfg(test)]
+mod tests;
 
 use crate::mem::{Mem, Mems};
 use crate::usage::Usage;

@@ -16,7 +16,7 @@ use protocol::raft::Members;
 use protocol::types::{CopysetId, LogIndex, ShardAddr, TargetId, Time};
 
 /// A learner that misses no more than this may vote: what a leader may have in flight to it.
-const CAUGHT_UP_ENTRIES: u64 = 256;
+pub(super) const CAUGHT_UP_ENTRIES: u64 = 256;
 
 /// What the MDS wants of a replica here.
 #[derive(Clone, PartialEq, Eq, Debug)]
