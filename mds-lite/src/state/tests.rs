@@ -803,6 +803,37 @@ fn a_replica_that_its_target_lost_is_built_elsewhere_and_never_while_the_old_one
 }
 
 #[test]
+fn a_replica_is_freed_only_when_its_leader_says_that_it_is_no_member_and_no_order_can_name_it_any_more() {
+    let mut mds = Mds::new(Policy { targets_expected: 4, ..Policy::default() });
+    (1..=4).for_each(|id| drop(mds.run(Command::Register(target(id, GIB))).unwrap()));
+    let (id, entry) = mds.state.map.copysets.iter().next().map(|(id, e)| (*id, e.clone())).unwrap();
+    let leader = entry.members[0].target.0;
+    let spare = (1..=4).find(|t| !entry.members.iter().any(|m| m.target.0 == *t)).unwrap();
+    // The leader tells of these learners, and the spare target of a replica that the record does not name.
+    let frees = |mds: &mut Mds, learners: &[ShardAddr]| {
+        let mut told = full_beat(mds, leader);
+        let report = told.replicas.iter_mut().find(|r| r.copyset == id).unwrap();
+        report.membership.as_mut().unwrap().learners = learners.to_vec();
+        let left_over =
+            Replica { membership: None, role: pb::ReplicaRole::Follower.into(), ..report.clone() };
+        mds.run(Command::Heartbeat(told)).unwrap();
+        let mut beat = full_beat(mds, spare);
+        beat.replicas.push(left_over);
+        match mds.run(Command::Heartbeat(beat)).unwrap() {
+            Reply::Orders(orders) => orders
+                .into_iter()
+                .any(|o| o.copyset == id.0 && matches!(o.what, Some(pb::order::What::DropAfter(9)))),
+            other => panic!("{other:?}"),
+        }
+    };
+    pass(&mut mds, 2, &[1, 2, 3, 4]);
+    assert!(!frees(&mut mds, &[]), "an MDS that ran before this one may have ordered that it be held");
+    pass(&mut mds, 20, &[1, 2, 3, 4]);
+    assert!(!frees(&mut mds, &[ShardAddr { target: TargetId(spare), shard: 0 }]), "it is a learner");
+    assert!(frees(&mut mds, &[]));
+}
+
+#[test]
 fn an_mds_that_hears_of_few_targets_begins_nothing() {
     let mut mds = Mds::new(Policy { targets_expected: 5, ..Policy::default() });
     (1..=5).for_each(|id| drop(mds.run(Command::Register(target(id, GIB))).unwrap()));
