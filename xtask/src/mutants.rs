@@ -19,7 +19,7 @@ use std::time::Instant;
 const LIST: &str = "tests/mutants/mutants.toml";
 /// What `replace` calls the switch.
 const SWITCH: &str = "MUTANT";
-/// The environment variable that holds the number of the mutant which is on.
+/// The environment variable that holds the numbers of the mutants which are on.
 const VARIABLE: &str = "ASHLAR_MUTANT";
 /// How many seeds the models in the crates' tests try for a mutant: of `copyset`, of `chunkstore`.
 const MODEL_SEEDS: [(&str, &str); 2] = [("COPYSET_SEEDS", "3000"), ("SEEDS", "60")];
@@ -29,9 +29,9 @@ const END: &str = "<!-- mutants: end -->";
 /// What `mutants` takes.
 #[derive(clap::Args, Default)]
 pub struct MutantsArgs {
-    /// Only mutants whose name holds this.
+    /// Only mutants whose name holds this; may be given several times.
     #[arg(long)]
-    pub only: Option<String>,
+    pub only: Vec<String>,
     /// Most seeds of each family before a mutant counts as not caught.
     #[arg(long, default_value_t = 60)]
     pub seeds: u64,
@@ -59,10 +59,13 @@ struct Mutant {
     name: String,
     what: String,
     #[serde(flatten)]
-    edit: Edit,
+    edit: Option<Edit>,
     /// Other places that must change too, where a second rule would mask the first.
     #[serde(default)]
     also: Vec<Edit>,
+    /// Instead of places: these mutants at once, each of which is seen by itself, but not by the simulator.
+    #[serde(default)]
+    both: Vec<String>,
     /// Families of runs that look for it, in this order.
     #[serde(default = "swarm")]
     families: Vec<String>,
@@ -101,19 +104,20 @@ pub fn mutants(root: &Path, target: &Path, args: &MutantsArgs) -> Result<()> {
     let chosen: Vec<(usize, &Mutant)> = list
         .iter()
         .enumerate()
-        .filter(|(_, m)| args.only.as_ref().is_none_or(|o| m.name.contains(o)))
+        .filter(|(_, m)| args.only.is_empty() || args.only.iter().any(|only| m.name.contains(only)))
         .collect();
     let suites = place.suites(chosen.iter().flat_map(|(_, mutant)| &mutant.suites).collect())?;
     let mut rows = BTreeMap::new();
     let mut missed = 0;
-    for (number, mutant) in chosen {
+    for (at, mutant) in chosen {
         let begun = Instant::now();
+        let on = switched_on(&list, at)?;
         let found = match args.suites_only {
             true => None,
-            false => hunt(&place.binary, number + 1, mutant, args.seeds)?,
+            false => hunt(&place.binary, &on, mutant, args.seeds)?,
         };
         let caught = match found {
-            None => ask_suites(&suites, number + 1, mutant)?,
+            None => ask_suites(&suites, &on, mutant)?,
             caught => caught,
         };
         missed += usize::from(caught.is_none());
@@ -133,12 +137,31 @@ fn read(root: &Path) -> Result<Vec<Mutant>> {
     Ok(toml::from_str::<List>(&text).with_context(|| LIST.to_owned())?.mutant)
 }
 
+/// What the environment says for a mutant to be on: its number, or those of the ones it is made of.
+fn switched_on(list: &[Mutant], at: usize) -> Result<String> {
+    let number = |name: &String| {
+        let found = list.iter().position(|other| other.name == *name);
+        found.with_context(|| format!("mutant {}: there is no {name}", list[at].name))
+    };
+    let mut numbers: Vec<usize> = list[at].both.iter().map(number).collect::<Result<_>>()?;
+    if numbers.is_empty() {
+        numbers.push(at);
+    }
+    Ok(numbers.iter().map(|at| (at + 1).to_string()).collect::<Vec<_>>().join(","))
+}
+
 /// The sources that change, with every mutant behind its switch.
 fn mutate(root: &Path, list: &[Mutant]) -> Result<BTreeMap<String, String>> {
     let mut files: BTreeMap<String, String> = BTreeMap::new();
     for (number, mutant) in list.iter().enumerate() {
         let switch = format!("::protocol::mutant({})", number + 1);
-        for Edit { file, find, replace } in std::iter::once(&mutant.edit).chain(&mutant.also) {
+        ensure!(
+            mutant.edit.is_some() == mutant.both.is_empty(),
+            "mutant {}: either `file`, `find` and `replace`, or `both`",
+            mutant.name
+        );
+        switched_on(list, number)?;
+        for Edit { file, find, replace } in mutant.edit.iter().chain(&mutant.also) {
             if !files.contains_key(file) {
                 files.insert(file.clone(), fs::read_to_string(root.join(file))?);
             }
@@ -161,8 +184,9 @@ fn mutate(root: &Path, list: &[Mutant]) -> Result<BTreeMap<String, String>> {
 /// Whether this mutant is on.
 #[allow(clippy::all, clippy::disallowed_methods, clippy::disallowed_types)]
 pub fn mutant(number: u32) -> bool {{
-    static ON: std::sync::OnceLock<u32> = std::sync::OnceLock::new();
-    *ON.get_or_init(|| std::env::var("{VARIABLE}").ok().and_then(|n| n.parse().ok()).unwrap_or(0)) == number
+    static ON: std::sync::OnceLock<Vec<u32>> = std::sync::OnceLock::new();
+    let told = || std::env::var("{VARIABLE}").unwrap_or_default();
+    ON.get_or_init(|| told().split(',').filter_map(|n| n.parse().ok()).collect()).contains(&number)
 }}
 "#
     )?;
@@ -252,10 +276,10 @@ impl Suite {
     }
 
     /// The first test that fails with this mutant.
-    fn failing(&self, number: usize) -> Result<Option<String>> {
+    fn failing(&self, on: &str) -> Result<Option<String>> {
         let output = Command::new(&self.binary)
             .current_dir(&self.dir)
-            .env(VARIABLE, number.to_string())
+            .env(VARIABLE, on)
             .envs(MODEL_SEEDS)
             .output()
             .with_context(|| format!("cannot run {}", self.binary.display()))?;
@@ -269,14 +293,10 @@ impl Suite {
 }
 
 /// Whether tests of the crates see a mutant.
-fn ask_suites(
-    suites: &BTreeMap<String, Vec<Suite>>,
-    number: usize,
-    mutant: &Mutant,
-) -> Result<Option<Caught>> {
+fn ask_suites(suites: &BTreeMap<String, Vec<Suite>>, on: &str, mutant: &Mutant) -> Result<Option<Caught>> {
     for package in &mutant.suites {
         for suite in suites.get(package).into_iter().flatten() {
-            if let Some(test) = suite.failing(number)? {
+            if let Some(test) = suite.failing(on)? {
                 let family = format!("tests of `{package}`");
                 return Ok(Some(Caught { family, seeds: None, checker: format!("`{test}`") }));
             }
@@ -293,12 +313,12 @@ struct Caught {
 }
 
 /// Looks for a mutant, seed by seed.
-fn hunt(binary: &Path, number: usize, mutant: &Mutant, seeds: u64) -> Result<Option<Caught>> {
+fn hunt(binary: &Path, on: &str, mutant: &Mutant, seeds: u64) -> Result<Option<Caught>> {
     let mut tried = 0;
     for family in &mutant.families {
         let seeds = seeds.to_string();
         let mut run = Command::new(binary);
-        run.args(["--family", family, "--seeds", &seeds]).env(VARIABLE, number.to_string());
+        run.args(["--family", family, "--seeds", &seeds]).env(VARIABLE, on);
         let output = run.output().with_context(|| format!("cannot run {}", binary.display()))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let failed = text.lines().find_map(|line| line.strip_prefix("seed ")?.split_once(" FAILED: "));
