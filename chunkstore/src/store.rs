@@ -53,9 +53,13 @@ const FEW: usize = 16;
 
 /// Most log blocks of entries that wait to be applied, of so many replicas. Beyond the limit that is looked at
 /// before entries are taken (a lone one always is), what was applied waits again after a start, as far as
-/// the log does not tell of it yet.
-pub fn waiting_max(layout: &Layout, replicas: usize) -> usize {
+/// the log does not tell of it yet; with a catch-up under way a checkpoint tells of none of it, and all that the
+/// log holds may wait until that ends.
+pub fn waiting_max(layout: &Layout, replicas: usize, installing: bool) -> usize {
     let log_blocks = layout.log_blocks() as usize;
+    if installing {
+        return log_blocks;
+    }
     let untold =
         (log_blocks / HINT_SHARE).min(HINT_ENTRIES as usize * (ENTRY_BLOCKS_MAX + 1)) + ENTRY_BLOCKS_MAX + 1;
     let on_its_way = layout.batches_in_flight_max * layout.batch_blocks_max as usize;
@@ -222,12 +226,15 @@ impl<P: Payload> Store<P> {
     /// The blocks are the first ones of `payload`.
     ///
     /// # Panics
-    /// When payload, CRCs and record disagree in length, when an entry leaves a gap, or when the
-    /// copyset is unknown (or known already, for `Create`).
+    /// When payload, CRCs and record disagree in length, when an entry leaves a gap, when the
+    /// copyset is unknown (or known already, for `Create`), or when a catch-up ends that was not begun.
     pub fn stage(&mut self, record: Record, payload: Option<P>, crcs: &[u32]) {
         let blocks = crate::batch::payload_blocks(&record);
         assert_eq!(crcs.len(), blocks, "one CRC a payload block");
         assert!(payload.as_ref().map_or(0, Payload::blocks) >= blocks, "the payload holds the blocks");
+        if let Record::InstallEnd { copyset, .. } = record {
+            assert!(self.is_installing(copyset), "a catch-up ends once");
+        }
         self.last_stage = self.now;
         if matches!(record, Record::Create { .. }) {
             // Its LSN tells the records of an earlier replica of the same id from its own.
@@ -374,6 +381,10 @@ impl<P: Payload> Store<P> {
             }
             Some(_) => EntryPayload::NeedsLoad,
         }
+    }
+    /// Whether a chunk catch-up of the copyset was begun and has not ended.
+    pub fn is_installing(&self, copyset: CopysetId) -> bool {
+        self.copysets.get(&copyset).is_some_and(|c| c.installing)
     }
     /// The chunks of a copyset that hold (or held) data, in order.
     pub fn chunks_of(&self, copyset: CopysetId) -> Vec<ChunkId> {

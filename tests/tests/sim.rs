@@ -47,6 +47,16 @@ const ONCE_FAILED: &[(&str, u64, &str)] = &[
         "a leader whose checksums were lost refused for ever to fill another, and nobody read the blocks",
     ),
     ("swarm", 80_008, "a leader took a write for a volume of which its shard had told that nothing was left"),
+    (
+        "swarm",
+        90_413,
+        "a catch-up was begun over one whose end was on its way to the disk, without a word in the log",
+    ),
+    (
+        "swarm",
+        90_390,
+        "what was applied before a catch-up waited again after a start: more than the bound tells",
+    ),
     ("swarm", 50_061, "one sector of a table that could not be read was taken for the loss of all its pages"),
     ("full", 2, "two writes were promised the last slot: the log filled with blocks that had no place"),
     ("full", 31, "as full 2"),

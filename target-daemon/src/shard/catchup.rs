@@ -12,7 +12,7 @@
 use super::{Shard, Work};
 use crate::mem::Mems;
 use chunkstore::{Lsn, Payload, Record};
-use copyset::{Health, Replica, Role};
+use copyset::{Replica, Role};
 use protocol::peer::{Fetch, Fetched};
 use protocol::raft::Members;
 use protocol::types::{
@@ -81,13 +81,17 @@ impl Shard {
     pub(super) fn start_catch_up(&mut self, id: CopysetId, from: ShardAddr) {
         let now = self.now;
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
-        let under_way =
-            hosted.catch_up.as_ref().is_some_and(|c| c.from == from && now - c.progress < STALLED);
-        if under_way {
+        // One whose end is staged waits for the disk alone: for the store the replica is whole again, and nothing may
+        // be written over it without a new begin.
+        let under_way = |c: &CatchUp| {
+            matches!(c.phase, Phase::Writing { .. }) || c.from == from && now - c.progress < STALLED
+        };
+        if hosted.catch_up.as_ref().is_some_and(under_way) {
             return;
         }
         tracing::info!(copyset = id.0, ?from, "chunk catch-up begins");
-        if hosted.replica.health() != Health::Installing {
+        // The replica does not count until it has applied what its chunks may be ahead by; its store is whole before.
+        if !self.store.is_installing(id) {
             self.store.stage(Record::InstallBegin { copyset: id }, None, &[]);
             self.store.seal();
         }
@@ -115,7 +119,7 @@ impl Shard {
             hosted.catch_up = None;
             return;
         }
-        if now - catch_up.progress < STALLED {
+        if matches!(catch_up.phase, Phase::Writing { .. }) || now - catch_up.progress < STALLED {
             return self.catch_up_step(id);
         }
         let from = hosted.replica.leader().unwrap_or(catch_up.from);

@@ -604,7 +604,8 @@ impl Shard {
         let entries =
             self.hosted.values().map(|h| h.replica.last_index().0 - h.replica.floor().0.0).sum::<u64>();
         let behind = self.hosted.values().flat_map(|h| h.outboxes.values().map(|o| o.behind.len())).max();
-        let waiting_most = chunkstore::waiting_max(layout, replicas);
+        let installing = self.hosted.keys().any(|id| self.store.is_installing(*id));
+        let waiting_most = chunkstore::waiting_max(layout, replicas, installing);
         vec![
             Usage::new("requests under way", self.requests.len(), io::REQUESTS_MAX),
             // A request has up to three parts, each of which may need a read.

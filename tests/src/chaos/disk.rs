@@ -143,8 +143,8 @@ impl Disk {
         let _ = fs::remove_file(switch);
         let device = self.device.as_deref().context("attached")?;
         Run::new("umount").arg(self.folder.join("mnt")).ok()?;
-        // A file system that met errors says so until it is checked.
-        let _ = Run::new("fsck.ext4").args(["-p", device]).end();
+        // A file system that met errors turns read-only again unless all of them are mended.
+        let _ = Run::new("fsck.ext4").args(["-f", "-y", device]).end();
         self.mount()
     }
 
