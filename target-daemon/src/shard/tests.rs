@@ -388,50 +388,75 @@ fn a_follower_neither_keeps_nor_acknowledges_a_block_that_was_damaged_on_its_way
     assert_eq!((taken(&cluster), cluster.shard(1).counts().wire_corrupt), ((1, 1), 1), "it is sent again");
 }
 
-#[test]
-fn a_catch_up_is_not_taken_from_a_leader_that_has_applied_less() {
+/// Target 1, which has applied so much of what 2 led, alone with 3: a leader that has compacted its log, and has not yet
+/// applied all of what is committed in it.
+fn with_a_new_leader() -> (Cluster, LogIndex) {
     let mut cluster = Cluster::of(&[1, 2, 3]);
     cluster.elect(2);
     cluster.write(2, 0, CHUNK, 0, 1, b'a');
     cluster.pass(200);
     let applied = cluster.replica(1).applied_index();
-    let term = Term(cluster.replica(1).term().0 + 1);
-    let before = LogIndex(applied.0 - 1);
-    assert!(cluster.replica(1).entry(before).is_some(), "its log goes further back than its leader's floor");
-    // A new leader that has compacted its log, and has not yet applied all of what is committed in it.
     cluster.nodes.retain(|target, _| *target == 1);
-    let kind = Kind::Heartbeat {
-        round: Round { number: 1, sent_ns: 1 },
-        commit: LogIndex(0),
-        sleep: false,
-        install: Some(LogIndex(applied.0 + 9)),
-    };
-    let beat = PeerMessage::Raft { copyset: ID, message: Message { term, kind }, crcs: Vec::new() };
-    cluster.deliver(3, 1, beat, Mems::new());
-    cluster.settle();
-    let asks = |cluster: &Cluster| {
-        let fetches = cluster.heard.iter().filter_map(|(from, _, message, _)| match message {
+    (cluster, applied)
+}
+
+impl Cluster {
+    /// Target 3 tells, in a term of its own, that its log does not reach back to what target 1 lacks.
+    fn must_be_filled(&mut self, term: Term, install: LogIndex) {
+        let round = Round { number: 1, sent_ns: 1 };
+        let kind = Kind::Heartbeat { round, commit: LogIndex(0), sleep: false, install: Some(install) };
+        let beat = PeerMessage::Raft { copyset: ID, message: Message { term, kind }, crcs: Vec::new() };
+        self.deliver(3, 1, beat, Mems::new());
+        self.settle();
+    }
+    fn fetched(&mut self, fetched: Fetched) {
+        self.deliver(3, 1, PeerMessage::Fetched { copyset: ID, fetched }, Mems::new());
+        self.settle();
+    }
+    /// A leader's answer to the question for its chunks: it has none, and has applied so much.
+    fn fetched_begin(&mut self, index: LogIndex) {
+        let members = *self.replica(1).members();
+        let term = self.replica(1).entry(index).unwrap().term;
+        self.fetched(Fetched::Begin { index, term, members, fences: Vec::new(), chunks: Vec::new() });
+    }
+    /// What target 1 has asked for to be filled.
+    fn fetches(&self) -> Vec<Fetch> {
+        let fetches = self.heard.iter().filter_map(|(from, _, message, _)| match message {
             PeerMessage::Fetch { fetch, .. } if *from == 1 => Some(*fetch),
             _ => None,
         });
-        fetches.collect::<Vec<_>>()
-    };
-    assert_eq!(asks(&cluster), [Fetch::Begin]);
-    let begin = |index: LogIndex, cluster: &Cluster| {
-        let members = *cluster.replica(1).members();
-        let term = cluster.replica(1).entry(index).unwrap().term;
-        let fetched = Fetched::Begin { index, term, members, fences: Vec::new(), chunks: Vec::new() };
-        PeerMessage::Fetched { copyset: ID, fetched }
-    };
-    let behind = begin(before, &cluster);
-    cluster.deliver(3, 1, behind, Mems::new());
-    cluster.settle();
-    assert_eq!(asks(&cluster), [Fetch::Begin], "it would take back what was applied");
+        fetches.collect()
+    }
+}
+
+#[test]
+fn a_catch_up_is_not_taken_from_a_leader_that_has_applied_less() {
+    let (mut cluster, applied) = with_a_new_leader();
+    let before = LogIndex(applied.0 - 1);
+    assert!(cluster.replica(1).entry(before).is_some(), "its log goes further back than its leader's floor");
+    cluster.must_be_filled(Term(cluster.replica(1).term().0 + 1), LogIndex(applied.0 + 9));
+    assert_eq!(cluster.fetches(), [Fetch::Begin]);
+    cluster.fetched_begin(before);
+    assert_eq!(cluster.fetches(), [Fetch::Begin], "it would take back what was applied");
     assert_eq!(cluster.shard(1).chunks_of(ID), [CHUNK], "nothing is dropped either");
-    let level = begin(applied, &cluster);
-    cluster.deliver(3, 1, level, Mems::new());
-    cluster.settle();
-    assert_eq!(asks(&cluster), [Fetch::Begin, Fetch::End], "once it has applied as much");
+    cluster.fetched_begin(applied);
+    assert_eq!(cluster.fetches(), [Fetch::Begin, Fetch::End], "once it has applied as much");
+}
+
+/// Found by the simulator (swarm 90413).
+#[test]
+fn a_catch_up_that_begins_before_the_replica_counts_is_told_in_the_log() {
+    let (mut cluster, applied) = with_a_new_leader();
+    let term = Term(cluster.replica(1).term().0 + 1);
+    let ahead = LogIndex(applied.0 + 9);
+    cluster.must_be_filled(term, ahead);
+    cluster.fetched_begin(applied);
+    cluster.fetched(Fetched::End { index: ahead });
+    assert!(!cluster.shard(1).store.is_installing(ID), "a start finds it whole");
+    assert_eq!(cluster.replica(1).health(), Health::Installing, "its chunks may be ahead of its log");
+    cluster.must_be_filled(Term(term.0 + 1), ahead);
+    assert_eq!(cluster.fetches().last(), Some(&Fetch::Begin));
+    assert!(cluster.shard(1).store.is_installing(ID), "a start must not take what is half filled for whole");
 }
 
 #[test]
