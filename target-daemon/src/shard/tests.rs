@@ -162,6 +162,13 @@ impl Cluster {
         cluster.set_map(&map(1, targets, 0));
         cluster
     }
+    /// Three targets that target 1 leads; the volume is attached under epoch 1.
+    fn of_one_host() -> Self {
+        let mut cluster = Self::of(&[1, 2, 3]);
+        cluster.elect(1);
+        cluster.fence(1, 1);
+        cluster
+    }
     fn set_map(&mut self, map: &Arc<ClusterMap>) {
         let now = self.now;
         self.nodes.values_mut().for_each(|node| node.shard.set_map(map.clone(), now));
@@ -534,9 +541,7 @@ fn a_leader_goes_no_step_further_by_an_order_that_has_expired() {
 
 #[test]
 fn nothing_is_read_under_an_epoch_that_a_take_over_has_ended() {
-    let mut cluster = Cluster::of(&[1, 2, 3]);
-    cluster.elect(1);
-    cluster.fence(1, 1);
+    let mut cluster = Cluster::of_one_host();
     cluster.write(1, 1, CHUNK, 0, 1, b'a');
     cluster.fence(1, 2);
     let outcome = cluster.ask(1, 1, read(), Mems::new());
@@ -546,9 +551,7 @@ fn nothing_is_read_under_an_epoch_that_a_take_over_has_ended() {
 
 #[test]
 fn a_write_that_was_merged_while_a_fence_rose_is_not_proposed_behind_it() {
-    let mut cluster = Cluster::of(&[1, 2, 3]);
-    cluster.elect(1);
-    cluster.fence(1, 1);
+    let mut cluster = Cluster::of_one_host();
     cluster.write(1, 1, CHUNK, 0, 1, b'a');
     let part = cluster.data(1, 1, b'b');
     let crc = block_crc(&part.bytes()[..512]);
@@ -566,9 +569,7 @@ fn a_write_that_was_merged_while_a_fence_rose_is_not_proposed_behind_it() {
 
 #[test]
 fn a_new_epoch_sees_nothing_before_what_came_under_the_old_one_is_applied() {
-    let mut cluster = Cluster::of(&[1, 2, 3]);
-    cluster.elect(1);
-    cluster.fence(1, 1);
+    let mut cluster = Cluster::of_one_host();
     cluster.write(1, 1, CHUNK, 0, 1, b'a');
     cluster.loses = |_, _, message| matches!(message, PeerMessage::Raft { .. });
     let data = cluster.data(1, 1, b'b');
@@ -586,9 +587,7 @@ fn a_new_epoch_sees_nothing_before_what_came_under_the_old_one_is_applied() {
 
 #[test]
 fn a_replica_that_is_filled_chunk_by_chunk_knows_the_fences_too() {
-    let mut cluster = Cluster::of(&[1, 2, 3]);
-    cluster.elect(1);
-    cluster.fence(1, 1);
+    let mut cluster = Cluster::of_one_host();
     cluster.loses = |from, to, _| from == 3 || to == 3;
     cluster.fence(1, 2);
     let other = ChunkId { volume: VolumeId(2), index: 0 };
