@@ -64,6 +64,7 @@ struct Target {
     replicas: BTreeMap<CopysetId, (u16, Option<View>)>,
     /// Named by the map it has, so that it frees nothing of that.
     mapped: BTreeSet<CopysetId>,
+    known_generation: u64,
 }
 
 struct World {
@@ -165,6 +166,7 @@ impl World {
         let Some(mds) = &self.mds else { return };
         let map = mds.map().clone();
         for (id, target) in self.targets.iter_mut().filter(|(_, t)| t.up) {
+            target.known_generation = map.generation;
             target.mapped =
                 map.copysets.iter().filter(|(_, c)| has(&c.members, *id)).map(|(c, _)| *c).collect();
             for (copyset, entry) in map.copysets.iter().filter(|(_, c)| c.epoch == 0 && has(&c.members, *id))
@@ -302,7 +304,7 @@ impl World {
         let beat = Heartbeat {
             target: id,
             disk_uuid: Uuid([id.0 as u8; 16]),
-            known_generation: 0,
+            known_generation: self.targets[&id].known_generation,
             usage: Usage { capacity: 64 << 30, used: 0, formatted: 0 },
             replicas: self.targets[&id].replicas.iter().map(replica).collect(),
             freed: Vec::new(),

@@ -54,6 +54,11 @@ const ONCE_FAILED: &[(&str, u64, &str)] = &[
     ),
     (
         "swarm",
+        92_252,
+        "the vote of a replica went because its target's word, older than the replica, did not name it",
+    ),
+    (
+        "swarm",
         90_390,
         "what was applied before a catch-up waited again after a start: more than the bound tells",
     ),

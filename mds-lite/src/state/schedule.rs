@@ -299,19 +299,30 @@ impl State {
         there * 2 < self.targets.len()
     }
 
+    /// A target's word that it has no replica may be older than the replica. It counts only once the target knew the
+    /// newest map when it gave it, and not while the leader hears a replica there.
     fn note_missing(&mut self, now: Time) {
         let mut missing = BTreeMap::new();
         for (id, record) in &self.copysets {
             for member in &record.members {
-                let seen =
-                    self.seen.get(&member.target).filter(|s| s.reported && !s.replicas.contains_key(id));
-                if seen.is_some() {
-                    let key = (*id, member.target);
-                    missing.insert(key, self.schedule.missing.get(&key).copied().unwrap_or(now));
+                let Some(seen) = self.seen.get(&member.target) else { continue };
+                let lacks = seen.reported && !seen.replicas.contains_key(id);
+                if !lacks || self.is_heard(*id, member.target, now) {
+                    continue;
                 }
+                let key = (*id, member.target);
+                let knew = seen.known_generation >= self.counters.generation;
+                let since = self.schedule.missing.get(&key).copied().or(knew.then_some(now));
+                missing.extend(since.map(|since| (key, since)));
             }
         }
         self.schedule.missing = missing;
+    }
+
+    /// Whether a copyset's leader says that the replica of a target answers it.
+    fn is_heard(&self, id: CopysetId, target: TargetId, now: Time) -> bool {
+        let told = self.leading(id, now).and_then(|(_, replica)| replica.membership.as_ref());
+        told.is_some_and(|m| m.lags.iter().any(|lag| lag.target == target.0 && lag.alive))
     }
 
     /// A replica that will not come back by itself.

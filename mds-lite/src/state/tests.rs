@@ -707,7 +707,8 @@ fn full_beat(mds: &Mds, id: u32) -> Heartbeat {
         });
     }
     let usage = Usage { capacity: GIB, used: 0, formatted: 0 };
-    Heartbeat { replicas, usage, ..beat(id, &[]) }
+    let known_generation = mds.state.counters.generation;
+    Heartbeat { replicas, usage, known_generation, ..beat(id, &[]) }
 }
 
 /// Lets time pass, with heartbeats of these targets only.
@@ -800,6 +801,42 @@ fn a_replica_that_its_target_lost_is_built_elsewhere_and_never_while_the_old_one
         let task = pass_without_a_replica(&mut mds, id, &all);
         assert_eq!((task.why, task.to.map(|to| to.target)), (schedule::Why::Count, Some(TargetId(3))));
     }
+}
+
+/// The target's word may be older than the replica.
+#[test]
+fn a_replica_is_missing_only_if_its_leader_does_not_hear_it_and_its_target_knows_the_map() {
+    let mut mds = Mds::new(Policy::default());
+    (1..=3).for_each(|id| drop(mds.run(Command::Register(target(id, GIB))).unwrap()));
+    pass(&mut mds, 30, &[1, 2, 3]);
+    let led_by_1 = |entry: &CopysetEntry| entry.members[0].target.0 == 1;
+    let id = *mds.state.map.copysets.iter().find(|(_, entry)| led_by_1(entry)).unwrap().0;
+    let mut missing_for = |seconds: u64, alive: bool, knows: bool| {
+        for _ in 0..seconds {
+            mds.now = mds.now + Span::ms(1000);
+            for target in 1..=3 {
+                let mut beat = full_beat(&mds, target);
+                beat.replicas.retain(|r| target != 3 || r.copyset != id);
+                beat.known_generation -= u64::from(!knows);
+                if let Some(told) = beat.replicas.iter_mut().find(|r| r.copyset == id)
+                    && let Some(membership) = &mut told.membership
+                {
+                    let lag = |target| pb::PeerLag { target, alive, ..pb::PeerLag::default() };
+                    membership.lags = [2, 3].map(lag).to_vec();
+                }
+                mds.run(Command::Heartbeat(beat)).unwrap();
+            }
+            mds.run(Command::Tick { unix_s: 0 }).unwrap();
+        }
+        mds.state.task(id).is_some()
+    };
+    assert!(!missing_for(100, true, true), "the leader hears it");
+    assert!(
+        !missing_for(100, false, false),
+        "it does not know the newest map, which may have brought the replica"
+    );
+    assert!(!missing_for(50, false, true), "only from now on");
+    assert!(missing_for(20, false, true));
 }
 
 #[test]
