@@ -3,7 +3,7 @@
 //! Invariants: LSNs are given in the order of staging and framed in that order; a batch never
 //! spans segments; durable means this batch and all before it.
 
-use crate::api::{FileId, Layout, Lsn, Piece, Record};
+use crate::api::{FileId, LOG_SEGMENTS_MIN, Layout, Lsn, Piece, Record};
 use crate::batch::{self, Head, Logged};
 use protocol::types::{BLOCK_BYTES, Time};
 use smallvec::SmallVec;
@@ -183,9 +183,9 @@ impl<P: Clone> Log<P> {
         let here = self.usable().saturating_sub(self.block).saturating_sub(most);
         (whole + here).saturating_sub(self.closed_blocks + self.open.blocks())
     }
-    /// Segments kept free. One in short logs, where two would leave too little.
+    /// Segments kept free. One as long as the log is being formatted, where two would leave too little.
     pub(crate) fn reserve(&self) -> u32 {
-        if self.ready < 6 { 1 } else { 2 }
+        if self.ready < LOG_SEGMENTS_MIN { 1 } else { 2 }
     }
     /// Blocks of all segments that are there.
     pub(crate) fn ready_blocks(&self) -> usize {

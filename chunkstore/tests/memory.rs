@@ -220,15 +220,17 @@ fn catch_up_in_a_full_log(count: u16, a_batch: u64) {
 /// The catch-up takes whatever room it is given, operation by operation, while what waits is being copied.
 #[test]
 fn a_catch_up_leaves_room_for_the_copies_that_are_still_to_be_made() {
-    for (count, piece) in [(COUNT, 1), (COUNT, COUNT), (1, 1), (1, COUNT)] {
-        for seed in 0..3 {
-            greedy_catch_up(count, piece, &mut Rng(seed));
+    for log_segments in [LOG_SEGMENTS_MIN, 7, 12] {
+        for (count, piece) in [(COUNT, 1), (COUNT, COUNT), (1, 1), (1, COUNT)] {
+            for seed in 0..3 {
+                greedy_catch_up(log_segments, count, piece, &mut Rng(seed));
+            }
         }
     }
 }
 
-fn greedy_catch_up(count: u16, piece: u16, rng: &mut Rng) {
-    let layout = Layout { ram_blocks_max: 1, ..small_layout() };
+fn greedy_catch_up(log_segments: u32, count: u16, piece: u16, rng: &mut Rng) {
+    let layout = Layout { log_segments, ram_blocks_max: 1, ..small_layout() };
     let mut rig = Rig::new(&layout);
     rig.pass(2000);
     rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);

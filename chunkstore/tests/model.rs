@@ -133,7 +133,7 @@ impl World {
         }
         if hard {
             layout.table_cache_max = 1 + rng.below(2) as usize;
-            layout.log_segments = 4 + rng.below(3) as u32;
+            layout.log_segments = LOG_SEGMENTS_MIN + rng.below(3) as u32;
             layout.flush_in_flight_max = 1 + rng.below(4) as usize;
             layout.batches_in_flight_max = 1 + rng.below(4) as usize;
             layout.ram_blocks_max = rng.below(64) as usize;

@@ -272,7 +272,7 @@ mod tests {
         let path = dir.path();
         let text = format!(
             "id = 4\ndir = {:?}\nmds = [\"127.0.0.1:1\"]\ncapacity_bytes = 1073741824\n\
-             [log]\nsegment_bytes = 16777216\nsegments = 4\n\
+             [log]\nsegment_bytes = 16777216\nsegments = 6\n\
              [listen]\npeer = [\"127.0.0.1:2\"]\nadmin = \"127.0.0.1:3\"\nmetrics = \"127.0.0.1:4\"\n",
             path.display().to_string()
         );

@@ -4,6 +4,7 @@
 //! names the file, the line, the likely cause and the fix. Sizes are in bytes, times carry their
 //! unit in the key. Deliberately absent: defaults for what names a target or its data.
 
+use chunkstore::LOG_SEGMENTS_MIN;
 use protocol::control::{Problem, ProblemKind};
 use protocol::types::{CHUNK_BYTES, ENTRY_BYTES_MAX, TargetId};
 use serde::{Deserialize, Serialize};
@@ -17,8 +18,6 @@ pub const ARENA_BYTES_MIN: u64 = 4 << 20;
 pub const LOG_SEGMENT_BYTES_MIN: u64 = 1 << 20;
 /// The largest log segment: 256 MiB, since a start reads a segment at once.
 pub const LOG_SEGMENT_BYTES_MAX: u64 = 256 << 20;
-/// The fewest log segments: one being filled, one being recycled, two between.
-pub const LOG_SEGMENTS_MIN: u32 = 4;
 
 /// Everything that `target.toml` says.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -317,7 +316,7 @@ impl TargetConfig {
         }
         if segments < LOG_SEGMENTS_MIN {
             let fix = format!("use {LOG_SEGMENTS_MIN} or more");
-            return refuse("segments", segments, "the log could not be recycled while it is written", &fix);
+            return refuse("segments", segments, "a log full of what waits could not be recycled", &fix);
         }
         Ok(())
     }
