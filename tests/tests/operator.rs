@@ -251,6 +251,12 @@ fn p99_ms(told: &str) -> anyhow::Result<f64> {
     Ok(all.iter().sum::<f64>() / all.len() as f64 / 1e6)
 }
 
+/// The middle one; there is one at least.
+fn median(mut of: Vec<f64>) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of[of.len() / 2]
+}
+
 /// fio on four volumes at once, through two targets that live, for so many seconds.
 fn on_four(cluster: &Several, args: &[&str]) -> Run {
     let mut run =
@@ -297,7 +303,9 @@ fn lose_and_drain(cluster: &mut Several) -> anyhow::Result<()> {
         let steady = ["--rw=randwrite", "--bs=4k", "--iodepth=2", "--rate_iops=100", "--verify_backlog=512"];
         on_four(cluster, &[&steady[..], &["--time_based", size, &runtime]].concat())
     };
-    let before = p99_ms(&load(cluster, by_length(8, 30)).ok()?.stdout)?;
+    // Before and during the rebuild alike: runs of 2 s, of which the first IOs are a part.
+    let p99 = |cluster: &Several| -> anyhow::Result<f64> { p99_ms(&load(cluster, 2).ok()?.stdout) };
+    let before = median((0..by_length(5, 15)).map(|_| p99(cluster)).collect::<anyhow::Result<_>>()?);
     let filled = |cluster: &Several| -> anyhow::Result<f64> {
         let pages = (0..4).map(|n| cluster.metrics(n)).collect::<anyhow::Result<Vec<_>>>()?;
         Ok(pages.iter().map(|page| metrics::sum(page, "ashlar_catch_up_blocks_total") * 4096.0).sum())
@@ -331,20 +339,20 @@ fn lose_and_drain(cluster: &mut Several) -> anyhow::Result<()> {
     };
     while let Err(error) = whole(cluster, &[5]) {
         ensure!(killed.elapsed() < by_length(150, 600) * SECOND, "not whole again: {error:#}");
-        during.push(p99_ms(&load(cluster, 2).ok().context("IO failed during the rebuild")?.stdout)?);
+        during.push(p99(cluster).context("IO failed during the rebuild")?);
     }
     let (rebuilt, bytes) = (began.elapsed().as_secs_f64(), filled(cluster)? - already);
     let worst = during.iter().copied().fold(0.0, f64::max);
-    during.sort_by(f64::total_cmp);
-    let median = during.get(during.len() / 2).copied().unwrap_or(before);
+    let runs = during.len();
+    let during = if during.is_empty() { before } else { median(during) };
     eprintln!(
         "whole again {:.1?} after the kill; rebuilt {:.0} MiB in {rebuilt:.1} s: {:.1} MiB/s. p99 of writes: \
-         {before:.1} ms before, {median:.1} ms during (median of {} runs of 2 s; the worst {worst:.1} ms): {:.2} times",
+         {before:.1} ms before, {during:.1} ms during (medians of runs of 2 s, {runs} of them; the worst {worst:.1} ms): \
+         {:.2} times",
         killed.elapsed(),
         bytes / 1048576.0,
         bytes / 1048576.0 / rebuilt,
-        during.len(),
-        median / before
+        during / before
     );
     ensure!(bytes > 0.0, "nothing was filled");
     let mut fio = load(cluster, by_length(12, 40)).spawn()?;

@@ -245,9 +245,11 @@ impl Fleet {
         self.start(target)
     }
 
-    /// A target is lost for good.
+    /// A target is lost for good, maybe while its power is off.
     pub fn lose(&mut self, target: usize) {
-        self.crash(target);
+        if self.is_up(target) {
+            self.crash(target);
+        }
         self.lost.insert(target);
     }
 
