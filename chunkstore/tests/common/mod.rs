@@ -242,6 +242,16 @@ impl Rig {
             self.events.push(event);
         }
     }
+    /// Completes writes of the log until there are none; other operations do not end.
+    pub fn write_log(&mut self) {
+        self.drain();
+        while let Some(at) = self.ops.iter().position(|op| {
+            matches!(op, Op::Write { file: FileId::Log(_), .. } | Op::Create { file: FileId::Log(_), .. })
+        }) {
+            self.complete(at);
+            self.drain();
+        }
+    }
     /// Completes the operation at a place.
     pub fn complete(&mut self, at: usize) {
         let op = self.ops.swap_remove(at);
