@@ -7,7 +7,7 @@
 use crate::chaos::net::{self, HUB, Net};
 use crate::cluster::{binary, machine_lock, scratch_dir, wait_until};
 use crate::metrics;
-use crate::tools::{Run, in_path};
+use crate::tools::{Run, in_path, inside};
 use anyhow::{Context, ensure};
 use bench::dev::tail;
 use nix::fcntl::Flock;
@@ -280,8 +280,9 @@ impl Several {
         let program = if matches!(part, Part::Etcd(_)) { "etcd".as_ref() } else { self.bin.as_path() };
         match &self.net {
             Some(net) => {
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", &net.name(self.shape.at(part))]).arg(program);
+                let [enter, place] = inside(&net.name(self.shape.at(part)));
+                let mut command = Command::new(enter);
+                command.arg(place).arg(program);
                 command
             }
             None => Command::new(program),

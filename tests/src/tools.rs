@@ -43,6 +43,13 @@ pub struct Ran {
     pub stderr: String,
 }
 
+/// What comes before a command to run it in a network namespace. `ip netns exec` would give it mounts of its own, which
+/// keep a file system in use, errors and all, that is unmounted elsewhere.
+#[must_use]
+pub fn inside(netns: &str) -> [String; 2] {
+    ["nsenter".into(), format!("--net=/run/netns/{netns}")]
+}
+
 /// A command under way, with files that take its output.
 #[derive(Debug)]
 pub struct Running {
@@ -76,8 +83,7 @@ impl Run {
     /// Lets it run in a network namespace.
     #[must_use]
     pub fn inside(mut self, netns: impl AsRef<str>) -> Self {
-        let before = ["ip", "netns", "exec", netns.as_ref()].map(OsString::from);
-        self.words.splice(0..0, before);
+        self.words.splice(0..0, inside(netns.as_ref()).map(OsString::from));
         self
     }
 

@@ -144,7 +144,8 @@ impl Disk {
         let device = self.device.as_deref().context("attached")?;
         Run::new("umount").arg(self.folder.join("mnt")).ok()?;
         // A file system that met errors turns read-only again unless all of them are mended.
-        let _ = Run::new("fsck.ext4").args(["-f", "-y", device]).end();
+        let mended = Run::new("fsck.ext4").args(["-f", "-y", device]).end()?;
+        ensure!(mended.code.is_some_and(|code| code < 4), "{device} is not mended: {mended:?}");
         self.mount()
     }
 

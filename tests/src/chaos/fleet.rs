@@ -4,7 +4,7 @@ use super::disk::{self, Disk};
 use super::net::{HUB, MDS, Net, address};
 use super::{Options, nemesis::Storage};
 use crate::cluster::wait_until;
-use crate::tools::{LONG_LIMIT, Run};
+use crate::tools::{LONG_LIMIT, Run, inside};
 use anyhow::{Context, ensure};
 use bench::dev::tail;
 use nix::sys::signal::{Signal, kill};
@@ -141,8 +141,9 @@ impl Fleet {
     /// # Errors
     /// It cannot be started.
     pub fn launch(&mut self, host: usize) -> anyhow::Result<()> {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.net.name(host)]).arg(&self.bin);
+        let [enter, place] = inside(&self.net.name(host));
+        let mut command = Command::new(enter);
+        command.arg(place).arg(&self.bin);
         if host == MDS {
             let listen = format!("{}:{MDS_PORT}", address(MDS));
             command.args(["mds", "run", "--listen", &listen, "--dir"]).arg(self.dir.join("mds"));
