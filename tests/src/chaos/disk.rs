@@ -102,7 +102,7 @@ impl Disk {
     }
 
     fn detach(&mut self) {
-        let _ = Run::new("umount").arg(self.folder.join("mnt")).end();
+        self.unmount();
         if let Some(device) = self.device.take() {
             let _ = Run::new("losetup").args(["--detach", &device]).end();
         }
@@ -111,6 +111,18 @@ impl Disk {
             let _ = helper.wait();
         }
         let _ = Run::new("umount").args(["--lazy", "--quiet"]).arg(self.folder.join("fuse/disk")).end();
+    }
+
+    /// The kernel ends the operations of a killed target after its process has gone, and holds the file system until then.
+    fn unmount(&self) {
+        let gone = || {
+            let ran = Run::new("umount").arg(self.folder.join("mnt")).end();
+            ran.is_ok_and(|ran| ran.code == Some(0) || ran.stderr.contains("not mounted"))
+        };
+        let begin = Instant::now();
+        while !gone() && begin.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// The power fails: what was not flushed is lost. The target must be dead.
@@ -142,7 +154,7 @@ impl Disk {
         }
         let _ = fs::remove_file(switch);
         let device = self.device.as_deref().context("attached")?;
-        Run::new("umount").arg(self.folder.join("mnt")).ok()?;
+        self.unmount();
         // A file system that met errors turns read-only again unless all of them are mended.
         let mended = Run::new("fsck.ext4").args(["-f", "-y", device]).end()?;
         ensure!(mended.code.is_some_and(|code| code < 4), "{device} is not mended: {mended:?}");
