@@ -54,9 +54,12 @@ pub struct Identity {
     pub shard: u16,
 }
 
-/// Fewest log segments. Two of the log are kept free for what must be copied forward so that a segment can be
-/// recycled; with only one, a log full of entries that wait for the end of a catch-up stays full for good.
+/// Fewest log segments of a new disk. Two of the log are kept free for what must be copied forward so that a segment
+/// can be recycled; with only one, a log full of entries that wait for the end of a catch-up stays full for good. Disks
+/// from before have [`LOG_SEGMENTS_ONCE`] or more, and are opened.
 pub const LOG_SEGMENTS_MIN: u32 = 6;
+/// Fewest log segments that a disk was ever formatted with.
+const LOG_SEGMENTS_ONCE: u32 = 4;
 
 /// Sizes and limits. Those under "fixed" are written to the superblock at format time and read
 /// back at recovery; the others may change from start to start.
@@ -64,7 +67,7 @@ pub const LOG_SEGMENTS_MIN: u32 = 6;
 pub struct Layout {
     /// Fixed: bytes of a log segment, a multiple of 4 KiB.
     pub segment_bytes: u32,
-    /// Fixed: log segments, at least [`LOG_SEGMENTS_MIN`].
+    /// Fixed: log segments, at least [`LOG_SEGMENTS_MIN`] when it is formatted.
     pub log_segments: u32,
     /// Fixed: chunk slots of a chunk file, 1 to 256.
     pub slots_per_file: u32,
@@ -161,7 +164,7 @@ impl Layout {
             }
             // Recovery reads a segment at once.
             () if self.segment_bytes > 256 << 20 => Some("segment_bytes is above 256 MiB"),
-            () if self.log_segments < LOG_SEGMENTS_MIN => Some("log_segments is below 6"),
+            () if self.log_segments < LOG_SEGMENTS_ONCE => Some("log_segments is below 4"),
             () if self.log_segments > 4096 => Some("log_segments is above 4096"),
             () if self.segment_blocks() < 4 * batch => {
                 Some("a log segment must hold four batches of batch_blocks_max")

@@ -183,7 +183,8 @@ impl<P: Clone> Log<P> {
         let here = self.usable().saturating_sub(self.block).saturating_sub(most);
         (whole + here).saturating_sub(self.closed_blocks + self.open.blocks())
     }
-    /// Segments kept free. One as long as the log is being formatted, where two would leave too little.
+    /// Segments kept free. One as long as the log is being formatted, and in the short ones of old disks, where two would
+    /// leave too little.
     pub(crate) fn reserve(&self) -> u32 {
         if self.ready < LOG_SEGMENTS_MIN { 1 } else { 2 }
     }

@@ -73,7 +73,8 @@ pub fn format<M: Media + ?Sized>(
     layout: &Layout,
     identity: &Identity,
 ) -> Result<(), FormatError> {
-    if let Some(problem) = layout.problem() {
+    let short = (layout.log_segments < LOG_SEGMENTS_MIN).then_some("a new log has 6 segments at least");
+    if let Some(problem) = layout.problem().or(short) {
         return Err(FormatError::Layout(problem));
     }
     let at = |file| move |error| FormatError::Io(file, error);

@@ -82,3 +82,18 @@ pub(crate) fn read<M: Media + ?Sized>(
     }
     Ok(Err(why))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_with_the_short_logs_of_before_are_opened_though_none_is_made_any_more() {
+        let before = Layout { log_segments: 4, ..Layout::default() };
+        let block = encode(&before, &Identity::default());
+        let (layout, _) = decode(&block, &Layout::default()).expect("it was valid once");
+        assert_eq!(layout.log_segments, 4, "as the disk has it");
+        let never = encode(&Layout { log_segments: 3, ..before }, &Identity::default());
+        assert_eq!(decode(&never, &Layout::default()).err(), Some("log_segments is below 4"));
+    }
+}

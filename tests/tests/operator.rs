@@ -8,6 +8,7 @@ use ashlar_tests::cluster::{DevCluster, wait_until, with_cluster};
 use ashlar_tests::metrics;
 use ashlar_tests::several::{Part, Several, Shape};
 use ashlar_tests::tools::{LONG_LIMIT, Run, by_length, fio_verify, have};
+use bench::report::median;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -251,12 +252,6 @@ fn p99_ms(told: &str) -> anyhow::Result<f64> {
     Ok(all.iter().sum::<f64>() / all.len() as f64 / 1e6)
 }
 
-/// The middle one; there is one at least.
-fn median(mut of: Vec<f64>) -> f64 {
-    of.sort_by(f64::total_cmp);
-    of[of.len() / 2]
-}
-
 /// fio on four volumes at once, through two targets that live, for so many seconds.
 fn on_four(cluster: &Several, args: &[&str]) -> Run {
     let mut run =
@@ -305,7 +300,8 @@ fn lose_and_drain(cluster: &mut Several) -> anyhow::Result<()> {
     };
     // Before and during the rebuild alike: runs of 2 s, of which the first IOs are a part.
     let p99 = |cluster: &Several| -> anyhow::Result<f64> { p99_ms(&load(cluster, 2).ok()?.stdout) };
-    let before = median((0..by_length(5, 15)).map(|_| p99(cluster)).collect::<anyhow::Result<_>>()?);
+    let runs = (0..by_length(5, 15)).map(|_| p99(cluster));
+    let before = median(runs.collect::<anyhow::Result<Vec<_>>>()?);
     let filled = |cluster: &Several| -> anyhow::Result<f64> {
         let pages = (0..4).map(|n| cluster.metrics(n)).collect::<anyhow::Result<Vec<_>>>()?;
         Ok(pages.iter().map(|page| metrics::sum(page, "ashlar_catch_up_blocks_total") * 4096.0).sum())

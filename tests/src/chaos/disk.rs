@@ -5,6 +5,7 @@
 //! cut that loses un-synced writes. Without nbdkit or nbdfuse the loop device lies on a plain file, and
 //! those two faults are skipped.
 
+use crate::cluster::wait_until;
 use crate::tools::Run;
 use anyhow::{Context, ensure};
 use std::fs;
@@ -101,8 +102,9 @@ impl Disk {
         Run::new("mount").arg(device).arg(self.folder.join("mnt")).ok().map(drop)
     }
 
-    fn detach(&mut self) {
-        self.unmount();
+    /// Ends whatever there is, though parts of it fail; whether the file system could be unmounted.
+    fn detach(&mut self) -> anyhow::Result<()> {
+        let unmounted = self.unmount();
         if let Some(device) = self.device.take() {
             let _ = Run::new("losetup").args(["--detach", &device]).end();
         }
@@ -111,18 +113,17 @@ impl Disk {
             let _ = helper.wait();
         }
         let _ = Run::new("umount").args(["--lazy", "--quiet"]).arg(self.folder.join("fuse/disk")).end();
+        unmounted
     }
 
-    /// The kernel ends the operations of a killed target after its process has gone, and holds the file system until then.
-    fn unmount(&self) {
-        let gone = || {
-            let ran = Run::new("umount").arg(self.folder.join("mnt")).end();
-            ran.is_ok_and(|ran| ran.code == Some(0) || ran.stderr.contains("not mounted"))
-        };
-        let begin = Instant::now();
-        while !gone() && begin.elapsed() < Duration::from_secs(10) {
-            std::thread::sleep(Duration::from_millis(50));
-        }
+    /// The kernel ends the operations of a killed target after its process has gone, and holds the file system until
+    /// then.
+    fn unmount(&self) -> anyhow::Result<()> {
+        wait_until(Duration::from_secs(10), || {
+            let ran = Run::new("umount").arg(self.folder.join("mnt")).end()?;
+            ensure!(ran.code == Some(0) || ran.stderr.contains("not mounted"), "{}", ran.stderr);
+            Ok(())
+        })
     }
 
     /// The power fails: what was not flushed is lost. The target must be dead.
@@ -135,7 +136,7 @@ impl Disk {
         for helper in &mut self.helpers {
             let _ = helper.kill();
         }
-        self.detach();
+        self.detach()?;
         self.attach()?;
         // ext4 replays its journal.
         self.mount()
@@ -154,7 +155,7 @@ impl Disk {
         }
         let _ = fs::remove_file(switch);
         let device = self.device.as_deref().context("attached")?;
-        self.unmount();
+        self.unmount()?;
         // A file system that met errors turns read-only again unless all of them are mended.
         let mended = Run::new("fsck.ext4").args(["-f", "-y", device]).end()?;
         ensure!(mended.code.is_some_and(|code| code < 4), "{device} is not mended: {mended:?}");
@@ -181,7 +182,7 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        self.detach();
+        let _ = self.detach();
     }
 }
 
