@@ -3,8 +3,10 @@
 //!
 //! An order is a goal, not a step: the same one comes with every heartbeat until reports show it done, so
 //! each may be lost or come twice. The leader walks towards its goal one change at a time: add as a
-//! learner, wait until that has caught up, let it vote, take the vote of who leaves. It stops when the
-//! order has expired: an MDS that has not renewed one may rely on nobody following it any more.
+//! learner, wait until that has caught up, let it vote, take the vote of who leaves. Each follows as soon
+//! as the one before is committed: with a voter more and one of them dead, writes wait for all the others.
+//! It stops when the order has expired: an MDS that has not renewed one may rely on nobody following it
+//! any more.
 //!
 //! Invariants: only a copyset's own log changes its membership; a replica is freed only when the map does
 //! not name it any more (which is on disk here before the shard sees it, so that no restart makes it anew
@@ -52,6 +54,15 @@ pub enum OrderKind {
 pub struct Goal {
     voters: Vec<ShardAddr>,
     until: Time,
+    /// Where the step under way is in the log.
+    step: Option<LogIndex>,
+}
+
+impl Goal {
+    /// Whether a commit up to here ends the step under way; said once.
+    pub(super) fn is_next(&mut self, up_to: LogIndex) -> bool {
+        self.step.take_if(|step| *step <= up_to).is_some()
+    }
 }
 
 /// The next step from a membership to the voters that are wanted.
@@ -79,7 +90,8 @@ impl Shard {
                 OrderKind::Host { .. } => {}
                 OrderKind::Voters(voters) => {
                     if let Some(hosted) = self.hosted.get_mut(&id) {
-                        hosted.goal = Some(Goal { voters: voters.clone(), until: order.until });
+                        let step = hosted.goal.take().and_then(|goal| goal.step);
+                        hosted.goal = Some(Goal { voters: voters.clone(), until: order.until, step });
                         self.pursue(id);
                     }
                 }
@@ -105,7 +117,7 @@ impl Shard {
         let (me, now) = (self.settings.me.target, self.now);
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
         let leads = hosted.replica.role() == Role::Leader;
-        let Some(goal) = hosted.goal.take().filter(|goal| leads && now < goal.until) else { return };
+        let Some(mut goal) = hosted.goal.take().filter(|goal| leads && now < goal.until) else { return };
         let lags: Vec<Lag> = hosted.replica.lags().collect();
         let step = next_step(hosted.replica.members(), &goal.voters, &lags, me);
         let done = match step {
@@ -114,6 +126,7 @@ impl Shard {
             Step::HandOver(to) => hosted.replica.transfer_leadership(to, now),
             Step::Change(members) => hosted.replica.change_members(members, now).map(|index| {
                 tracing::info!(copyset = id.0, index = index.0, ?members, "membership changes");
+                goal.step = Some(index);
             }),
         };
         match done {

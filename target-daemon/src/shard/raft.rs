@@ -165,6 +165,7 @@ impl Shard {
             hosted.gate.reached(up_to, self.store.fences(id));
         }
         hosted.replica.applied(up_to);
+        let next_step = hosted.goal.as_mut().is_some_and(|goal| goal.is_next(up_to));
         for (request, kept) in done.drain(..) {
             if kept {
                 self.part_done(request);
@@ -173,6 +174,9 @@ impl Shard {
             }
         }
         self.done = done;
+        if next_step {
+            self.pursue(id);
+        }
     }
 
     /// Leadership lost: what was not proposed goes back at once; what was proposed is answered

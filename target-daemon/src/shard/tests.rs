@@ -540,6 +540,22 @@ fn a_leader_goes_no_step_further_by_an_order_that_has_expired() {
 }
 
 #[test]
+fn a_dead_voter_leaves_as_soon_as_the_newcomer_votes() {
+    let mut cluster = Cluster::empty(&[1, 2, 3, 4]);
+    cluster.set_map(&map(1, &[1, 2, 3], 0));
+    cluster.elect(1);
+    cluster.loses = |from, to, _| from == 3 || to == 3;
+    cluster.order(4, OrderKind::Host { shard: 0 }, Span::ms(5000));
+    cluster.order(1, OrderKind::Voters(all(&[1, 2, 4])), Span::ms(5000));
+    for _ in 0..100 {
+        cluster.pass(10);
+        let voters = cluster.replica(1).members().voters().count();
+        assert_eq!(voters, 3, "a write waits for three of four, one of them dead");
+    }
+    assert_eq!(cluster.replica(1).members().voters().collect::<Vec<_>>(), all(&[1, 2, 4]));
+}
+
+#[test]
 fn nothing_is_read_under_an_epoch_that_a_take_over_has_ended() {
     let mut cluster = Cluster::of_one_host();
     cluster.write(1, 1, CHUNK, 0, 1, b'a');
