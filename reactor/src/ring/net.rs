@@ -206,11 +206,23 @@ pub(super) fn new_socket(addr: &Addr) -> io::Result<OsSocket> {
 /// Options of every TCP socket; accepted ones inherit them from their listener.
 fn tune_tcp(socket: &OsSocket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
+    leave_pacer(socket);
     let keepalive = TcpKeepalive::new()
         .with_time(Duration::from_secs(10))
         .with_interval(Duration::from_secs(3))
         .with_retries(3);
     socket.set_tcp_keepalive(&keepalive)
+}
+
+/// Where BBR is the system's congestion control, this socket takes another one. BBR sends at the rate it
+/// has seen lately; after small messages alone that is low, and the next burst, with all that is
+/// behind it, waits for up to 70 ms on a link that could take it at once (docs/performance.md).
+pub(super) fn leave_pacer(socket: &OsSocket) {
+    if socket.tcp_congestion().is_ok_and(|name| name.starts_with(b"bbr")) {
+        // Cubic may ask for CAP_NET_ADMIN; reno is in every kernel and for everybody. Without either
+        // it works all the same.
+        let _ = [&b"cubic"[..], b"reno"].iter().find(|name| socket.set_tcp_congestion(name).is_ok());
+    }
 }
 
 fn set_syn_retries(socket: &OsSocket) {

@@ -346,6 +346,23 @@ fn an_adopted_listener_accepts_though_it_came_non_blocking() {
 }
 
 #[test]
+fn no_socket_is_paced_by_what_was_sent_before() {
+    let listener = net::listen_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+    let near = net::new_socket(&Addr::Tcp("127.0.0.1:1".parse().unwrap())).unwrap();
+    near.connect(&listener.local_addr().unwrap()).unwrap();
+    let far = listener.accept().unwrap().0;
+    for socket in [&listener, &near, &far] {
+        assert!(!socket.tcp_congestion().unwrap().starts_with(b"bbr"));
+    }
+    // Where the system's default is another one, the same with sockets that were given BBR.
+    if near.set_tcp_congestion(b"bbr").is_err() {
+        return eprintln!("no BBR here");
+    }
+    net::leave_pacer(&near);
+    assert!(!near.tcp_congestion().unwrap().starts_with(b"bbr"));
+}
+
+#[test]
 fn a_wake_from_another_thread_ends_a_sleep() {
     let mut rig = Rig::new();
     let waker = rig.ring.waker();
