@@ -193,9 +193,9 @@ fn default_arena() -> u64 {
 fn default_spin() -> u32 {
     50
 }
-/// At this a TiB is filled in nine hours by one shard, by twenty in half an hour.
+/// At this a TiB is filled in fifteen hours by one shard, by twenty in three quarters of an hour.
 fn default_catch_up() -> u64 {
-    32 << 20
+    20 << 20
 }
 
 impl Default for Log {

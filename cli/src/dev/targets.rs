@@ -68,7 +68,7 @@ fn config(
         lose_all_at_exit: plan.shape.memory,
         host: Host::default(),
         spin_us_max: 200,
-        catch_up_bytes_s: 32 << 20,
+        catch_up_bytes_s: 20 << 20,
         listen,
         // Half of the default: a restart reads the log, and dev clusters are killed for fun.
         log: Log { segment_bytes: 32 << 20, ..Log::default() },
