@@ -15,6 +15,7 @@ pub mod fio;
 pub mod first;
 pub mod goals;
 pub mod idle;
+pub mod metrics;
 pub mod micro;
 pub mod model;
 pub mod nvme;

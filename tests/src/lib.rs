@@ -18,7 +18,7 @@ pub mod cluster;
 pub mod damage;
 pub mod delay;
 pub mod fuzz;
-pub mod metrics;
+pub use bench::metrics;
 pub mod nbd;
 pub mod register;
 pub mod several;

@@ -2,6 +2,7 @@
 
 use crate::cluster::SETTLE_LIMIT;
 use crate::dev::{DevFile, DevOptions, DevProcess};
+use crate::metrics;
 use crate::process;
 use crate::run::measure::Subject;
 use crate::run::target::Target;
@@ -46,6 +47,16 @@ impl Cluster {
     /// See [`DevFile::read`].
     pub fn targets(&self) -> anyhow::Result<Vec<i32>> {
         Ok(self.file()?.targets.iter().map(|target| target.pid).collect())
+    }
+
+    /// Bytes that the targets have written to their logs.
+    ///
+    /// # Errors
+    /// A target does not tell.
+    pub fn log_bytes(&self) -> anyhow::Result<f64> {
+        let targets = self.file()?.targets;
+        let pages = targets.iter().map(|target| metrics::fetch(&target.metrics));
+        pages.map(|page| Ok(metrics::sum(&page?, "ashlar_log_bytes_total"))).sum()
     }
 
     /// Waits until what was written is flushed.
