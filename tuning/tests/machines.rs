@@ -116,6 +116,18 @@ fn tcp_buffers_are_never_lowered() {
 }
 
 #[test]
+fn bbr_gives_way_to_what_the_kernel_has_and_nothing_else_does() {
+    let wanted = |text, profile| {
+        let found = findings(text, profile).into_iter().find(|f| f.tuner == "tcp-congestion");
+        found.expect("looked at").item.change.map(|change| change.new)
+    };
+    assert_eq!(wanted(VM, Profile::Latency).as_deref(), Some("cubic"));
+    assert_eq!(wanted(SERVER, Profile::Throughput).as_deref(), Some("reno"));
+    assert_eq!(wanted(LAPTOP, Profile::Latency), None, "it has cubic already");
+    assert_eq!(wanted(VM, Profile::Dev), None);
+}
+
+#[test]
 fn a_starting_target_names_what_costs_it_and_the_command_that_mends_it() {
     let (tree, facts) = parsed(SERVER);
     let lines = start::lines_of(&Machine { tree: &tree, facts: &facts, profile: Profile::Latency });

@@ -158,6 +158,23 @@ pub static TUNERS: &[Tuner] = &[
         inspect: tcp_buffers,
     },
     Tuner {
+        name: "tcp-congestion",
+        family: "network",
+        mode: Mode::Apply,
+        severity: Severity::Recommended,
+        what: "that new TCP connections are not paced by BBR",
+        why: "BBR sends at the rate it has seen lately, which is low after small messages: a large write that \
+              follows waits for tens of milliseconds. Ashlar's own sockets leave BBR by themselves; those of hosts, \
+              as of the kernel's NVMe initiator, do not",
+        risk: "connections over long, lossy ways are slower by cubic",
+        places: &["/proc/sys/net/ipv4/tcp_congestion_control"],
+        default: "cubic instead of BBR, or reno where the kernel has no cubic; any other as it is (dev: as it is)",
+        reboot: GONE_AT_REBOOT,
+        sources: &["kernel: Documentation/networking/ip-sysctl.rst", "docs/performance.md"],
+        at_start: false,
+        inspect: |machine| vec![tcp_congestion(machine)],
+    },
+    Tuner {
         name: "mtu",
         family: "network",
         mode: Mode::Report,
@@ -281,6 +298,15 @@ fn tcp_buffers(machine: &Machine<'_>) -> Vec<Item> {
         }
     };
     vec![maximum("rmem_max"), maximum("wmem_max"), triple("tcp_rmem"), triple("tcp_wmem")]
+}
+
+fn tcp_congestion(machine: &Machine<'_>) -> Item {
+    let file = |name: &str| format!("/proc/sys/net/ipv4/{name}");
+    let paced = machine.text(&file("tcp_congestion_control")).is_some_and(|now| now.starts_with("bbr"));
+    let there = machine.text(&file("tcp_available_congestion_control")).unwrap_or_default();
+    let wanted = if there.split_whitespace().any(|name| name == "cubic") { "cubic" } else { "reno" };
+    let when = paced && machine.profile != Profile::Dev;
+    machine.setting_when(when, "", &file("tcp_congestion_control"), Form::Words, wanted)
 }
 
 fn mtu(machine: &Machine<'_>) -> Vec<Item> {
