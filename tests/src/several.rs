@@ -298,13 +298,21 @@ impl Several {
         std::fs::read_to_string(self.log(part)).unwrap_or_default()
     }
 
-    /// Sends a signal.
+    /// Sends a signal. After SIGSTOP, waits until every thread stands: one thread takes the signal and stops the
+    /// others, which on busy processors takes long enough to answer another request.
     ///
     /// # Errors
-    /// It does not run.
+    /// It does not run, or does not stop.
     pub fn signal(&self, part: Part, signal: Signal) -> anyhow::Result<()> {
         let child = self.processes[self.shape.at(part)].as_ref().with_context(|| part.name())?;
-        Ok(kill(Pid::from_raw(child.id() as i32), signal)?)
+        kill(Pid::from_raw(child.id() as i32), signal)?;
+        if signal == Signal::SIGSTOP {
+            wait_until(Duration::from_secs(10), || {
+                ensure!(all_threads_stand(child.id())?, "{} does not stop", part.name());
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     /// Kills a process by SIGKILL.
@@ -403,4 +411,17 @@ fn post(address: &str, path: &str) -> anyhow::Result<Value> {
     // The body may come in chunks; it is one object.
     let (from, to) = (body.find('{').context("no object")?, body.rfind('}').context("no object")?);
     Ok(serde_json::from_str(&body[from..=to])?)
+}
+
+/// Whether all threads of a process are stopped by a signal.
+fn all_threads_stand(pid: u32) -> anyhow::Result<bool> {
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
+        // The name before the state may hold anything, brackets too.
+        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        if state != Some('T') {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

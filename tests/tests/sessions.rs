@@ -140,7 +140,8 @@ fn a_stopped_gateway_goes_on(cluster: &Several) -> anyhow::Result<()> {
     });
     cluster.signal(Part::Target(2), Signal::SIGCONT)?;
     let mut new = wrote?;
-    ensure!(old.answer(late)?.0 == EPERM, "the late write was not refused");
+    let told = old.answer(late)?.0;
+    ensure!(told == EPERM, "the late write was not refused but answered by {told}");
     ensure!(new.read(0, 4096)? == Ok(block(7)), "the late write took effect");
 
     cluster.ashlar(&["volume", "detach", "vol0", "--holder", "c"]).ok()?;
