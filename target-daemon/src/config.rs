@@ -193,9 +193,12 @@ fn default_arena() -> u64 {
 fn default_spin() -> u32 {
     50
 }
-/// At this a TiB is filled in fifteen hours by one shard, by twenty in three quarters of an hour.
+/// How fast a shard's replicas are filled unless the file says otherwise, in bytes a second. Hosts hardly notice
+/// (docs/performance.md); a TiB takes one shard fifteen hours, twenty of them three quarters of an hour.
+pub const CATCH_UP_BYTES_S: u64 = 20 << 20;
+
 fn default_catch_up() -> u64 {
-    20 << 20
+    CATCH_UP_BYTES_S
 }
 
 impl Default for Log {

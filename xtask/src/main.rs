@@ -45,7 +45,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Run the unit tests of the cores under miri, which finds undefined behaviour (nightly needed).
+    /// Run tests of reactor and protocol under miri, which finds undefined behaviour (nightly needed).
     Miri,
     /// Check which crate uses which, and the rules on unsafe and on file headers.
     Arrows,

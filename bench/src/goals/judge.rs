@@ -21,7 +21,7 @@ pub struct Facts {
     pub after_idle: Option<AfterIdle>,
     /// The same of the raw file.
     pub raw_after_idle: Option<AfterIdle>,
-    /// Bytes to the disk for each 4 KiB write: until the acknowledgement, and in all.
+    /// Bytes to the disk for each 4 KiB write: for the logs, and in all.
     pub disk_bytes: Option<(f64, f64)>,
     /// Seconds of sustained writes, and their IOPS.
     pub sustained: Option<(f64, f64)>,

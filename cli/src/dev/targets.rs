@@ -8,7 +8,7 @@ use super::record::replace;
 use super::shape::TargetPorts;
 use crate::problem::Problem;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use target_daemon::config::{Export, Host, Listen, Log, Raft, Store, TargetConfig};
+use target_daemon::config::{CATCH_UP_BYTES_S, Export, Host, Listen, Log, Raft, Store, TargetConfig};
 use target_daemon::identity::Identity;
 
 /// Room for the volume and for as much again, at least this much. Disk space is taken only
@@ -68,7 +68,7 @@ fn config(
         lose_all_at_exit: plan.shape.memory,
         host: Host::default(),
         spin_us_max: 200,
-        catch_up_bytes_s: 20 << 20,
+        catch_up_bytes_s: CATCH_UP_BYTES_S,
         listen,
         // Half of the default: a restart reads the log, and dev clusters are killed for fun.
         log: Log { segment_bytes: 32 << 20, ..Log::default() },
