@@ -5,7 +5,8 @@
 //! `spin_us_max`, halved whenever it was in vain and restored when a sleep turns out shorter
 //! than the spin would have been; so an idle core never spins.
 //!
-//! Ops on files go to the kernel in groups of eight as they come, and never behind a send.
+//! Ops on files go to the kernel in groups of eight as they come, and never behind a send. A turn brings what was
+//! received first, since it may be more work for the disk, and at most eight reads from the disk.
 //!
 //! Invariants: an op's slot keeps its address and has at most one entry in the kernel; memory
 //! that the kernel may touch is owned by a slot until its completion was reaped.
@@ -28,7 +29,9 @@ use std::time::Duration;
 use io_uring::{IoUring, opcode, squeue, types};
 use protocol::types::Time;
 
-use crate::api::{Addr, Completion, Disk, File, IoError, Listener, Op, OpenOptions, Reactor, Stats, Waker};
+use crate::api::{
+    Addr, Completion, Disk, File, IoError, Listener, Op, OpenOptions, Output, Reactor, Stats, Waker,
+};
 use crate::arena::Arena;
 use crate::clock::monotonic_now;
 use crate::disk::HostDisk;
@@ -45,6 +48,9 @@ const ENTER_GETEVENTS: u32 = 1;
 /// Ops on files that are submitted at once, before the turn that brings them has seen all it has: a
 /// disk that is told of 32 reads together also answers them together, and then idles.
 const FILE_GROUP: u32 = 8;
+/// Reads of files that a turn brings at most. A disk that ends 32 together would else have them all answered by one send,
+/// with the client idle until then and the disk until the client has asked again.
+const TURN_READS_MAX: usize = 8;
 /// Reads under way with which it is worth watching for completions instead of sleeping, at most.
 const SPIN_READS_MAX: u32 = 4;
 /// Longest registered buffer the kernel takes: 1 GiB.
@@ -90,8 +96,8 @@ pub struct Ring {
     queue: VecDeque<u32>,
     /// Ops on files in the submission queue.
     files_unsubmitted: u32,
-    /// Completions that needed no kernel, or were taken off it early.
-    done: Vec<Completion>,
+    /// Completions to be handed out, what was received in front.
+    done: VecDeque<Completion>,
     reaped: Vec<(u64, i32)>,
     /// Slots handed to the kernel and not yet reaped.
     in_kernel: u32,
@@ -138,7 +144,7 @@ impl Ring {
             free_slots: Vec::new(),
             queue: VecDeque::new(),
             files_unsubmitted: 0,
-            done: Vec::new(),
+            done: VecDeque::new(),
             reaped: Vec::new(),
             in_kernel: 0,
             reads_in_kernel: 0,
@@ -333,6 +339,20 @@ impl Ring {
         }
     }
 
+    /// What has completed, but of reads from the disk only so many that their answers leave early.
+    fn hand_out(&mut self, completions: &mut Vec<Completion>) {
+        let most = if self.memory.is_none() { TURN_READS_MAX } else { usize::MAX };
+        let mut reads = 0;
+        let count = self.done.iter().take_while(|done| {
+            reads += usize::from(matches!(done.result, Ok(Output::Read(_))));
+            reads <= most
+        });
+        let count = count.count();
+        self.stats.completions += count as u64;
+        self.stats.in_flight -= count as u32;
+        completions.extend(self.done.drain(..count));
+    }
+
     /// One round: submit, and wait if there is nothing to do.
     fn round(&mut self, deadline: Option<Time>) {
         self.fill();
@@ -392,9 +412,7 @@ impl Reactor for Ring {
             }
         }
         self.waker.clear();
-        self.stats.completions += self.done.len() as u64;
-        self.stats.in_flight -= self.done.len() as u32;
-        completions.append(&mut self.done);
+        self.hand_out(completions);
         if let Some(aside) = &mut self.aside {
             aside.look(monotonic_now());
         }

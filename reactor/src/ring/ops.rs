@@ -95,7 +95,7 @@ impl Ring {
             None => op,
             Some(memory) => match in_memory(memory, op) {
                 InMemory::Done(result, buf, bufs) => {
-                    return self.done.push(Completion { token, result, buf, bufs });
+                    return self.done.push_back(Completion { token, result, buf, bufs });
                 }
                 InMemory::Other(op) => op,
             },
@@ -414,12 +414,16 @@ impl Ring {
             buf: slot.buf.take(),
             bufs: std::mem::take(&mut slot.bufs),
         };
-        self.done.push(completion);
+        if matches!(completion.result, Ok(Output::Received(_))) {
+            self.done.push_front(completion);
+        } else {
+            self.done.push_back(completion);
+        }
         self.release(index);
     }
 
     pub(super) fn complete_plain(&mut self, token: u64, result: Result<Output, IoError>) {
-        self.done.push(Completion { token, result, buf: None, bufs: IoList::new() });
+        self.done.push_back(Completion { token, result, buf: None, bufs: IoList::new() });
     }
 
     fn release(&mut self, index: u32) {

@@ -452,3 +452,37 @@ fn dropping_a_ring_with_ops_outstanding_gives_their_memory_back() {
     drop(rig);
     assert_eq!(arena.used_blocks(), 0);
 }
+
+#[test]
+fn what_was_received_comes_before_reads_that_ended_together_and_those_a_few_at_a_time() {
+    let mut rig = Rig::new();
+    let (_dir, file) = temp_file(&mut rig, true);
+    rig.ok(Op::Allocate { file, offset: 0, bytes: 1 << 20 });
+    let listener = rig.ring.listen("127.0.0.1:0".parse().unwrap()).unwrap();
+    let accept = rig.submit(Op::Accept { listener });
+    let Addr::Tcp(addr) = rig.ring.listener_addr(listener).unwrap() else { panic!() };
+    let mut client = std::net::TcpStream::connect(addr).unwrap();
+    let Ok(Output::Accepted { socket, .. }) = rig.wait(accept).result else { panic!() };
+    let buf = rig.buf(1, 0);
+    let receive = rig.submit(Op::Recv { socket, buf, from: 0, to: 1 });
+    rig.turn(Time(0));
+    let reads: Vec<u64> = (0..20)
+        .map(|_| {
+            let buf = rig.buf(1, 0);
+            rig.submit(Op::ReadAt { file, offset: 0, buf, bytes: 4096 })
+        })
+        .collect();
+    rig.ring.submit_now();
+    std::thread::sleep(Duration::from_millis(50));
+    std::io::Write::write_all(&mut client, &[1]).unwrap();
+
+    let mut turns: Vec<Vec<u64>> = Vec::new();
+    let count = |turn: &Vec<u64>| turn.iter().filter(|token| reads.contains(token)).count();
+    while turns.iter().map(count).sum::<usize>() < reads.len() {
+        let mut completions = Vec::new();
+        rig.ring.turn(Some(Time(0)), &mut completions);
+        turns.push(completions.into_iter().map(|done| done.token).collect());
+    }
+    assert_eq!(turns.iter().flatten().next(), Some(&receive), "{turns:?}");
+    assert!(turns.iter().all(|turn| count(turn) <= TURN_READS_MAX), "{turns:?}");
+}
