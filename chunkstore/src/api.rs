@@ -374,6 +374,9 @@ pub enum Piece<P> {
     },
 }
 
+/// What is written by one operation, in order.
+pub type Pieces<P> = SmallVec<[Piece<P>; 4]>;
+
 impl<P> Piece<P> {
     /// Length in blocks.
     pub fn blocks(&self) -> usize {
@@ -398,7 +401,7 @@ pub enum Op<P> {
         /// Byte offset, a multiple of 4 KiB.
         offset: u64,
         /// What.
-        pieces: SmallVec<[Piece<P>; 4]>,
+        pieces: Pieces<P>,
         /// Complete only when durable (RWF_DSYNC).
         dsync: bool,
     },

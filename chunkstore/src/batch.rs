@@ -52,12 +52,11 @@ pub(crate) fn header_blocks(record_slots: usize, payload_blocks: usize) -> u32 {
     bytes.div_ceil(BLOCK_BYTES) as u32
 }
 
-/// The header blocks; fills in `head.header_blocks` and `head.crc`.
-pub(crate) fn encode(head: &mut Head, records: &[u8], crcs: &[u32]) -> Vec<u8> {
+/// Appends the header blocks to `out`, which is empty; fills in `head.header_blocks` and `head.crc`.
+pub(crate) fn encode(head: &mut Head, records: &[u8], crcs: &[u32], out: &mut Vec<u8>) {
     head.header_blocks = header_blocks(records.len() / SLOT_BYTES, crcs.len()) as u16;
     head.record_slots = (records.len() / SLOT_BYTES) as u32;
     assert!(u32::from(head.header_blocks) <= HEADER_BLOCKS_MAX && head.payload_blocks as usize == crcs.len());
-    let mut out = Vec::with_capacity(usize::from(head.header_blocks) * BLOCK_BYTES);
     out.u64(MAGIC);
     out.u16(VERSION);
     out.u16(head.header_blocks);
@@ -77,9 +76,8 @@ pub(crate) fn encode(head: &mut Head, records: &[u8], crcs: &[u32]) -> Vec<u8> {
     for crc in crcs {
         out.u32(*crc);
     }
-    pad_to_block(&mut out);
-    head.crc = fill_crc(&mut out, CRC_AT);
-    out
+    pad_to_block(out);
+    head.crc = fill_crc(out, CRC_AT);
 }
 
 /// A header whose checksum is right, at the front of `bytes` (which reach to the end of the segment).

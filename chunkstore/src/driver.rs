@@ -18,7 +18,7 @@ impl<P: Payload> Store<P> {
         if due || (!self.hints.is_empty() && self.log.has_work()) {
             self.stage_hints(due);
         }
-        if let Some(framed) = self.log.frame(due) {
+        if let Some(framed) = self.log.frame(due, &mut self.spares) {
             let pending = Pending::Batch { lsn: framed.lsn, blocks: framed.blocks };
             let ticket = self.ticket(framed.file, pending);
             self.stats.batches += 1;

@@ -23,6 +23,9 @@ const WRITE_BLOCKS_MAX: usize = 256;
 /// Blocks of a job at most: 2 MiB, so that the 16 KiB of table pages that it writes weigh little.
 const JOB_BLOCKS_MAX: usize = 512;
 
+/// Lists of items that keep their memory: as many as there are jobs.
+const SPARE_ITEMS_MAX: usize = 16;
+
 struct Item<P> {
     block: u16,
     lsn: u64,
@@ -53,6 +56,10 @@ struct Job<P> {
 pub(crate) struct Flush<P> {
     jobs: BTreeMap<ChunkId, Job<P>>,
     ops: VecDeque<Op<P>>,
+    /// Of jobs that have ended, empty.
+    spare_items: Vec<Vec<Item<P>>>,
+    /// Of the items that are looked at now.
+    runs: Vec<(usize, usize)>,
     pub in_flight: usize,
     /// Chunks to be flushed in this round, oldest first.
     pub queue: VecDeque<ChunkId>,
@@ -67,6 +74,8 @@ impl<P> Default for Flush<P> {
         Self {
             jobs: BTreeMap::new(),
             ops: VecDeque::new(),
+            spare_items: Vec::new(),
+            runs: Vec::new(),
             in_flight: 0,
             queue: VecDeque::new(),
             slotless: VecDeque::new(),
@@ -78,6 +87,13 @@ impl<P> Default for Flush<P> {
 impl<P: Payload> Flush<P> {
     pub(crate) fn busy(&self) -> bool {
         !self.jobs.is_empty()
+    }
+    /// A job's items have done their work; their list has not.
+    fn keep(&mut self, mut items: Vec<Item<P>>) {
+        if self.spare_items.len() < SPARE_ITEMS_MAX {
+            items.clear();
+            self.spare_items.push(items);
+        }
     }
     pub(crate) fn next_op(&mut self, most: usize) -> Option<Op<P>> {
         if self.in_flight >= most {
@@ -107,17 +123,19 @@ impl<P: Payload> Store<P> {
     fn start_job(&mut self, chunk: ChunkId) {
         let items = self.eligible(chunk);
         if items.is_empty() {
-            return;
+            return self.flush.keep(items);
         }
         let state = self.chunks.get_mut(&chunk).expect("has an overlay");
         let slot = match state.slot {
             Some(slot) => slot,
             None if items.iter().all(|i| i.crc == 0) => {
                 self.drop_items(chunk, &items);
+                self.flush.keep(items);
                 return self.queue_rest(chunk);
             }
             None => {
                 let Some(slot) = self.pool.take(chunk, state.copyset, self.log.durable) else {
+                    self.flush.keep(items);
                     return self.flush.slotless.push_back(chunk);
                 };
                 state.slot = Some(slot);
@@ -140,23 +158,28 @@ impl<P: Payload> Store<P> {
     }
 
     /// Blocks of a chunk that the round wants in their slot, as many as a job may have.
-    fn eligible(&self, chunk: ChunkId) -> Vec<Item<P>> {
-        let Some(state) = self.chunks.get(&chunk) else { return Vec::new() };
-        let wanted = |b: &OverlayBlock<P>| {
-            self.round.wants(state.copyset, b.lsn, b.index) && self.may_flush(state.copyset, b)
-        };
-        let blocks = state.overlay.iter().filter(|(_, b)| wanted(b));
-        blocks
-            .take(self.job_blocks_max())
-            .map(|(block, b)| Item {
-                block,
-                lsn: b.lsn,
-                index: b.index,
-                at: b.at,
-                crc: b.crc,
-                data: b.ram.clone(),
-            })
-            .collect()
+    fn eligible(&mut self, chunk: ChunkId) -> Vec<Item<P>> {
+        let mut items = self.flush.spare_items.pop().unwrap_or_default();
+        items.extend(self.wanted(chunk).take(self.job_blocks_max()).map(|(block, b)| Item {
+            block,
+            lsn: b.lsn,
+            index: b.index,
+            at: b.at,
+            crc: b.crc,
+            data: b.ram.clone(),
+        }));
+        items
+    }
+
+    fn wanted(&self, chunk: ChunkId) -> impl Iterator<Item = (u16, &OverlayBlock<P>)> {
+        let blocks = self.chunks.get(&chunk).into_iter().flat_map(|state| {
+            let of_state = move |(block, over)| (state.copyset, block, over);
+            state.overlay.iter().map(of_state)
+        });
+        let wanted = blocks.filter(|(copyset, _, b)| {
+            self.round.wants(*copyset, b.lsn, b.index) && self.may_flush(*copyset, b)
+        });
+        wanted.map(|(_, block, over)| (block, over))
     }
 
     /// The job's current stage has nothing outstanding: on to the next.
@@ -191,14 +214,16 @@ impl<P: Payload> Store<P> {
 
     fn load_items(&mut self, chunk: ChunkId) {
         let job = self.flush.jobs.get_mut(&chunk).expect("in progress");
-        let runs = runs(
+        let mut runs = std::mem::take(&mut self.flush.runs);
+        find_runs(
+            &mut runs,
             &job.items,
             ENTRY_BLOCKS_MAX,
             |i| i.crc != 0 && i.data.is_none(),
             |one, two| one.lsn == two.lsn && one.at + 1 == two.at,
         );
         let mut begun = 0;
-        for (first, count) in runs {
+        for (first, count) in runs.drain(..) {
             let item = &self.flush.jobs[&chunk].items[first];
             let Some((segment, block)) = self.log.place(item.lsn, item.at) else {
                 let (block, lsn, crc) = (item.block, item.lsn, item.crc);
@@ -212,6 +237,7 @@ impl<P: Payload> Store<P> {
             self.flush.ops.push_back(Op::Read { ticket, file: FileId::Log(segment), offset, blocks: count });
             begun += 1;
         }
+        self.flush.runs = runs;
         self.await_job(chunk, begun);
     }
 
@@ -267,15 +293,19 @@ impl<P: Payload> Store<P> {
     fn write_items(&mut self, chunk: ChunkId) {
         let job = self.flush.jobs.get(&chunk).expect("in progress");
         let (file, base) = self.layout.data_place(job.slot);
-        let runs = runs(&job.items, WRITE_BLOCKS_MAX, |i| i.crc != 0, |one, two| one.block + 1 == two.block);
+        let mut runs = std::mem::take(&mut self.flush.runs);
+        let follows = |one: &Item<P>, two: &Item<P>| one.block + 1 == two.block;
+        find_runs(&mut runs, &job.items, WRITE_BLOCKS_MAX, |i| i.crc != 0, follows);
         let begun = runs.len();
-        for (first, count) in runs {
+        for (first, count) in runs.drain(..) {
             let items = &self.flush.jobs[&chunk].items[first..first + count];
             let offset = base + u64::from(items[0].block) * BLOCK_BYTES as u64;
-            let pieces = pieces(items);
+            let mut pieces = self.spares.pieces();
+            add_pieces(&mut pieces, items);
             self.flush_write(chunk, file, offset, pieces);
             self.stats.flushed_blocks += count as u64;
         }
+        self.flush.runs = runs;
         if begun > 0 {
             self.chunks.get_mut(&chunk).expect("has a slot").flushes += 1;
             self.touch_slot(chunk);
@@ -289,7 +319,7 @@ impl<P: Payload> Store<P> {
         self.round.touch(self.layout.data_place(slot).0);
     }
 
-    fn flush_write(&mut self, chunk: ChunkId, file: FileId, offset: u64, pieces: SmallVec<[Piece<P>; 4]>) {
+    fn flush_write(&mut self, chunk: ChunkId, file: FileId, offset: u64, pieces: Pieces<P>) {
         let ticket = self.ticket(file, Pending::JobWrite { chunk });
         self.flush.ops.push_back(Op::Write { ticket, file, offset, pieces, dsync: false });
     }
@@ -310,14 +340,15 @@ impl<P: Payload> Store<P> {
         }
         let table = self.tables.get(slot).expect("pinned");
         let (file, base) = self.layout.table_place(slot);
-        let mut writes = Vec::new();
+        let mut writes: SmallVec<[(u64, Vec<u8>); PAGES]> = SmallVec::new();
         for page in (0..PAGES).filter(|p| touched[*p]) {
             let pages = &mut self.pool.get_mut(slot).expect("lives").pages;
             // The copy that the last checkpoint relies on is never overwritten.
             let (bit, copy) = (1u8 << page, usize::from(pages.durable >> page & 1 == 0));
             pages.seq[page] += 1;
             pages.current = pages.current & !bit | if copy == 1 { bit } else { 0 };
-            let bytes = encode_page(table, page, chunk, generation, pages.seq[page]);
+            let mut bytes = self.spares.bytes();
+            encode_page(table, page, chunk, generation, pages.seq[page], &mut bytes);
             writes.push((base + ((copy * COPY_STRIDE + page) * BLOCK_BYTES) as u64, bytes));
         }
         let begun = writes.len();
@@ -343,13 +374,14 @@ impl<P: Payload> Store<P> {
             return;
         }
         self.drop_items(chunk, &job.items);
+        self.flush.keep(job.items);
         self.free_if_empty(chunk, job.slot);
         self.queue_rest(chunk);
     }
 
     /// What a job had no room for is the next one's.
     fn queue_rest(&mut self, chunk: ChunkId) {
-        if !self.eligible(chunk).is_empty() {
+        if self.wanted(chunk).next().is_some() {
             self.flush.queue.push_back(chunk);
         }
     }
@@ -357,12 +389,10 @@ impl<P: Payload> Store<P> {
     fn drop_items(&mut self, chunk: ChunkId, items: &[Item<P>]) {
         let Some(state) = self.chunks.get_mut(&chunk) else { return };
         let before = state.overlay.counted();
-        for item in items {
-            let same = |b: &OverlayBlock<P>| b.lsn == item.lsn && b.index == item.index && b.crc == item.crc;
-            if state.overlay.get(item.block).is_some_and(same) {
-                state.overlay.remove(item.block);
-            }
-        }
+        let same = |item: &Item<P>, b: &OverlayBlock<P>| {
+            b.lsn == item.lsn && b.index == item.index && b.crc == item.crc
+        };
+        state.overlay.remove_same(items, |item| item.block, same);
         self.overlaid.change(before, state.overlay.counted());
         self.tidy_chunk(chunk);
     }
@@ -384,14 +414,14 @@ impl<P: Payload> Store<P> {
     }
 }
 
-/// Runs (first, count) of the items that are `wanted`, as long as each `follows` the one before.
-fn runs<T>(
+/// Finds runs (first, count) of the items that are `wanted`, as long as each `follows` the one before.
+fn find_runs<T>(
+    runs: &mut Vec<(usize, usize)>,
     items: &[T],
     most: usize,
     wanted: impl Fn(&T) -> bool,
     follows: impl Fn(&T, &T) -> bool,
-) -> Vec<(usize, usize)> {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
+) {
     for (at, item) in items.iter().enumerate().filter(|(_, i)| wanted(i)) {
         match runs.last_mut() {
             Some((first, count))
@@ -402,12 +432,10 @@ fn runs<T>(
             _ => runs.push((at, 1)),
         }
     }
-    runs
 }
 
-/// The data of consecutive blocks, runs of one payload put together.
-fn pieces<P: Payload>(items: &[Item<P>]) -> SmallVec<[Piece<P>; 4]> {
-    let mut out: SmallVec<[Piece<P>; 4]> = SmallVec::new();
+/// Adds the data of consecutive blocks, runs of one payload put together.
+fn add_pieces<P: Payload>(out: &mut Pieces<P>, items: &[Item<P>]) {
     for item in items {
         let (data, at) = item.data.as_ref().expect("loaded");
         if let Some(Piece::Payload { payload, first, count }) = out.last_mut()
@@ -419,5 +447,4 @@ fn pieces<P: Payload>(items: &[Item<P>]) -> SmallVec<[Piece<P>; 4]> {
         }
         out.push(Piece::Payload { payload: data.clone(), first: *at, count: 1 });
     }
-    out
 }

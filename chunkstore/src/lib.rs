@@ -22,6 +22,7 @@ mod preformat;
 mod read;
 mod recover;
 mod round;
+mod spares;
 mod store;
 mod superblock;
 mod table;

@@ -3,10 +3,10 @@
 //! Invariants: LSNs are given in the order of staging and framed in that order; a batch never
 //! spans segments; durable means this batch and all before it.
 
-use crate::api::{FileId, LOG_SEGMENTS_MIN, Layout, Lsn, Piece, Record};
+use crate::api::{FileId, LOG_SEGMENTS_MIN, Layout, Lsn, Piece, Pieces, Record};
 use crate::batch::{self, Head, Logged};
+use crate::spares::Spares;
 use protocol::types::{BLOCK_BYTES, Time};
-use smallvec::SmallVec;
 use std::collections::VecDeque;
 
 /// A batch that is not framed yet.
@@ -20,6 +20,12 @@ pub(crate) struct OpenBatch<P> {
 impl<P> OpenBatch<P> {
     fn new() -> Self {
         Self { slots: Vec::new(), records: 0, crcs: Vec::new(), payload: Vec::new() }
+    }
+    fn clear(&mut self) {
+        self.slots.clear();
+        self.records = 0;
+        self.crcs.clear();
+        self.payload.clear();
     }
     fn blocks(&self) -> u32 {
         batch::header_blocks(self.slots.len() / batch::SLOT_BYTES, self.crcs.len()) + self.crcs.len() as u32
@@ -55,7 +61,7 @@ pub(crate) struct Framed<P> {
     pub lsn: u64,
     pub file: FileId,
     pub offset: u64,
-    pub pieces: SmallVec<[Piece<P>; 4]>,
+    pub pieces: Pieces<P>,
     pub blocks: u32,
     pub records: u32,
 }
@@ -63,6 +69,9 @@ pub(crate) struct Framed<P> {
 /// Payload blocks that make a batch worth writing beside one in flight: fewer wait for its end, and share a header
 /// block and a synced write.
 const NEXT_BLOCKS_MIN: usize = 8;
+
+/// Batches that keep their memory for the next ones.
+const SPARE_BATCHES_MAX: usize = 8;
 
 /// The writer.
 pub(crate) struct Log<P> {
@@ -84,6 +93,8 @@ pub(crate) struct Log<P> {
     open_lsn: u64,
     open: OpenBatch<P>,
     closed: VecDeque<OpenBatch<P>>,
+    /// Empty, to be filled again.
+    spare: Vec<OpenBatch<P>>,
     closed_blocks: u32,
     in_flight: VecDeque<bool>,
     pub durable: u64,
@@ -113,6 +124,7 @@ impl<P: Clone> Log<P> {
             open_lsn: durable + 1,
             open: OpenBatch::new(),
             closed: VecDeque::new(),
+            spare: Vec::new(),
             closed_blocks: 0,
             in_flight: VecDeque::new(),
             durable,
@@ -168,7 +180,7 @@ impl<P: Clone> Log<P> {
     /// Ends the batch being filled, if it holds anything: what is staged next gets a higher LSN.
     pub(crate) fn close(&mut self) {
         if self.open.records > 0 {
-            let batch = std::mem::replace(&mut self.open, OpenBatch::new());
+            let batch = self.take_open();
             self.closed_blocks += batch.blocks();
             self.closed.push_back(batch);
             self.open_lsn += 1;
@@ -229,7 +241,7 @@ impl<P: Clone> Log<P> {
         !self.closed.is_empty() || self.open.records > 0
     }
     /// Frames the next batch if there is something to write and room in flight.
-    pub(crate) fn frame(&mut self, seal_due: bool) -> Option<Framed<P>> {
+    pub(crate) fn frame(&mut self, seal_due: bool, spares: &mut Spares<P>) -> Option<Framed<P>> {
         let work = !self.closed.is_empty() || self.open.records > 0 || seal_due || self.starting;
         let worth =
             self.in_flight.is_empty() || !self.closed.is_empty() || self.open.crcs.len() >= NEXT_BLOCKS_MIN;
@@ -247,11 +259,16 @@ impl<P: Clone> Log<P> {
             }
             None => {
                 self.open_lsn += 1;
-                std::mem::replace(&mut self.open, OpenBatch::new())
+                self.take_open()
             }
         };
         self.starting = false;
-        Some(self.put(batch, blocks))
+        Some(self.put(batch, blocks, spares))
+    }
+    /// What is filled, with an empty batch in its place.
+    fn take_open(&mut self) -> OpenBatch<P> {
+        let empty = self.spare.pop().unwrap_or_else(OpenBatch::new);
+        std::mem::replace(&mut self.open, empty)
     }
     /// Opens a free segment; `None` when there is none.
     fn next_segment(&mut self) -> Option<()> {
@@ -265,7 +282,7 @@ impl<P: Clone> Log<P> {
     fn framed(&self) -> u64 {
         self.open_lsn - 1 - self.closed.len() as u64
     }
-    fn put(&mut self, batch: OpenBatch<P>, blocks: u32) -> Framed<P> {
+    fn put(&mut self, mut batch: OpenBatch<P>, blocks: u32, spares: &mut Spares<P>) -> Framed<P> {
         let lsn = self.framed();
         let (segment, block) = (self.uses.back().expect("a segment is open").segment, self.block);
         let mut head = Head {
@@ -280,7 +297,8 @@ impl<P: Clone> Log<P> {
             records: batch.records,
             ..Head::default()
         };
-        let header = batch::encode(&mut head, &batch.slots, &batch.crcs);
+        let mut header = spares.bytes();
+        batch::encode(&mut head, &batch.slots, &batch.crcs, &mut header);
         assert_eq!(head.total_blocks(), blocks);
         assert_eq!(self.first_place + self.places.len() as u64, lsn);
         self.places.push_back(BatchPlace { segment, block, header_blocks: head.header_blocks.into() });
@@ -289,15 +307,17 @@ impl<P: Clone> Log<P> {
         self.last_was_seal = batch.records == 0;
         self.block += blocks;
         self.in_flight.push_back(false);
-        let mut pieces = SmallVec::new();
+        let mut pieces = spares.pieces();
         pieces.push(Piece::Bytes(header));
-        pieces.extend(batch.payload.into_iter().map(|(payload, count)| Piece::Payload {
-            payload,
-            first: 0,
-            count,
-        }));
+        let payload = batch.payload.drain(..);
+        pieces.extend(payload.map(|(payload, count)| Piece::Payload { payload, first: 0, count }));
+        let records = batch.records;
+        batch.clear();
+        if self.spare.len() < SPARE_BATCHES_MAX {
+            self.spare.push(batch);
+        }
         let offset = u64::from(block) * BLOCK_BYTES as u64;
-        Framed { lsn, file: FileId::Log(segment), offset, pieces, blocks, records: batch.records }
+        Framed { lsn, file: FileId::Log(segment), offset, pieces, blocks, records }
     }
     /// A batch is durable by itself; true when the durable LSN moved.
     pub(crate) fn written(&mut self, lsn: u64, now: Time) -> bool {

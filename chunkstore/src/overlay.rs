@@ -2,7 +2,6 @@
 
 use crate::table::Table;
 use protocol::types::{BlockRange, LogIndex};
-use std::collections::BTreeMap;
 
 /// A block whose latest content is not in its slot.
 #[derive(Clone)]
@@ -16,9 +15,14 @@ pub(crate) struct OverlayBlock<P> {
     pub ram: Option<(P, usize)>,
 }
 
-/// The newer blocks of one chunk, by number.
+/// The newer blocks of one chunk, by number. In lists, which keep their memory: a tree would take some from the heap for
+/// every few blocks.
 pub(crate) struct Overlay<P> {
-    blocks: BTreeMap<u16, OverlayBlock<P>>,
+    /// Each block with its place in `kept`, in order of blocks.
+    order: Vec<(u16, u16)>,
+    kept: Vec<Option<OverlayBlock<P>>>,
+    /// Places in `kept` that are free.
+    free: Vec<u16>,
     /// Those that are not zeroes.
     data: usize,
 }
@@ -39,57 +43,140 @@ impl Counted {
     }
 }
 
-impl<P: Clone> Overlay<P> {
-    pub(crate) fn new() -> Self {
-        Self { blocks: BTreeMap::new(), data: 0 }
+impl<P> Default for Overlay<P> {
+    fn default() -> Self {
+        Self { order: Vec::new(), kept: Vec::new(), free: Vec::new(), data: 0 }
     }
+}
+
+impl<P: Clone> Overlay<P> {
     pub(crate) fn counted(&self) -> Counted {
-        Counted { blocks: self.blocks.len() as u64, data: self.data as u64 }
+        Counted { blocks: self.order.len() as u64, data: self.data as u64 }
     }
     pub(crate) fn len(&self) -> usize {
-        self.blocks.len()
+        self.order.len()
     }
     pub(crate) fn is_empty(&self) -> bool {
-        self.blocks.is_empty()
+        self.order.is_empty()
+    }
+    /// Whether it has memory for blocks, though it may have none.
+    pub(crate) fn has_memory(&self) -> bool {
+        self.kept.capacity() > 0
     }
     /// Whether it has nothing but zeroes.
     pub(crate) fn is_zero(&self) -> bool {
         self.data == 0
     }
+    fn find(&self, block: u16) -> Result<usize, usize> {
+        self.order.binary_search_by_key(&block, |(block, _)| *block)
+    }
+    fn at(&self, place: u16) -> &OverlayBlock<P> {
+        self.kept[usize::from(place)].as_ref().expect("in the order")
+    }
     pub(crate) fn get(&self, block: u16) -> Option<&OverlayBlock<P>> {
-        self.blocks.get(&block)
+        self.find(block).ok().map(|nth| self.at(self.order[nth].1))
     }
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u16, &OverlayBlock<P>)> {
-        self.blocks.iter().map(|(block, over)| (*block, over))
+        self.order.iter().map(|(block, place)| (*block, self.at(*place)))
     }
     pub(crate) fn put(&mut self, block: u16, over: OverlayBlock<P>) {
         self.data += usize::from(over.crc != 0);
-        let old = self.blocks.insert(block, over);
-        self.data -= usize::from(old.is_some_and(|old| old.crc != 0));
+        match self.find(block) {
+            Ok(nth) => {
+                let old = self.kept[usize::from(self.order[nth].1)].replace(over);
+                self.data -= usize::from(old.is_some_and(|old| old.crc != 0));
+            }
+            Err(nth) => {
+                let place = self.keep(over);
+                self.order.insert(nth, (block, place));
+            }
+        }
     }
-    pub(crate) fn remove(&mut self, block: u16) {
-        let old = self.blocks.remove(&block);
+    fn keep(&mut self, over: OverlayBlock<P>) -> u16 {
+        match self.free.pop() {
+            Some(place) => {
+                self.kept[usize::from(place)] = Some(over);
+                place
+            }
+            None => {
+                self.kept.push(Some(over));
+                (self.kept.len() - 1) as u16
+            }
+        }
+    }
+    /// [`Overlay::put`] for all blocks of a range; those behind it move once if none of them is here yet.
+    pub(crate) fn put_range(&mut self, range: BlockRange, over: impl Fn(usize) -> OverlayBlock<P>) {
+        let (nth, end) = (
+            self.find(range.first),
+            self.order.partition_point(|(block, _)| usize::from(*block) < range.end()),
+        );
+        let count = usize::from(range.count);
+        match nth {
+            Err(nth) if nth == end => {
+                self.order.splice(nth..nth, range.blocks().map(|block| (block as u16, 0)));
+                for (at, entry) in (nth..nth + count).enumerate() {
+                    let over = over(at);
+                    self.data += usize::from(over.crc != 0);
+                    self.order[entry].1 = self.keep(over);
+                }
+            }
+            _ => range.blocks().enumerate().for_each(|(at, block)| self.put(block as u16, over(at))),
+        }
+    }
+    fn release(&mut self, place: u16) {
+        let old = self.kept[usize::from(place)].take();
         self.data -= usize::from(old.is_some_and(|old| old.crc != 0));
+        self.free.push(place);
     }
     pub(crate) fn remove_range(&mut self, range: BlockRange) {
-        range.blocks().for_each(|block| self.remove(block as u16));
+        let nth = |end: usize| self.order.partition_point(|(block, _)| usize::from(*block) < end);
+        let gone = nth(range.first.into())..nth(range.end());
+        for nth in gone.clone() {
+            self.release(self.order[nth].1);
+        }
+        self.order.drain(gone);
+    }
+    /// Removes the blocks of `items`, which come in order of blocks, that still are the `same`.
+    pub(crate) fn remove_same<T>(
+        &mut self,
+        items: &[T],
+        block: impl Fn(&T) -> u16,
+        same: impl Fn(&T, &OverlayBlock<P>) -> bool,
+    ) {
+        let mut items = items.iter().peekable();
+        let mut order = std::mem::take(&mut self.order);
+        order.retain(|(here, place)| {
+            while items.next_if(|item| block(item) < *here).is_some() {}
+            let gone =
+                items.next_if(|item| block(item) == *here).is_some_and(|item| same(item, self.at(*place)));
+            if gone {
+                self.release(*place);
+            }
+            !gone
+        });
+        self.order = order;
     }
     pub(crate) fn clear(&mut self) {
-        *self = Self::new();
+        self.order.clear();
+        self.kept.clear();
+        self.free.clear();
+        self.data = 0;
     }
     /// What was written with batch `lsn` is in memory no more.
     pub(crate) fn forget_ram(&mut self, range: BlockRange, lsn: u64) {
-        let range = range.first..=(range.end() - 1) as u16;
-        self.blocks
-            .range_mut(range)
-            .filter(|(_, over)| over.lsn == lsn)
-            .for_each(|(_, over)| over.ram = None);
+        let nth = |end: usize| self.order.partition_point(|(block, _)| usize::from(*block) < end);
+        for (_, place) in &self.order[nth(range.first.into())..nth(range.end())] {
+            let over = self.kept[usize::from(*place)].as_mut().expect("in the order");
+            if over.lsn == lsn {
+                over.ram = None;
+            }
+        }
     }
     /// Lays zeroes over blocks of a slot, but where its table (if it is at hand) has zeroes already.
     pub(crate) fn cover(&mut self, range: BlockRange, zero: &OverlayBlock<P>, table: Option<&Table>) {
         for block in range.blocks() {
             let zero_below = table.is_some_and(|table| table.expected(block) == Some(0));
-            if !zero_below || self.blocks.contains_key(&(block as u16)) {
+            if !zero_below || self.find(block as u16).is_ok() {
                 self.put(block as u16, zero.clone());
             }
         }
@@ -106,14 +193,14 @@ mod tests {
 
     #[test]
     fn data_and_zeroes_are_counted_apart_whatever_replaces_what() {
-        let mut overlay = Overlay::new();
+        let mut overlay = Overlay::default();
         for (at, crc) in [(1, 7), (2, 0), (3, 7), (1, 0), (2, 9), (3, 8)] {
             overlay.put(at, block(crc));
         }
         assert_eq!(overlay.counted(), Counted { blocks: 3, data: 2 });
         overlay.cover(BlockRange { first: 3, count: 2 }, &block(0), None);
         assert_eq!(overlay.counted(), Counted { blocks: 4, data: 1 });
-        overlay.remove(1);
+        overlay.remove_range(BlockRange { first: 1, count: 1 });
         overlay.remove_range(BlockRange { first: 2, count: 1 });
         assert_eq!(overlay.counted(), Counted { blocks: 2, data: 0 });
         assert!(overlay.is_zero());

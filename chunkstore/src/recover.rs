@@ -279,9 +279,10 @@ fn new_store<P: Payload>(
         round: Default::default(),
         preformat: Default::default(),
         last_stage: Time(0),
-        hints: BTreeSet::new(),
+        hints: Vec::new(),
         hints_under_way: VecDeque::new(),
         stopping: false,
+        spares: Default::default(),
     };
     store.round.resume(from.seq, from.covers_lsn, (from.segments_ready, from.slots_ready));
     for image in &from.copysets {

@@ -70,6 +70,8 @@ pub(crate) struct Round<P> {
     /// Those of the last durable checkpoint.
     pub last_bases: BTreeMap<CopysetId, Base>,
     copies: VecDeque<(CopysetId, LogIndex)>,
+    /// Chunks that are being put in order; empty otherwise.
+    order: Vec<(u64, ChunkId)>,
     copying: usize,
     /// Those of the present group that are at hand.
     group: Vec<Loaded<P>>,
@@ -110,6 +112,7 @@ impl<P> Default for Round<P> {
             flushed: BTreeMap::new(),
             last_bases: BTreeMap::new(),
             copies: VecDeque::new(),
+            order: Vec::new(),
             copying: 0,
             group: Vec::new(),
             copy_blocks: 0,
@@ -278,7 +281,7 @@ impl<P: Payload> Store<P> {
 
     /// Queues all chunks that have something for this round, the oldest first.
     fn queue_wanted(&mut self) {
-        let mut chunks: Vec<(u64, ChunkId)> = Vec::new();
+        let mut chunks = std::mem::take(&mut self.round.order);
         for chunk in &self.dirty {
             let state = &self.chunks[chunk];
             let wanted = state.overlay.iter().filter(|(_, b)| {
@@ -288,7 +291,9 @@ impl<P: Payload> Store<P> {
             chunks.extend(wanted.map(|(_, b)| b.lsn).min().map(|lsn| (lsn, *chunk)));
         }
         chunks.sort_unstable();
-        self.flush.queue = chunks.into_iter().map(|(_, chunk)| chunk).collect();
+        self.flush.queue.clear();
+        self.flush.queue.extend(chunks.drain(..).map(|(_, chunk)| chunk));
+        self.round.order = chunks;
         self.flush.slotless.clear();
         self.flush.spoilt.clear();
     }

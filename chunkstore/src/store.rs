@@ -12,6 +12,7 @@ use crate::pool::Pool;
 use crate::preformat::Preformat;
 use crate::read::{Pending, Reads};
 use crate::round::Round;
+use crate::spares::Spares;
 use crate::tables::{Tables, Waiter};
 use protocol::raft::{Body, Entry, Fences, HardState, Members};
 use protocol::types::{
@@ -207,10 +208,12 @@ pub struct Store<P> {
     pub(crate) preformat: Preformat,
     pub(crate) last_stage: Time,
     /// Copysets whose applied index the log should tell soon.
-    pub(crate) hints: BTreeSet<CopysetId>,
+    /// In order, each once.
+    pub(crate) hints: Vec<CopysetId>,
     /// Staged, and not known to be durable: LSN, copyset, applied index.
     pub(crate) hints_under_way: VecDeque<(u64, CopysetId, LogIndex)>,
     pub(crate) stopping: bool,
+    pub(crate) spares: Spares<P>,
 }
 
 impl<P: Payload> Store<P> {
@@ -248,6 +251,10 @@ impl<P: Payload> Store<P> {
         if self.ram_blocks > self.layout.ram_blocks_max {
             self.evict(self.ram_blocks - self.layout.ram_blocks_max);
         }
+    }
+    /// Takes back what an operation wrote, once it has been copied or handed on: its memory is used again.
+    pub fn take_back(&mut self, pieces: Pieces<P>) {
+        self.spares.keep_pieces(pieces);
     }
     /// LSN of the batch which holds everything staged so far; once `durable` reaches it, all is durable.
     pub fn seal(&mut self) -> Lsn {
@@ -335,7 +342,12 @@ impl<P: Payload> Store<P> {
             && (state.applied.0 - state.hinted.0 >= HINT_ENTRIES
                 || state.unhinted > self.log.ready_blocks() / HINT_SHARE)
         {
-            self.hints.insert(copyset);
+            self.hint(copyset);
+        }
+    }
+    fn hint(&mut self, copyset: CopysetId) {
+        if let Err(at) = self.hints.binary_search(&copyset) {
+            self.hints.insert(at, copyset);
         }
     }
     /// Lets the log tell applied indexes: of those that are due, or of `all`.
@@ -343,9 +355,11 @@ impl<P: Payload> Store<P> {
         let mut due = std::mem::take(&mut self.hints);
         if all {
             due.extend(self.copysets.iter().filter(|(_, c)| c.applied > c.hinted).map(|(id, _)| *id));
+            due.sort_unstable();
+            due.dedup();
         }
         let staged = self.last_stage;
-        for copyset in due {
+        for copyset in due.drain(..) {
             let Some(state) = self.copysets.get_mut(&copyset).filter(|c| !c.installing) else { continue };
             (state.hinted, state.unhinted) = (state.applied, 0);
             let index = state.applied;
@@ -354,6 +368,8 @@ impl<P: Payload> Store<P> {
         }
         // Not a sign of work: idleness goes on.
         self.last_stage = staged;
+        debug_assert!(self.hints.is_empty(), "staging a hint asks for none");
+        self.hints = due;
     }
     /// More of the log is durable, and hints with it.
     pub(crate) fn hints_durable(&mut self) {
@@ -727,8 +743,17 @@ impl<P: Payload> Store<P> {
             if let Some(state) = self.copysets.get_mut(&copyset) {
                 state.chunks.insert(chunk);
             }
-            Chunk { copyset, slot: None, overlay: Overlay::new(), refs: 0, flushes: 0 }
+            Chunk { copyset, slot: None, overlay: Overlay::default(), refs: 0, flushes: 0 }
         })
+    }
+
+    /// The first block of an overlay is about to come.
+    fn begin_overlay(&mut self, chunk: ChunkId) {
+        self.dirty.insert(chunk);
+        let state = self.chunks.get_mut(&chunk).expect("made by the caller");
+        if !state.overlay.has_memory() {
+            state.overlay = self.spares.overlays.pop().unwrap_or_default();
+        }
     }
 
     fn overlay_write(
@@ -739,18 +764,20 @@ impl<P: Payload> Store<P> {
         range: BlockRange,
         placed: &Placed<'_, P>,
     ) {
+        if self.chunk(copyset, chunk).overlay.is_empty() {
+            self.begin_overlay(chunk);
+        }
         let state = self.chunk(copyset, chunk);
         let before = state.overlay.counted();
-        for (nth, block) in range.blocks().enumerate() {
-            let ram = placed.payload.clone().map(|p| (p, nth));
-            let (at, crc) = (placed.at + nth as u32, crc_at_rest(placed.crcs[nth]));
-            state.overlay.put(block as u16, OverlayBlock { lsn: placed.lsn, index, at, crc, ram });
-        }
+        state.overlay.put_range(range, |nth| OverlayBlock {
+            lsn: placed.lsn,
+            index,
+            at: placed.at + nth as u32,
+            crc: crc_at_rest(placed.crcs[nth]),
+            ram: placed.payload.clone().map(|payload| (payload, nth)),
+        });
         let after = state.overlay.counted();
         self.overlaid.change(before, after);
-        if before.blocks == 0 {
-            self.dirty.insert(chunk);
-        }
     }
 
     /// A chunk that is discarded whole, at once or bit by bit, gives up its slot here. A replay that
@@ -804,10 +831,11 @@ impl<P: Payload> Store<P> {
 
     /// Restores the invariants of `dirty` and `chunks`.
     pub(crate) fn tidy_chunk(&mut self, chunk: ChunkId) {
-        let Some(state) = self.chunks.get(&chunk) else { return };
+        let Some(state) = self.chunks.get_mut(&chunk) else { return };
         if !state.overlay.is_empty() {
             return;
         }
+        self.spares.keep_overlay(std::mem::take(&mut state.overlay));
         self.dirty.remove(&chunk);
         if state.refs == 0 && state.slot.is_none() {
             if let Some(owner) = self.copysets.get_mut(&state.copyset) {

@@ -73,9 +73,15 @@ fn page_blocks(page: usize) -> core::ops::Range<usize> {
     page * PAGE_CRCS..((page + 1) * PAGE_CRCS).min(CHUNK_BLOCKS)
 }
 
-/// One page as a block.
-pub(crate) fn encode_page(table: &Table, page: usize, chunk: ChunkId, generation: u64, seq: u32) -> Vec<u8> {
-    let mut out = Vec::with_capacity(BLOCK_BYTES);
+/// One page as a block, into `out`, which is empty.
+pub(crate) fn encode_page(
+    table: &Table,
+    page: usize,
+    chunk: ChunkId,
+    generation: u64,
+    seq: u32,
+    out: &mut Vec<u8>,
+) {
     out.u64(MAGIC);
     out.u32(VERSION);
     out.u32(0);
@@ -91,9 +97,8 @@ pub(crate) fn encode_page(table: &Table, page: usize, chunk: ChunkId, generation
         }
         out.u32(table.crcs[block]);
     }
-    pad_to_block(&mut out);
-    fill_crc(&mut out, CRC_AT);
-    out
+    pad_to_block(out);
+    fill_crc(out, CRC_AT);
 }
 
 /// The sequence number of a page of this chunk and generation, if it is one.

@@ -364,7 +364,9 @@ impl<R: Reactor> Core<R> {
             let clients = self.export.pump(&mut self.reactor, now);
             let mut any = clients | self.settle(now);
             while let Some(op) = self.shard.poll_op(now) {
-                self.disk.run(&mut self.reactor, op);
+                if let Some(pieces) = self.disk.run(&mut self.reactor, op) {
+                    self.shard.take_back(pieces);
+                }
                 any = true;
             }
             while let Some((ticket, result)) = self.disk.poll() {

@@ -7,12 +7,17 @@
 
 use crate::files::Files;
 use crate::mem::Mem;
-use chunkstore::{FileId, IoError, Op as StoreOp, Piece};
+use chunkstore::{FileId, IoError, Op as StoreOp, Piece, Pieces};
 use protocol::types::{BLOCK_BYTES, ENTRY_BLOCKS_MAX, ENTRY_BYTES_MAX};
 use reactor::{BufMut, Completion, IoBuf, IoList, Op, Output, Reactor};
 use slab::Slab;
 use std::collections::VecDeque;
 use transport::Owner;
+
+/// Buffers that a list does not hold by itself.
+const LONG_LIST: usize = 3;
+/// Long lists that are kept for the next writes.
+const LISTS_MAX: usize = 64;
 
 /// Single blocks kept for headers of log batches.
 const RESERVE_BLOCKS: usize = 32;
@@ -43,6 +48,10 @@ pub struct DiskDriver {
     stalled: VecDeque<Box<StoreOp<Mem>>>,
     reserve: Vec<BufMut>,
     finished: VecDeque<Finished>,
+    /// What the last write was made of.
+    spent: Option<Pieces<Mem>>,
+    /// Long lists of writes that have ended, empty.
+    lists: Vec<IoList>,
 }
 
 /// There is no memory now.
@@ -53,7 +62,7 @@ impl DiskDriver {
     pub fn new<R: Reactor>(kind: u8, files: Files, reactor: &R) -> Self {
         let reserve = std::iter::from_fn(|| reactor.arena().alloc(1)).take(RESERVE_BLOCKS).collect();
         let (running, stalled, finished) = (Slab::new(), VecDeque::new(), VecDeque::new());
-        Self { kind, files, running, stalled, reserve, finished }
+        Self { kind, files, running, stalled, reserve, finished, spent: None, lists: Vec::new() }
     }
 
     /// Whether operations wait for memory.
@@ -61,10 +70,15 @@ impl DiskDriver {
         !self.stalled.is_empty()
     }
 
-    /// Runs an operation, or keeps it until there is memory for it. Operations may overtake.
-    pub fn run<R: Reactor>(&mut self, reactor: &mut R, op: StoreOp<Mem>) {
-        if let Some(op) = self.try_run(reactor, op) {
-            self.stalled.push_back(Box::new(op));
+    /// Runs an operation, or keeps it until there is memory for it. Operations may overtake. Gives back what a write was
+    /// made of, for [`chunkstore::Store::take_back`].
+    pub fn run<R: Reactor>(&mut self, reactor: &mut R, op: StoreOp<Mem>) -> Option<Pieces<Mem>> {
+        match self.try_run(reactor, op) {
+            Some(op) => {
+                self.stalled.push_back(Box::new(op));
+                None
+            }
+            None => self.spent.take(),
         }
     }
 
@@ -108,14 +122,17 @@ impl DiskDriver {
         self.finished.push_back((running.ticket, result));
     }
 
-    /// Puts reserve blocks back, once nothing else holds them.
-    fn take_back(&mut self, reserved: usize, bufs: IoList) {
-        for buf in bufs.into_iter().take(reserved) {
+    /// Puts reserve blocks back, once nothing else holds them, and keeps a long list for the next write.
+    fn take_back(&mut self, reserved: usize, mut bufs: IoList) {
+        for buf in bufs.drain(..).take(reserved) {
             if let IoBuf::Shared { buf, .. } = buf
                 && let Ok(unique) = buf.try_unique()
             {
                 self.reserve.push(unique);
             }
+        }
+        if bufs.spilled() && self.lists.len() < LISTS_MAX {
+            self.lists.push(bufs);
         }
     }
 
@@ -129,12 +146,15 @@ impl DiskDriver {
                     (Op::ReadAt { file, offset, buf, bytes }, Then::Nothing, 0)
                 });
             }
-            StoreOp::Write { ticket, file, offset, ref pieces, dsync } => {
+            StoreOp::Write { ticket, file, offset, pieces, dsync } => {
                 let is_log = matches!(file, FileId::Log(_));
-                let Ok((bufs, reserved)) = self.gather(reactor, pieces, is_log) else { return Some(op) };
+                let Ok((bufs, reserved)) = self.gather(reactor, &pieces, is_log) else {
+                    return Some(StoreOp::Write { ticket, file, offset, pieces, dsync });
+                };
                 self.submit(reactor, ticket, file, |file| {
                     (Op::WriteAt { file, offset, bufs, dsync }, Then::Nothing, reserved)
                 });
+                self.spent = Some(pieces);
             }
             StoreOp::Sync { ticket, file } => {
                 self.submit(reactor, ticket, file, |file| (Op::Sync { file }, Then::Nothing, 0));
@@ -181,7 +201,10 @@ impl DiskDriver {
         pieces: &[Piece<Mem>],
         is_log: bool,
     ) -> Result<(IoList, usize), NoMemory> {
-        let mut list = IoList::new();
+        let mut list = match pieces.len() {
+            0..LONG_LIST => IoList::new(),
+            _ => self.lists.pop().unwrap_or_default(),
+        };
         let mut reserved = 0;
         for piece in pieces {
             match piece {

@@ -29,7 +29,7 @@ mod tests;
 
 use crate::mem::{Mem, Mems};
 use crate::usage::Usage;
-use chunkstore::{Event, Lsn, RecoveredCopyset, Store};
+use chunkstore::{Event, Lsn, Pieces, RecoveredCopyset, Store};
 use copyset::{Config, Health, Lag, Recovered, Replica, Role};
 use hosted::Hosted;
 use pace::Pace;
@@ -492,6 +492,11 @@ impl Shard {
     /// The store's next op.
     pub fn poll_op(&mut self, now: Time) -> Option<chunkstore::Op<Mem>> {
         self.store.poll_op(now)
+    }
+
+    /// What a write of the store was made of, to be used again.
+    pub fn take_back(&mut self, pieces: Pieces<Mem>) {
+        self.store.take_back(pieces);
     }
 
     /// The next output.
