@@ -3,7 +3,7 @@
 use crate::health::Install;
 use crate::replica::Replica;
 use core::ops::Range;
-use protocol::raft::{AppendOutcome, Body, Entry, Kind, Round, Standing};
+use protocol::raft::{AppendOutcome, Body, Entries, Entry, Kind, Round, Standing};
 use protocol::types::{ENTRY_BLOCKS_MAX, LogIndex, ShardAddr, Term};
 
 /// Whether the body is one that a correct leader proposes.
@@ -46,7 +46,7 @@ impl Replica {
         round: Round,
         prev: (LogIndex, Term),
         commit: LogIndex,
-        entries: Vec<Entry>,
+        entries: Entries,
     ) -> Range<LogIndex> {
         if !is_chain(prev, self.hard.term, &entries) {
             self.violations += 1;
@@ -107,7 +107,7 @@ impl Replica {
 
     /// Takes the entries that are new, in place of those they conflict with. `None` when that would
     /// undo a commit.
-    fn take(&mut self, entries: Vec<Entry>) -> Option<Range<LogIndex>> {
+    fn take(&mut self, entries: Entries) -> Option<Range<LogIndex>> {
         let floor = self.log.floor().0;
         let new = |e: &Entry| e.index > floor && self.log.term_at(e.index) != Some(e.term);
         let Some(first) = entries.iter().position(new) else { return Some(NOTHING) };

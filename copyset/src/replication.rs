@@ -4,7 +4,7 @@ use crate::api::{Health, Lag, Refused, Role};
 use crate::progress::{Flow, Progress};
 use crate::replica::{PEERS_MAX, Replica};
 use arrayvec::ArrayVec;
-use protocol::raft::{AppendOutcome, Body, Entry, Kind, Members, Round, Standing};
+use protocol::raft::{AppendOutcome, Body, Entries, Entry, Kind, Members, Round, Standing};
 use protocol::types::{BLOCK_BYTES, LogIndex, ShardAddr, Span, TargetId, Time};
 
 /// Election time-outs without a quorum after which a leader steps down. Leases end much earlier,
@@ -216,10 +216,10 @@ impl Replica {
         true
     }
 
-    fn cut_batch(&self, at: usize, next: LogIndex) -> (Vec<Entry>, usize) {
+    fn cut_batch(&self, at: usize, next: LogIndex) -> (Entries, usize) {
         let ahead = (self.log.last().0.0 + 1).saturating_sub(next.0);
         let most = self.peers[at].room(&self.config).min(usize::try_from(ahead).unwrap_or(usize::MAX));
-        let mut entries = Vec::with_capacity(most);
+        let mut entries = Entries::new();
         let mut blocks = 0;
         for entry in self.log.from(next).take(most) {
             let more = blocks + entry.body.payload_blocks();

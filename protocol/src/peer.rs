@@ -23,7 +23,7 @@ pub enum PeerMessage {
         copyset: CopysetId,
         message: Message,
         /// CRC-32C of each payload block.
-        crcs: Vec<u32>,
+        crcs: Crcs,
     },
     /// IO for a copyset's leader. Payload of a write: `length` bytes.
     Io(IoRequest),

@@ -9,6 +9,7 @@ use crate::types::{
     BlockRange, ChunkId, LogIndex, MEMBERS_MAX, SessionEpoch, ShardAddr, TargetId, Term, VolumeId,
 };
 use rkyv::{Archive, Deserialize, Serialize};
+use smallvec::SmallVec;
 
 /// One entry of a copyset's Raft log, without its payload.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
@@ -20,6 +21,9 @@ pub struct Entry {
     /// What it does when applied.
     pub body: Body,
 }
+
+/// Entries of one message: one, as a rule, which then is not on the heap.
+pub type Entries = SmallVec<[Entry; 1]>;
 
 /// What an entry does when it is applied.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
@@ -215,7 +219,7 @@ pub enum Kind {
         prev_index: LogIndex,
         prev_term: Term,
         commit: LogIndex,
-        entries: Vec<Entry>,
+        entries: Entries,
     },
     AppendReply {
         round: Round,

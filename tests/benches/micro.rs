@@ -91,7 +91,7 @@ fn append(entries: usize) -> PeerMessage {
         _ => None,
     });
     let message = sent.expect("an append");
-    PeerMessage::Raft { copyset: COPYSET, message, crcs: vec![7; entries] }
+    PeerMessage::Raft { copyset: COPYSET, message, crcs: vec![7; entries].into() }
 }
 
 /// Three replicas whose logs are durable at once and whose network loses nothing.

@@ -1,9 +1,10 @@
-//! What the data path of a core takes from the heap, counted: nothing for a read.
+//! What the data path of a core takes from the heap, counted: nothing for a read, nothing for a write.
 //!
-//! One core as the daemon builds it, over the kernel's ring and files in memory, with a host on loopback. Counted
-//! is what the core's own thread allocates while it turns: sockets, protocol, routing, shard, store, reactor. A
-//! second brings a few dozen allocations that have nothing to do with IO (the standing that is published, housekeeping),
-//! so a handful in 100,000 is what nothing looks like.
+//! Cores as the daemon builds them, one alone and three replicas of each other, over the kernel's ring and files in
+//! memory, with a host on loopback. Counted is what each core's own thread allocates while it turns: sockets, protocol,
+//! routing, shard, store, reactor. A second brings a few dozen allocations that have nothing to do with IO (the standing
+//! that is published, housekeeping), a round of the flusher or a checkpoint some more, so a few hundred in
+//! 100,000 is what nothing looks like.
 
 use protocol::map::{
     ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, Session, TargetEntry, VolumeEntry,
@@ -11,15 +12,15 @@ use protocol::map::{
 use protocol::types::{BLOCK_BYTES, CopysetId, ShardAddr, Span, TargetId, VolumeId};
 use reactor::host::{CoreLoop, Turn};
 use reactor::ring::{Ring, RingConfig};
-use reactor::{Addr, Reactor};
+use reactor::{Addr, Reactor, Waker};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
 use target_daemon::assemble::{ShardPlan, build_core, format_shard};
-use target_daemon::control::{ToShard, shard_ports};
+use target_daemon::control::{ControlEnds, ToShard, shard_ports};
 use target_daemon::core_loop::{Core, Port};
 
 /// IOs that are counted.
@@ -31,12 +32,25 @@ const BLOCKS: u64 = 8192;
 const READ: u16 = 0;
 const WRITE: u16 = 1;
 
-fn map() -> ClusterMap {
-    let me = ShardAddr { target: TargetId(1), shard: 0 };
+/// Where one core is reached.
+struct Addresses {
+    peers: SocketAddr,
+    hosts: SocketAddr,
+}
+
+fn address_of(target: u32) -> ShardAddr {
+    ShardAddr { target: TargetId(target), shard: 0 }
+}
+
+/// A volume whose only copyset has a replica on each of the cores, the first of which is target 1.
+fn map(cores: &[Addresses]) -> ClusterMap {
     let mut map = ClusterMap { cluster: [7; 16], generation: 1, ..ClusterMap::default() };
-    let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
-    map.targets.insert(me.target, TargetEntry { peers: vec![nowhere], nvme: None, draining: false });
-    map.copysets.insert(CopysetId(1), CopysetEntry { members: vec![me], epoch: 0 });
+    let members: Vec<ShardAddr> = (1..).map(address_of).take(cores.len()).collect();
+    for (member, core) in members.iter().zip(cores) {
+        let entry = TargetEntry { peers: vec![core.peers], nvme: None, draining: false };
+        map.targets.insert(member.target, entry);
+    }
+    map.copysets.insert(CopysetId(1), CopysetEntry { members, epoch: 0 });
     let volume = VolumeEntry {
         name: "v".into(),
         bytes: BLOCKS * BLOCK_BYTES as u64,
@@ -52,8 +66,8 @@ fn map() -> ClusterMap {
     map
 }
 
-/// A core that keeps the only replica of a volume in memory, and where hosts reach it.
-fn core() -> (Core<Ring>, SocketAddr) {
+/// A core of a target that keeps everything in memory, the control side's end of it, and where it is reached.
+fn core(target: u32) -> (Core<Ring>, ControlEnds, Addresses) {
     let config = RingConfig { arena_bytes: 32 << 20, memory_files: true, ..RingConfig::default() };
     let mut ring = Ring::new(config).expect("a ring");
     let layout = chunkstore::Layout {
@@ -64,8 +78,8 @@ fn core() -> (Core<Ring>, SocketAddr) {
     };
     let plan = ShardPlan {
         dir: PathBuf::from("/nowhere"),
-        me: ShardAddr { target: TargetId(1), shard: 0 },
-        disk: [1; 16],
+        me: address_of(target),
+        disk: [target as u8; 16],
         layout,
         election_timeout: Span::ms(100),
         heartbeat: Span::ms(20),
@@ -77,21 +91,74 @@ fn core() -> (Core<Ring>, SocketAddr) {
     let waker = ring.waker();
     let (ends, mut ports) = shard_ports(vec![Box::new(move || waker.wake())]);
     let port = ports.pop().expect("one shard, one port");
-    let mut address = None;
+    let mut addresses = Vec::new();
     let listen = |ring: &mut Ring| {
         let local = SocketAddr::from(([127, 0, 0, 1], 0));
-        let listener = ring.listen(local).expect("a port");
-        if let Ok(Addr::Tcp(at)) = ring.listener_addr(listener) {
-            address = Some(at);
-        }
-        Ok(vec![(Port::Nbd, listener)])
+        let mut open = |port| {
+            let listener = ring.listen(local).expect("a port");
+            let Ok(Addr::Tcp(at)) = ring.listener_addr(listener) else { panic!("TCP has addresses") };
+            addresses.push(at);
+            (port, listener)
+        };
+        Ok(vec![open(Port::Peer), open(Port::Nbd)])
     };
     let stop = Arc::new(AtomicBool::new(false));
     let core = build_core(ring, &plan, port, Vec::new(), stop, listen).expect("a core");
-    let _ = ends.shards()[0].send(ToShard::Map(Arc::new(map())));
-    // The control side outlives the core.
-    std::mem::forget(ends);
-    (core, address.expect("a TCP listener has an address"))
+    (core, ends, Addresses { peers: addresses[0], hosts: addresses[1] })
+}
+
+/// Cores that turn on a thread each, and count what they allocate in each phase.
+struct Cluster {
+    hosts: SocketAddr,
+    phase: Arc<AtomicUsize>,
+    wakers: Vec<Waker>,
+    threads: Vec<JoinHandle<Vec<u64>>>,
+    /// Outlives the cores.
+    _ends: Vec<ControlEnds>,
+}
+
+/// Phases of a test: attach and warm up, read, write.
+const PHASES: usize = 3;
+
+impl Cluster {
+    fn start(replicas: u32) -> Self {
+        let phase = Arc::new(AtomicUsize::new(0));
+        let (mut threads, mut wakers, mut ends, mut cores) = (vec![], vec![], vec![], vec![]);
+        for target in 1..=replicas {
+            let (tell, told) = std::sync::mpsc::channel();
+            let phase = phase.clone();
+            threads.push(thread::spawn(move || {
+                let (mut core, ends, addresses) = core(target);
+                tell.send((core.waker(), ends, addresses)).expect("the test waits");
+                let turns = |now| {
+                    while phase.load(Ordering::Acquire) == now {
+                        assert!(matches!(core.turn(), Turn::Continue), "the core goes on");
+                    }
+                };
+                let mut count = turns;
+                (0..PHASES).map(|now| allocation_counter::measure(|| count(now)).count_total).collect()
+            }));
+            let (waker, end, addresses) = told.recv().expect("a core");
+            wakers.push(waker);
+            ends.push(end);
+            cores.push(addresses);
+        }
+        let map = Arc::new(map(&cores));
+        for end in &ends {
+            let _ = end.shards()[0].send(ToShard::Map(map.clone()));
+        }
+        Self { hosts: cores[0].hosts, phase, wakers, threads, _ends: ends }
+    }
+
+    fn next_phase(&self) {
+        self.phase.fetch_add(1, Ordering::Release);
+        self.wakers.iter().for_each(Waker::wake);
+    }
+
+    /// What each core allocated, phase by phase.
+    fn counts(self) -> Vec<Vec<u64>> {
+        self.threads.into_iter().map(|core| core.join().expect("a core that ends well")).collect()
+    }
 }
 
 /// An NBD client of the simplest kind.
@@ -146,53 +213,36 @@ impl Host {
     }
 }
 
-/// Turns a core while a host works; tells what the core's thread allocated meanwhile.
-fn count(core: &mut Core<Ring>, host: Host, work: fn(&mut Host)) -> (Host, u64) {
-    let done = Arc::new(AtomicBool::new(false));
-    let waker = core.waker();
-    let told = done.clone();
-    let working = thread::spawn(move || {
-        let mut host = host;
-        work(&mut host);
-        told.store(true, Ordering::Release);
-        waker.wake();
-        host
-    });
-    let counted = allocation_counter::measure(|| {
-        while !done.load(Ordering::Acquire) {
-            assert!(matches!(core.turn(), Turn::Continue), "the core goes on");
-        }
-    });
-    (working.join().expect("the host is content"), counted.count_total)
+/// What each of so many cores allocates for reads, and for writes.
+fn counted(replicas: u32) -> Vec<(u64, u64)> {
+    let cluster = Cluster::start(replicas);
+    let mut host = Host::attach(cluster.hosts);
+    let mut next = 0;
+    for _ in 0..BLOCKS / DEPTH {
+        host.round(WRITE, |_| {
+            next += 1;
+            next - 1
+        });
+    }
+    // Everything that grows has its size.
+    (0..200).for_each(|_| host.round(READ, |draw| draw % BLOCKS));
+    (0..1000).for_each(|_| host.round(WRITE, |draw| draw % BLOCKS));
+    for kind in [READ, WRITE] {
+        cluster.next_phase();
+        (0..IOS / DEPTH).for_each(|_| host.round(kind, |draw| draw % BLOCKS));
+    }
+    cluster.next_phase();
+    let counts = cluster.counts();
+    println!("{replicas} replicas, allocations in {IOS} reads and {IOS} writes: {counts:?}");
+    counts.into_iter().map(|of_core| (of_core[1], of_core[2])).collect()
 }
 
 #[test]
-fn a_read_takes_nothing_from_the_heap() {
-    let (mut core, address) = core();
-    let attaching = thread::spawn(move || Host::attach(address));
-    while !attaching.is_finished() {
-        core.turn();
-    }
-    let host = attaching.join().expect("attached");
-    let fill = |host: &mut Host| {
-        let mut next = 0;
-        for _ in 0..BLOCKS / DEPTH {
-            host.round(WRITE, |_| {
-                next += 1;
-                next - 1
-            });
+fn neither_a_read_nor_a_write_takes_anything_from_the_heap() {
+    for replicas in [1, 3] {
+        for (reads, writes) in counted(replicas) {
+            assert!(reads < IOS / 100, "{reads} allocations in {IOS} reads of {replicas} replicas");
+            assert!(writes < IOS / 50, "{writes} allocations in {IOS} writes of {replicas} replicas");
         }
-        // Everything that grows has its size.
-        (0..200).for_each(|_| host.round(READ, |draw| draw % BLOCKS));
-        (0..200).for_each(|_| host.round(WRITE, |draw| draw % BLOCKS));
-    };
-    let (host, _) = count(&mut core, host, fill);
-    let (host, reads) =
-        count(&mut core, host, |host| (0..IOS / DEPTH).for_each(|_| host.round(READ, |draw| draw % BLOCKS)));
-    let (_, writes) =
-        count(&mut core, host, |host| (0..IOS / DEPTH).for_each(|_| host.round(WRITE, |draw| draw % BLOCKS)));
-    println!("{IOS} reads: {reads} allocations; {IOS} writes: {writes} allocations");
-    assert!(reads < IOS / 50, "{reads} allocations in {IOS} reads");
-    // 1.66 a write at this depth: the log's header and pieces, an Append's entries, nodes of the overlay's trees.
-    assert!(writes < 2 * IOS, "{writes} allocations in {IOS} writes");
+    }
 }

@@ -26,8 +26,10 @@ pub const SEND_BUFS_MAX: usize = 256;
 /// Most bytes of one send, up to the buffer that reaches it.
 pub const SEND_BYTES_MAX: usize = 1 << 20;
 
-/// Sent texts whose memory is kept for the next ones.
-const SPARE_TEXTS_MAX: usize = 4;
+/// Sent texts whose memory is kept for the next ones: a send may have one for each of its payloads.
+const SPARE_TEXTS_MAX: usize = 64;
+/// Memory of a text that is kept, at most.
+const SPARE_TEXT_BYTES_MAX: usize = 16 << 10;
 
 const OP_RECV: u8 = 0;
 const OP_SEND: u8 = 1;
@@ -319,6 +321,7 @@ impl Stream {
         for buf in self.spare.drain(..) {
             if let IoBuf::Owned(mut text) = buf
                 && self.spare_texts.len() < SPARE_TEXTS_MAX
+                && text.capacity() <= SPARE_TEXT_BYTES_MAX
             {
                 text.clear();
                 self.spare_texts.push(text);

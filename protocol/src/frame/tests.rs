@@ -33,13 +33,20 @@ fn entry(index: u64, body: Body) -> Entry {
 }
 
 fn raft(kind: Kind, crcs: Vec<u32>) -> PeerMessage {
+    let crcs = crcs.into();
     PeerMessage::Raft { copyset: CS, message: Message { term: Term(5), kind }, crcs }
 }
 
 fn append(entries: Vec<Entry>, crcs: Vec<u32>) -> PeerMessage {
     let (prev_index, prev_term, commit) = (LogIndex(10), Term(4), LogIndex(9));
     raft(
-        Kind::Append { round: Round { number: 77, sent_ns: 88 }, prev_index, prev_term, commit, entries },
+        Kind::Append {
+            round: Round { number: 77, sent_ns: 88 },
+            prev_index,
+            prev_term,
+            commit,
+            entries: entries.into(),
+        },
         crcs,
     )
 }

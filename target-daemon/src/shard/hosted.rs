@@ -7,12 +7,9 @@ use super::ordering::Ordering;
 use super::orders::Goal;
 use crate::mem::Mem;
 use copyset::Replica;
+use protocol::peer::Crcs;
 use protocol::types::{LogIndex, ShardAddr, Term, Time};
-use smallvec::SmallVec;
 use std::collections::{BTreeMap, VecDeque};
-
-/// CRC-32C of each block of a payload.
-pub type Crcs = SmallVec<[u32; 8]>;
 
 /// A write between arrival and proposal.
 pub struct PendingWrite {

@@ -1,14 +1,14 @@
 //! IO on the chunks of a copyset, as its leader answers it.
 
 use super::fence::volume_of;
-use super::hosted::{Crcs, PendingWrite, Waiter};
+use super::hosted::{PendingWrite, Waiter};
 use super::ordering::Step;
 use super::repair::Repaired;
 use super::{Origin, Output, REPAIR_TRIES_MAX, Shard, Work};
 use crate::mem::{Mem, Mems};
 use chunkstore::{BadBlock, Payload, ReadData, ReadError, ReadPiece};
 use copyset::{ReadGrant, Refused, Role};
-use protocol::peer::{IoOp, IoOutcome, IoReply, IoRequest, PeerMessage};
+use protocol::peer::{Crcs, IoOp, IoOutcome, IoReply, IoRequest, PeerMessage};
 use protocol::raft::{Body, Fence};
 use protocol::types::{
     BLOCK_BYTES, BlockRange, CHUNK_BYTES, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, ENTRY_BYTES_MAX,

@@ -2,13 +2,13 @@
 //! and applied here.
 
 use super::fence::Gate;
-use super::hosted::{Crcs, Hosted, OUTBOX_MAX, Outbox};
+use super::hosted::{Hosted, OUTBOX_MAX, Outbox};
 use super::{Shard, Work};
 use crate::mem::{Mem, Mems};
 use chunkstore::{EntryPayload, Payload, ReadError, Record};
 use copyset::{Action, Health, Role};
-use protocol::peer::PeerMessage;
-use protocol::raft::{Body, Entry, Kind, Message};
+use protocol::peer::{Crcs, PeerMessage};
+use protocol::raft::{Body, Entries, Entry, Kind, Message};
 use protocol::types::{CopysetId, LogIndex, ShardAddr, Term, block_crc};
 
 /// An Append whose payloads are being gathered.
@@ -17,7 +17,7 @@ pub struct LoadWork {
     to: ShardAddr,
     message: Message,
     payload: Mems,
-    crcs: Vec<u32>,
+    crcs: Crcs,
     /// The next of the message's entries to look at.
     next: usize,
 }
@@ -35,7 +35,7 @@ impl Shard {
         id: CopysetId,
         from: ShardAddr,
         mut message: Message,
-        crcs: Vec<u32>,
+        crcs: Crcs,
         payload: Mems,
     ) {
         let now = self.now;
@@ -55,7 +55,7 @@ impl Shard {
     /// Leaves of an Append what the log has room for; the leader sends the rest again. What is in the
     /// log already needs none, and must be looked at: only what this leader has sent, too, is known to
     /// be right, and can be applied and leave the log.
-    fn cut_to_room(&mut self, id: CopysetId, entries: &mut Vec<Entry>) {
+    fn cut_to_room(&mut self, id: CopysetId, entries: &mut Entries) {
         let Some(replica) = self.hosted.get(&id).map(|hosted| &hosted.replica) else { return };
         let (mut first, mut fresh, mut blocks) = (None, 0, 0);
         let fit = entries.iter().take_while(|entry| {
@@ -243,7 +243,7 @@ impl Shard {
             }
             return;
         }
-        let work = LoadWork { copyset: id, to, message, payload: Mems::new(), crcs: Vec::new(), next: 0 };
+        let work = LoadWork { copyset: id, to, message, payload: Mems::new(), crcs: Crcs::new(), next: 0 };
         self.gather(work);
     }
 

@@ -229,7 +229,7 @@ fn raft(copyset: CopysetId, dice: &mut Dice) -> PeerMessage {
         }
     };
     let message = Message { term: Term(dice.odd()), kind };
-    PeerMessage::Raft { copyset, message, crcs: crcs(dice, blocks) }
+    PeerMessage::Raft { copyset, message, crcs: crcs(dice, blocks).into() }
 }
 
 fn fence(dice: &mut Dice) -> Fence {
