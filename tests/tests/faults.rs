@@ -119,6 +119,49 @@ fn all_targets_killed_mid_write_keep_every_acknowledged_write() {
     });
 }
 
+/// Processes of the target with this number, from 1, that run.
+fn processes_of(cluster: &DevCluster, number: usize) -> anyhow::Result<Vec<i32>> {
+    let config = cluster.dir().join(format!("target-{number}")).join("target.toml");
+    let mut pids = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
+        // Gone since, perhaps.
+        let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if words.split(|byte| *byte == 0).any(|word| word == config.as_os_str().as_encoded_bytes()) {
+            pids.push(pid);
+        }
+    }
+    Ok(pids)
+}
+
+/// Found when a disk was full: each restart whose record could not be written was done again, and so was each end of
+/// each of those processes, until the machine had no more pids.
+#[test]
+fn a_record_that_cannot_be_written_starts_no_target_twice() {
+    with_cluster(DevCluster::start("64M"), |cluster| {
+        // Even root cannot write over a directory.
+        let in_the_way = cluster.dir().join("dev.json.new");
+        std::fs::create_dir(&in_the_way)?;
+        let old = cluster.signal_target(1, Signal::SIGKILL)?;
+        wait_until(10 * SECOND, || {
+            let pids = processes_of(cluster, 2)?;
+            ensure!(!pids.is_empty() && !pids.contains(&old), "target 2 was not started again: {pids:?}");
+            Ok(())
+        })?;
+        std::thread::sleep(3 * SECOND);
+        let pids = processes_of(cluster, 2)?;
+        ensure!(pids.len() == 1, "{pids:?} run target 2");
+        std::fs::remove_dir(&in_the_way)?;
+        wait_until(10 * SECOND, || {
+            let told = cluster.file()?.targets[1].pid;
+            ensure!(pids == [told], "the record says {told}, {pids:?} runs");
+            Ok(())
+        })?;
+        cluster.check_replicas()
+    });
+}
+
 #[test]
 fn a_cluster_killed_whole_and_started_again_serves_what_it_acknowledged() {
     if !have(&["python3-libnbd"]) {

@@ -36,6 +36,9 @@ pub async fn run(plan: &Plan) -> Outcome {
     outcome
 }
 
+/// What could not be done is tried again after this.
+const RETRY: Duration = Duration::from_secs(1);
+
 struct Supervisor<'a> {
     plan: &'a Plan,
     children: Vec<Process>,
@@ -50,6 +53,8 @@ struct Supervisor<'a> {
     probed: BTreeMap<usize, AbortHandle>,
     /// What is served, once it is.
     served: Option<Served>,
+    /// When to write the record again, which could not be written.
+    record_due: Option<Instant>,
 }
 
 struct Signals {
@@ -86,12 +91,22 @@ impl<'a> Supervisor<'a> {
             children.push(child(format!("target-{id}"), target_arguments(plan, id)));
         }
         let (probes, probed) = (JoinSet::new(), BTreeMap::new());
-        Self { plan, children, ended, tell_ended, restarts: Vec::new(), probes, probed, served: None }
+        Self {
+            plan,
+            children,
+            ended,
+            tell_ended,
+            restarts: Vec::new(),
+            probes,
+            probed,
+            served: None,
+            record_due: None,
+        }
     }
 
     async fn serve(&mut self, signals: &mut Signals) -> Outcome {
-        for index in 0..self.children.len() {
-            self.start(index)?;
+        for (index, child) in self.children.iter_mut().enumerate() {
+            child.start(index, &self.tell_ended)?;
         }
         let deadline = Instant::now() + READY_WAIT_MAX;
         let mut coming_up = Box::pin(bring_up::run(self.plan));
@@ -102,6 +117,7 @@ impl<'a> Supervisor<'a> {
                 () = signals.any() => return Ok(Exit::Ok),
                 Some(ended) = self.ended.recv() => self.child_ended(&ended)?,
                 () = sleep_until(due.unwrap_or(deadline)), if due.is_some() => self.restart_due()?,
+                () = sleep_until(self.record_due.unwrap_or(deadline)), if self.record_due.is_some() => self.record_changed(),
                 Some(told) = self.probes.join_next() => told.into_iter().for_each(|told| self.tell_again(told)),
                 served = &mut coming_up, if self.served.is_none() => self.ready(served?)?,
                 () = sleep_until(deadline), if self.served.is_none() => return Err(self.not_ready()),
@@ -109,14 +125,9 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    fn start(&mut self, index: usize) -> Result<(), Problem> {
-        self.children[index].start(index, &self.tell_ended)?;
-        self.write_record()
-    }
-
     fn ready(&mut self, served: Served) -> Result<(), Problem> {
         self.served = Some(served);
-        self.write_record()?;
+        self.record().write(self.plan.layout.root())?;
         say(ready::block(self.plan, &self.record()));
         Ok(())
     }
@@ -150,15 +161,29 @@ impl<'a> Supervisor<'a> {
         let due: Vec<_> = self.restarts.extract_if(.., |(due, _)| *due <= now).collect();
         for (_, index) in due {
             // Not enough memory or processes at the moment is no reason to end the others.
-            match self.start(index) {
-                Ok(()) => self.probe(index)?,
+            match self.children[index].start(index, &self.tell_ended) {
+                Ok(()) => {
+                    self.record_changed();
+                    self.probe(index)?;
+                }
                 Err(problem) => {
                     say(&problem);
-                    self.restarts.push((now + Duration::from_secs(1), index));
+                    self.restarts.push((now + RETRY, index));
                 }
             }
         }
         Ok(())
+    }
+
+    /// A full disk is no reason to end anything, nor to start a child twice: the record is written later.
+    fn record_changed(&mut self) {
+        let told = self.record_due.take().is_some();
+        if let Err(problem) = self.record().write(self.plan.layout.root()) {
+            if !told {
+                say(&problem);
+            }
+            self.record_due = Some(Instant::now() + RETRY);
+        }
     }
 
     /// Finds out when a child that was started again serves.
@@ -188,11 +213,6 @@ impl<'a> Supervisor<'a> {
                 ));
             }
         }
-    }
-
-    /// Nothing is told before the cluster serves.
-    fn write_record(&self) -> Result<(), Problem> {
-        if self.served.is_none() { Ok(()) } else { self.record().write(self.plan.layout.root()) }
     }
 
     fn record(&self) -> DevRecord {
