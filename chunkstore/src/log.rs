@@ -68,7 +68,7 @@ pub(crate) struct Framed<P> {
 
 /// Payload blocks that make a batch worth writing beside one in flight: fewer wait for its end, and share a header
 /// block and a synced write.
-const NEXT_BLOCKS_MIN: usize = 8;
+const NEXT_BLOCKS_MIN: usize = 12;
 
 /// Batches that keep their memory for the next ones.
 const SPARE_BATCHES_MAX: usize = 8;
