@@ -323,13 +323,22 @@ impl Judge<'_> {
     }
 
     fn over_time(&self) -> Vec<Line> {
-        let open = |reads| {
+        let open = |subject, reads| {
             let mut rows = self.rows.iter();
             let is = |row: &&Row| {
-                row.load.rate.is_some() && row.load.read_percent == reads && row.load.depth == OPEN_DEPTH
+                row.subject == subject
+                    && row.load.rate.is_some()
+                    && row.load.read_percent == reads
+                    && row.load.depth == OPEN_DEPTH
             };
             let row = rows.find(is)?;
             Some(row.p999_us? / row.p50_us?)
+        };
+        let open_loop = |what, reads| {
+            let raw = open(RAW, reads);
+            let beside = raw.map_or(String::new(), |raw| format!(" (the raw file's at that rate: {raw:.1})"));
+            let measure = format!("4K {what} at half the maximum rate, open loop, p99.9 / p50{beside}");
+            self.line(&measure, Limit::AtMost(10.0), "", open(THREE, reads))
         };
         let memory = self.facts.memory;
         let grown = memory.map(|memory| (memory.late_bytes / memory.early_bytes - 1.0) * 100.0);
@@ -339,18 +348,8 @@ impl Judge<'_> {
         let raw_waits = self.facts.raw_after_idle.map(above_busy);
         let beside = raw_waits.map_or(String::new(), |us| format!(" (the raw file's: {us:.0} us)"));
         vec![
-            self.line(
-                "4K read at half the maximum rate, open loop, p99.9 / p50",
-                Limit::AtMost(10.0),
-                "",
-                open(100),
-            ),
-            self.line(
-                "4K write at half the maximum rate, open loop, p99.9 / p50",
-                Limit::AtMost(10.0),
-                "",
-                open(0),
-            ),
+            open_loop("read", 100),
+            open_loop("write", 0),
             self.line("a target idle, of a core", Limit::Below(2.0), " %", self.facts.idle_percent),
             self.line(
                 &format!("the first read after idle, above a busy one's p50{beside}"),

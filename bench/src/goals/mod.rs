@@ -226,7 +226,7 @@ impl<'a> Bench<'a> {
             self.bytes_to_disk(&three, &on_three)?;
         }
         if self.wants("open loop") {
-            self.open_loop(&on_three)?;
+            self.open_loop(&raw, &on_three)?;
         }
         if self.wants("sustained") {
             self.sustained(&three, &on_three)?;
@@ -260,8 +260,9 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// At half of the rate that was reached at depth 32, IOs arrive whatever became of those before.
-    fn open_loop(&mut self, subject: &Subject) -> anyhow::Result<()> {
+    /// At half of the rate that was reached at depth 32, IOs arrive whatever became of those before; on the raw file at
+    /// the same rate, to tell what of the spread is the disk's.
+    fn open_loop(&mut self, raw: &Subject, subject: &Subject) -> anyhow::Result<()> {
         self.say("open loop at half of the maximum rate");
         for most in [read(32, self.size), write_4k(32, self.size)] {
             let found = self.runs.iter().filter(|run| run.subject == subject.name && run.load == most);
@@ -275,7 +276,7 @@ impl<'a> Bench<'a> {
                 false => crate::report::median(iops) / 2.0,
             };
             let load = Load { rate: Some(half.round().max(1.0)), depth: OPEN_DEPTH, ..most };
-            self.turns(std::slice::from_ref(subject), &[load])?;
+            self.turns(&subjects([Some(raw), Some(subject)]), &[load])?;
         }
         Ok(())
     }
