@@ -2,6 +2,7 @@
 
 use crate::table::Table;
 use protocol::types::{BlockRange, LogIndex};
+use std::ops::Range;
 
 /// A block whose latest content is not in its slot.
 #[derive(Clone)]
@@ -104,23 +105,22 @@ impl<P: Clone> Overlay<P> {
             }
         }
     }
+    /// Where the blocks of a range are in the order, as many as are here.
+    fn span(&self, range: BlockRange) -> Range<usize> {
+        let nth = |end: usize| self.order.partition_point(|(block, _)| usize::from(*block) < end);
+        nth(range.first.into())..nth(range.end())
+    }
     /// [`Overlay::put`] for all blocks of a range; those behind it move once if none of them is here yet.
     pub(crate) fn put_range(&mut self, range: BlockRange, over: impl Fn(usize) -> OverlayBlock<P>) {
-        let (nth, end) = (
-            self.find(range.first),
-            self.order.partition_point(|(block, _)| usize::from(*block) < range.end()),
-        );
-        let count = usize::from(range.count);
-        match nth {
-            Err(nth) if nth == end => {
-                self.order.splice(nth..nth, range.blocks().map(|block| (block as u16, 0)));
-                for (at, entry) in (nth..nth + count).enumerate() {
-                    let over = over(at);
-                    self.data += usize::from(over.crc != 0);
-                    self.order[entry].1 = self.keep(over);
-                }
-            }
-            _ => range.blocks().enumerate().for_each(|(at, block)| self.put(block as u16, over(at))),
+        let here = self.span(range);
+        if !here.is_empty() {
+            return range.blocks().enumerate().for_each(|(at, block)| self.put(block as u16, over(at)));
+        }
+        self.order.splice(here.clone(), range.blocks().map(|block| (block as u16, 0)));
+        for at in 0..range.count.into() {
+            let over = over(at);
+            self.data += usize::from(over.crc != 0);
+            self.order[here.start + at].1 = self.keep(over);
         }
     }
     fn release(&mut self, place: u16) {
@@ -129,8 +129,7 @@ impl<P: Clone> Overlay<P> {
         self.free.push(place);
     }
     pub(crate) fn remove_range(&mut self, range: BlockRange) {
-        let nth = |end: usize| self.order.partition_point(|(block, _)| usize::from(*block) < end);
-        let gone = nth(range.first.into())..nth(range.end());
+        let gone = self.span(range);
         for nth in gone.clone() {
             self.release(self.order[nth].1);
         }
@@ -164,8 +163,7 @@ impl<P: Clone> Overlay<P> {
     }
     /// What was written with batch `lsn` is in memory no more.
     pub(crate) fn forget_ram(&mut self, range: BlockRange, lsn: u64) {
-        let nth = |end: usize| self.order.partition_point(|(block, _)| usize::from(*block) < end);
-        for (_, place) in &self.order[nth(range.first.into())..nth(range.end())] {
+        for (_, place) in &self.order[self.span(range)] {
             let over = self.kept[usize::from(*place)].as_mut().expect("in the order");
             if over.lsn == lsn {
                 over.ram = None;
@@ -186,6 +184,7 @@ impl<P: Clone> Overlay<P> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
 
     fn block(crc: u32) -> OverlayBlock<()> {
         OverlayBlock { lsn: 1, index: LogIndex(1), at: 0, crc, ram: None }
@@ -208,5 +207,75 @@ mod tests {
         let mut all = Counted { blocks: 5, data: 5 };
         all.change(Counted { blocks: 4, data: 3 }, overlay.counted());
         assert_eq!(all, Counted { blocks: 3, data: 2 });
+    }
+
+    /// Steps of a walk that takes each kind of change at random places.
+    const STEPS: u64 = 4_000;
+
+    #[test]
+    fn lists_are_what_a_map_would_be() {
+        let (mut overlay, mut map) = (Overlay::default(), BTreeMap::new());
+        let mut state = 7_u64;
+        let mut draw = |below: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) % below
+        };
+        for step in 1..=STEPS {
+            let first = draw(300) as u16;
+            let range = BlockRange { first, count: 1 + draw(24) as u16 };
+            let of = |at: usize| OverlayBlock {
+                lsn: step,
+                index: LogIndex(step),
+                at: at as u32,
+                crc: (step as u32 + at as u32) % 3,
+                ram: Some(((), at)),
+            };
+            match draw(6) {
+                0 | 1 => {
+                    overlay.put_range(range, of);
+                    map.extend(range.blocks().enumerate().map(|(at, block)| (block as u16, of(at))));
+                }
+                2 => {
+                    overlay.put(first, of(0));
+                    map.insert(first, of(0));
+                }
+                3 => {
+                    overlay.remove_range(range);
+                    range.blocks().for_each(|block| drop(map.remove(&(block as u16))));
+                }
+                4 => {
+                    // As the flusher does, some of whose blocks were written again meanwhile.
+                    let items: Vec<(u16, u64)> =
+                        map.iter().map(|(block, over)| (*block, over.lsn - draw(2))).collect();
+                    overlay.remove_same(&items, |item| item.0, |item, over| over.lsn == item.1);
+                    for (block, lsn) in items {
+                        if map[&block].lsn == lsn {
+                            map.remove(&block);
+                        }
+                    }
+                }
+                _ => {
+                    let lsn = step - draw(20).min(step);
+                    overlay.forget_ram(range, lsn);
+                    map.range_mut(first..range.end() as u16)
+                        .filter(|(_, over)| over.lsn == lsn)
+                        .for_each(|(_, over)| over.ram = None);
+                }
+            }
+            let told = |(block, over): (u16, &OverlayBlock<()>)| {
+                (block, over.lsn, over.at, over.crc, over.ram.is_some())
+            };
+            let (ours, theirs): (Vec<_>, Vec<_>) =
+                (overlay.iter().map(told).collect(), map.iter().map(|(b, o)| told((*b, o))).collect());
+            assert_eq!(ours, theirs, "after step {step}");
+            let data = map.values().filter(|over| over.crc != 0).count() as u64;
+            assert_eq!(overlay.counted(), Counted { blocks: map.len() as u64, data });
+            assert_eq!(overlay.get(first).map(|over| over.lsn), map.get(&first).map(|over| over.lsn));
+            if draw(200) == 0 {
+                overlay.clear();
+                map.clear();
+            }
+        }
+        assert!(overlay.kept.len() <= 324, "places are used again: {}", overlay.kept.len());
     }
 }

@@ -6,7 +6,7 @@ use crate::overlay::Overlay;
 use protocol::types::BLOCK_BYTES;
 
 /// Overlays kept: as many chunks as a round that works ahead flushes, and some more.
-const OVERLAYS_MAX: usize = 64;
+const OVERLAYS_MAX: usize = 32;
 /// Lists and headers kept: more than there are operations under way.
 const OTHERS_MAX: usize = 64;
 
