@@ -241,7 +241,7 @@ mod tests {
                 }
                 3 => {
                     overlay.remove_range(range);
-                    range.blocks().for_each(|block| drop(map.remove(&(block as u16))));
+                    map.retain(|block, _| !(usize::from(first)..range.end()).contains(&usize::from(*block)));
                 }
                 4 => {
                     // As the flusher does, some of whose blocks were written again meanwhile.

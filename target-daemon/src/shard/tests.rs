@@ -7,7 +7,7 @@ use super::orders::CAUGHT_UP_ENTRIES;
 use super::*;
 use chunkstore::{FileId, Identity, IoError, Layout, Media, Op, Piece};
 use protocol::map::CopysetEntry;
-use protocol::peer::{Fetched, IoOp, IoOutcome, IoReply, IoRequest};
+use protocol::peer::{Crcs, Fetched, IoOp, IoOutcome, IoReply, IoRequest};
 use protocol::raft::{Body, Entry, Kind, Message, Round};
 use protocol::types::{BlockRange, ENTRY_BLOCKS_MAX, Term, block_crc};
 
@@ -381,9 +381,9 @@ fn a_follower_neither_keeps_nor_acknowledges_a_block_that_was_damaged_on_its_way
             prev_index: LogIndex(0),
             prev_term: Term(0),
             commit: LogIndex(0),
-            entries: vec![entry],
+            entries: vec![entry].into(),
         };
-        PeerMessage::Raft { copyset: ID, message: Message { term: Term(1), kind }, crcs: vec![crc] }
+        PeerMessage::Raft { copyset: ID, message: Message { term: Term(1), kind }, crcs: vec![crc].into() }
     };
     let crc = block_crc(data.bytes());
     cluster.deliver(2, 1, append(crc ^ 1), Mems::from_elem(data.clone(), 1));
@@ -412,7 +412,7 @@ impl Cluster {
     fn must_be_filled(&mut self, term: Term, install: LogIndex) {
         let round = Round { number: 1, sent_ns: 1 };
         let kind = Kind::Heartbeat { round, commit: LogIndex(0), sleep: false, install: Some(install) };
-        let beat = PeerMessage::Raft { copyset: ID, message: Message { term, kind }, crcs: Vec::new() };
+        let beat = PeerMessage::Raft { copyset: ID, message: Message { term, kind }, crcs: Crcs::new() };
         self.deliver(3, 1, beat, Mems::new());
         self.settle();
     }

@@ -217,7 +217,7 @@ fn followers_take_the_same_entries() {
             prev_index: LogIndex(prev),
             prev_term: Term(prev_term),
             commit: LogIndex(leader_commit),
-            entries,
+            entries: entries.into(),
         };
         ours.handle(2, Message { term: Term(term), kind });
 
