@@ -436,6 +436,9 @@ pub trait Reactor: Disk {
     /// wake, or the deadline. `None` waits without limit; a past deadline does not wait.
     /// May return with nothing.
     fn turn(&mut self, deadline: Option<Time>, completions: &mut Vec<Completion>);
+    /// Tells how many reads the caller waits for, wherever they are served: with many of them a turn sleeps at once
+    /// instead of watching for their ends.
+    fn awaits_reads(&mut self, _count: usize) {}
     /// Wakes `turn` from any thread.
     fn waker(&self) -> Waker;
     /// Listens on a TCP address; port 0 picks one (see [`Reactor::listener_addr`]).

@@ -480,6 +480,7 @@ impl<R: Reactor> CoreLoop for Core<R> {
     fn turn(&mut self) -> Turn {
         let deadline = self.deadline();
         let mut completions = std::mem::take(&mut self.completions);
+        self.reactor.awaits_reads(self.export.reads_under_way());
         self.reactor.turn(deadline, &mut completions);
         let now = self.reactor.now();
         for completion in completions.drain(..) {

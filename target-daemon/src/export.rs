@@ -213,6 +213,12 @@ impl Export {
         self.volume.load()
     }
 
+    /// Reads of hosts under way, with the writes beside them; none while there are only writes.
+    pub fn reads_under_way(&self) -> usize {
+        let [_, pieces, reads] = self.volume.load();
+        if reads.0 == 0 { 0 } else { pieces.0 }
+    }
+
     /// Counters.
     pub fn counts(&self) -> &ExportCounts {
         &self.counts

@@ -52,7 +52,7 @@ const FILE_GROUP: u32 = 8;
 /// with the client idle until then and the disk until the client has asked again.
 const TURN_READS_MAX: usize = 8;
 /// Reads under way with which it is worth watching for completions instead of sleeping, at most.
-const SPIN_READS_MAX: u32 = 4;
+const SPIN_READS_MAX: usize = 4;
 /// Longest registered buffer the kernel takes: 1 GiB.
 const REGISTERED_BYTES_MAX: usize = 1 << 30;
 
@@ -103,6 +103,8 @@ pub struct Ring {
     in_kernel: u32,
     /// Reads of files among them.
     reads_in_kernel: u32,
+    /// Reads that the owner waits for, on this ring or elsewhere.
+    reads_awaited: usize,
     disk: HostDisk,
     /// Takes the disk's place, where that is wanted.
     memory: Option<MemoryDisk>,
@@ -148,6 +150,7 @@ impl Ring {
             reaped: Vec::new(),
             in_kernel: 0,
             reads_in_kernel: 0,
+            reads_awaited: 0,
             disk: HostDisk::new()?,
             memory: config.memory_files.then(MemoryDisk::new),
             sockets: Table::new(),
@@ -310,7 +313,7 @@ impl Ring {
     /// With many reads under way a wake-up brings several of them and is never far: watching for it gains nothing. With
     /// writes it does, since those who wait for them on other cores do so one after another.
     fn spins(&self) -> bool {
-        self.spin.budget_ns > 0 && self.reads_in_kernel <= SPIN_READS_MAX
+        self.spin.budget_ns > 0 && self.reads_awaited.max(self.reads_in_kernel as usize) <= SPIN_READS_MAX
     }
 
     /// Watches for work without entering the kernel; true if there is some.
@@ -416,6 +419,10 @@ impl Reactor for Ring {
         if let Some(aside) = &mut self.aside {
             aside.look(monotonic_now());
         }
+    }
+
+    fn awaits_reads(&mut self, count: usize) {
+        self.reads_awaited = count;
     }
 
     fn waker(&self) -> Waker {

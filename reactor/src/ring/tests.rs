@@ -486,3 +486,24 @@ fn what_was_received_comes_before_reads_that_ended_together_and_those_a_few_at_a
     assert_eq!(turns.iter().flatten().next(), Some(&receive), "{turns:?}");
     assert!(turns.iter().all(|turn| count(turn) <= TURN_READS_MAX), "{turns:?}");
 }
+
+#[test]
+fn whoever_awaits_many_reads_sleeps_at_once() {
+    let mut rig = Rig::with(RingConfig { arena_bytes: 1 << 20, spin_us_max: 200, ..RingConfig::default() });
+    if rig.ring.spin.max_ns == 0 {
+        return; // One processor: nobody ever spins.
+    }
+    let spins = |rig: &mut Rig, reads: usize| {
+        rig.ring.awaits_reads(reads);
+        rig.ring.spin.budget_ns = rig.ring.spin.max_ns;
+        let before = rig.ring.stats();
+        let deadline = rig.ring.now() + Span::ms(1);
+        rig.turn(deadline);
+        let after = rig.ring.stats();
+        assert!(after.sleeps > before.sleeps, "nothing came");
+        after.spins_won + after.spins_lost - before.spins_won - before.spins_lost
+    };
+    assert_eq!(spins(&mut rig, SPIN_READS_MAX), 1);
+    assert_eq!(spins(&mut rig, SPIN_READS_MAX + 1), 0);
+    assert_eq!(spins(&mut rig, 0), 1);
+}
