@@ -5,8 +5,9 @@ use crate::api::{Piece, Pieces};
 use crate::overlay::Overlay;
 use protocol::types::BLOCK_BYTES;
 
-/// Overlays kept: as many chunks as a round that works ahead flushes, and some more.
-const OVERLAYS_MAX: usize = 32;
+/// Overlays kept: as many as there are jobs of the flusher, which empty them. One may have had all blocks of a chunk, and
+/// then has some 250 KiB.
+const OVERLAYS_MAX: usize = 8;
 /// Lists and headers kept: more than there are operations under way.
 const OTHERS_MAX: usize = 64;
 
