@@ -23,9 +23,6 @@ const WRITE_BLOCKS_MAX: usize = 256;
 /// Blocks of a job at most: 2 MiB, so that the 16 KiB of table pages that it writes weigh little.
 const JOB_BLOCKS_MAX: usize = 512;
 
-/// Lists of items that keep their memory: as many as there are jobs.
-const SPARE_ITEMS_MAX: usize = 16;
-
 struct Item<P> {
     block: u16,
     lsn: u64,
@@ -88,12 +85,10 @@ impl<P: Payload> Flush<P> {
     pub(crate) fn busy(&self) -> bool {
         !self.jobs.is_empty()
     }
-    /// A job's items have done their work; their list has not.
+    /// A job's items have done their work; their list has not. There are never more lists than jobs, and one.
     fn keep(&mut self, mut items: Vec<Item<P>>) {
-        if self.spare_items.len() < SPARE_ITEMS_MAX {
-            items.clear();
-            self.spare_items.push(items);
-        }
+        items.clear();
+        self.spare_items.push(items);
     }
     pub(crate) fn next_op(&mut self, most: usize) -> Option<Op<P>> {
         if self.in_flight >= most {
@@ -367,11 +362,12 @@ impl<P: Payload> Store<P> {
             self.tables.pin(job.slot, false);
         }
         if job.spoilt {
+            self.flush.keep(job.items);
             self.flush.spoilt.push_back(chunk);
             return;
         }
         if !lives || job.stage != Stage::Pages {
-            return;
+            return self.flush.keep(job.items);
         }
         self.drop_items(chunk, &job.items);
         self.flush.keep(job.items);

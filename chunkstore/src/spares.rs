@@ -5,9 +5,6 @@ use crate::api::{Piece, Pieces};
 use crate::overlay::Overlay;
 use protocol::types::BLOCK_BYTES;
 
-/// Overlays kept: as many as there are jobs of the flusher, which empty them. One may have had all blocks of a chunk, and
-/// then has some 250 KiB.
-const OVERLAYS_MAX: usize = 8;
 /// Lists and headers kept: more than there are operations under way.
 const OTHERS_MAX: usize = 64;
 
@@ -24,8 +21,9 @@ impl<P> Default for Spares<P> {
 }
 
 impl<P: Clone> Spares<P> {
-    pub(crate) fn keep_overlay(&mut self, mut overlay: Overlay<P>) {
-        if overlay.has_memory() && self.overlays.len() < OVERLAYS_MAX {
+    /// One more overlay, unless there are `most`: one that had all blocks of a chunk has some 250 KiB.
+    pub(crate) fn keep_overlay(&mut self, mut overlay: Overlay<P>, most: usize) {
+        if overlay.has_memory() && self.overlays.len() < most {
             overlay.clear();
             self.overlays.push(overlay);
         }

@@ -835,7 +835,8 @@ impl<P: Payload> Store<P> {
         if !state.overlay.is_empty() {
             return;
         }
-        self.spares.keep_overlay(std::mem::take(&mut state.overlay));
+        // Overlays are emptied by the flusher's jobs, as a rule.
+        self.spares.keep_overlay(std::mem::take(&mut state.overlay), self.layout.flush_in_flight_max);
         self.dirty.remove(&chunk);
         if state.refs == 0 && state.slot.is_none() {
             if let Some(owner) = self.copysets.get_mut(&state.copyset) {

@@ -431,8 +431,8 @@ pub trait Reactor: Disk {
     fn arena(&self) -> &Arena;
     /// Queues an op; it goes out at the next turn.
     fn submit(&mut self, token: u64, op: Op);
-    /// Sends out what is queued and appends what has completed. Returns at once if anything
-    /// completed; else waits (a short spin, then asleep in the kernel) until a completion, a
+    /// Sends out what is queued and appends what has completed, or some of it and the rest at the next turns. Returns
+    /// at once if anything completed; else waits (a short spin, then asleep in the kernel) until a completion, a
     /// wake, or the deadline. `None` waits without limit; a past deadline does not wait.
     /// May return with nothing.
     fn turn(&mut self, deadline: Option<Time>, completions: &mut Vec<Completion>);

@@ -112,12 +112,13 @@ impl<'a> Supervisor<'a> {
         let mut coming_up = Box::pin(bring_up::run(self.plan));
         loop {
             let due = self.restarts.iter().map(|(due, _)| *due).min();
+            let record_due = self.record_due;
             tokio::select! {
                 biased;
                 () = signals.any() => return Ok(Exit::Ok),
                 Some(ended) = self.ended.recv() => self.child_ended(&ended)?,
                 () = sleep_until(due.unwrap_or(deadline)), if due.is_some() => self.restart_due()?,
-                () = sleep_until(self.record_due.unwrap_or(deadline)), if self.record_due.is_some() => self.record_changed(),
+                () = sleep_until(record_due.unwrap_or(deadline)), if record_due.is_some() => self.record_changed(),
                 Some(told) = self.probes.join_next() => told.into_iter().for_each(|told| self.tell_again(told)),
                 served = &mut coming_up, if self.served.is_none() => self.ready(served?)?,
                 () = sleep_until(deadline), if self.served.is_none() => return Err(self.not_ready()),
