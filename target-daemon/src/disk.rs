@@ -89,6 +89,8 @@ impl DiskDriver {
             if let Some(op) = self.try_run(reactor, *op) {
                 self.stalled.push_back(Box::new(op));
             }
+            // Memory is scarce: nothing is kept.
+            self.spent = None;
         }
     }
 
