@@ -208,7 +208,7 @@ pub struct Membership {
     pub settled: bool,
     /// Of everybody else.
     pub lags: Vec<Lag>,
-    /// IO came lately.
+    /// IO came lately; see [`affinity`].
     pub busy: bool,
 }
 
@@ -553,7 +553,7 @@ impl Shard {
                 members: *h.replica.members(),
                 settled: h.replica.members_settled(),
                 lags: h.replica.lags().collect(),
-                busy: h.affinity.is_counting(),
+                busy: h.affinity.is_in_use(self.now),
             }),
         };
         self.hosted.iter().map(standing).collect()
