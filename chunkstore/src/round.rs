@@ -11,7 +11,7 @@
 use crate::api::*;
 use crate::checkpoint::{self, Checkpoint, CopysetImage, SlotImage};
 use crate::read::Pending;
-use crate::store::{AHEAD_EIGHTHS, Copyset, EntryMeta, Store};
+use crate::store::{AHEAD_EIGHTHS, Copyset, EntryMeta, KEPT_EIGHTHS, Store};
 use protocol::raft::{Body, Members};
 use protocol::types::{BLOCK_BYTES, ChunkId, CopysetId, ENTRY_BLOCKS_MAX, LogIndex, Span, Term, Time};
 use smallvec::SmallVec;
@@ -256,7 +256,7 @@ impl<P: Payload> Store<P> {
         if !self.layout.flush_ahead || !full || self.now < self.round.ahead_after || !self.round_can_begin() {
             return;
         }
-        let Some(oldest_kept) = self.ram.get(self.ram.len() / 8 * (8 - AHEAD_EIGHTHS)) else { return };
+        let Some(oldest_kept) = self.ram.get(self.ram.len() / 8 * (8 - KEPT_EIGHTHS)) else { return };
         let below = oldest_kept.lsn.min(self.log.durable + 1);
         self.stage_hints(true);
         let round = &mut self.round;

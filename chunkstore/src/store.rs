@@ -44,6 +44,9 @@ const WINDOW_MAX: usize = 256;
 /// Blocks are flushed ahead of need when those that are newer than their slots fill so many eighths of what memory
 /// may hold.
 pub(crate) const AHEAD_EIGHTHS: usize = 3;
+/// The newest of memory are left for later, since they may be written again; more than these would make for jobs of
+/// few blocks, each of which writes all pages of its chunk's table.
+pub(crate) const KEPT_EIGHTHS: usize = 1;
 /// From so many eighths on writes are held back, ...
 const HOLD_EIGHTHS: usize = 4;
 /// ... and from so many on, only a few are under way: what has left memory costs the flusher a read of the log for

@@ -359,7 +359,7 @@ impl Judge<'_> {
             ),
             self.line(
                 &format!(
-                    "RSS of a target over {watched} of writes and a mix, growth (the target says 10 minutes)"
+                    "RSS of a target over {watched} of a mixed load, growth (the target says 10 minutes)"
                 ),
                 Limit::AtMost(FLAT * 100.0),
                 " %",
