@@ -11,7 +11,7 @@ use crate::fio::Fio;
 use crate::report::{Goal, Report};
 use crate::rival::{Rival, Server};
 use crate::run::load::Load;
-use crate::run::measure::{Client, Plan, Subject, prepare};
+use crate::run::measure::{Client, Plan, Subject, prepare, read_once};
 use crate::run::result::Results;
 use crate::run::results;
 use crate::run::summary::{self, Row, find};
@@ -142,6 +142,9 @@ fn measure(args: &PeersArgs, cluster: &Cluster, also: Vec<Peer>) -> anyhow::Resu
         .flat_map(|reads| args.depths.iter().map(|depth| Load::random_4k(*reads, *depth, size)))
         .collect();
     let subjects: Vec<Subject> = peers.iter().map(|peer| peer.subject.clone()).collect();
+    // What takes turns here is the same disk: nobody's turn is to pay for first reads.
+    let mut by_us = subjects.iter().filter(|subject| !matches!(subject.target, Target::Rbd(_)));
+    by_us.try_for_each(|subject| read_once(subject, size))?;
     let client = fio.map_or(Client::Own, Client::OwnOr);
     let (rounds, seconds) = (args.rounds, args.seconds.into());
     let plan = Plan { client: &client, subjects: &subjects, loads: &loads, seconds, warm_up: 0.5, rounds };

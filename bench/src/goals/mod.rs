@@ -13,7 +13,7 @@ use crate::environment::Environment;
 use crate::report::{keep, write};
 use crate::rival::{Rival, Server};
 use crate::run::load::{IO_BYTES_MAX, Load, Order, Sizes};
-use crate::run::measure::{Client, Plan, Subject, prepare};
+use crate::run::measure::{Client, Plan, Subject, prepare, read_once};
 use crate::run::result::{Results, Run};
 use crate::run::{html, results, summary};
 use crate::{EXIT_CHECK_FAILED, Output, parse_bytes, process};
@@ -202,15 +202,18 @@ impl<'a> Bench<'a> {
         };
         three.settle();
         one.iter().for_each(Cluster::settle);
+        let on_qemu = qemu.as_ref().map(Rival::subject);
+        for subject in subjects([Some(&raw), Some(&on_three), on_one.as_ref(), on_qemu.as_ref()]) {
+            read_once(&subject, size)?;
+        }
         if self.wants("idle") {
             self.idle(&three, &on_three, &raw)?;
         }
         if self.wants("reads") {
             self.say("reads");
-            let qemu = qemu.as_ref().map(Rival::subject);
             let alone = subjects([Some(&raw), on_one.as_ref()]);
             self.turns(&alone, &[read(1, size), polled(1, size), read(128, size)])?;
-            let all = [Some(&raw), on_one.as_ref(), on_nbd.as_ref(), qemu.as_ref(), Some(&on_three)];
+            let all = [Some(&raw), on_one.as_ref(), on_nbd.as_ref(), on_qemu.as_ref(), Some(&on_three)];
             self.turns(&subjects(all), &[read(32, size)])?;
             self.turns(&subjects([Some(&raw), Some(&on_three)]), &[stream(100, size)])?;
         }

@@ -166,8 +166,15 @@ pub fn prepare(subject: &Subject, bytes: u64) -> anyhow::Result<()> {
     fill(&subject.target, bytes).with_context(|| format!("{} cannot be prepared", subject.name))
 }
 
-/// IOs in flight while filling.
-const FILL_DEPTH: u32 = 8;
+/// Reads every byte once, in order. The first read of a block can take ten times as long as later ones on a disk that
+/// somebody else serves; subjects that are compared should have that behind them.
+///
+/// # Errors
+/// It cannot be read.
+pub fn read_once(subject: &Subject, bytes: u64) -> anyhow::Result<()> {
+    eprintln!("reading {} MiB of {}", bytes >> 20, subject.name);
+    pass(&subject.target, bytes, false).with_context(|| format!("{} cannot be read", subject.name))
+}
 
 fn fill(target: &Target, bytes: u64) -> anyhow::Result<()> {
     if let Target::File(path) = target {
@@ -177,21 +184,35 @@ fn fill(target: &Target, bytes: u64) -> anyhow::Result<()> {
             file.set_len(bytes)?;
         }
     }
-    let writing = Load { dsync: false, ..Load::random_4k(0, FILL_DEPTH, bytes) };
-    let mut ring = job::ring(FILL_DEPTH, false)?;
-    let mut driver = job::connect(&mut ring, target, &writing, 0)?;
+    pass(target, bytes, true)?;
+    if let Target::File(path) = target {
+        std::fs::File::open(path)?.sync_all()?;
+    }
+    Ok(())
+}
+
+/// IOs in flight while everything is written, or read.
+const PASS_DEPTH: u32 = 8;
+
+fn pass(target: &Target, bytes: u64, write: bool) -> anyhow::Result<()> {
+    let reads = if write { 0 } else { 100 };
+    let load = Load { dsync: false, ..Load::random_4k(reads, PASS_DEPTH, bytes) };
+    let mut ring = job::ring(PASS_DEPTH, false)?;
+    let mut driver = job::connect(&mut ring, target, &load, 0)?;
     let bytes = driver.bytes().min(bytes);
     let blocks = (load::IO_BYTES_MAX / BLOCK_BYTES) as usize;
     let mut spare: Vec<_> =
-        (0..FILL_DEPTH).filter_map(|slot| Some((slot, ring.arena().alloc(blocks)?))).collect();
+        (0..PASS_DEPTH).filter_map(|slot| Some((slot, ring.arena().alloc(blocks)?))).collect();
     let (mut at, mut flying, mut done) = (0, 0, Vec::new());
     while at < bytes || flying > 0 {
         while at + BLOCK_BYTES <= bytes {
             let Some((slot, mut buf)) = spare.pop() else { break };
-            // Bytes that do not compress.
-            buf.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&ring.random().to_le_bytes()));
+            if write {
+                // Bytes that do not compress.
+                buf.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&ring.random().to_le_bytes()));
+            }
             let length = load::IO_BYTES_MAX.min((bytes - at) / BLOCK_BYTES * BLOCK_BYTES);
-            driver.submit(&mut ring, slot, Io { write: true, offset: at, bytes: length }, buf);
+            driver.submit(&mut ring, slot, Io { write, offset: at, bytes: length }, buf);
             (at, flying) = (at + length, flying + 1);
         }
         if flying == 0 {
@@ -203,9 +224,6 @@ fn fill(target: &Target, bytes: u64) -> anyhow::Result<()> {
             flying -= 1;
             spare.push((slot, buf));
         }
-    }
-    if let Target::File(path) = target {
-        std::fs::File::open(path)?.sync_all()?;
     }
     Ok(())
 }
