@@ -40,7 +40,7 @@ pub(crate) mod name {
 #[derive(Debug, Args)]
 #[command(
     after_help = "It starts clusters of its own: 3 replicas, 1 replica, and 1 replica in memory with one and with two\n\
-    shards, beside a raw file and qemu-nbd on the same disk. The whole takes under ten minutes, --quick under three.\n  \
+    shards, beside a raw file and qemu-nbd on the same disk. The whole takes some ten minutes, --quick some three.\n  \
     ashlar bench goals --quick\n  \
     ashlar bench goals --sustain 300 --write-markdown   # the page; some 25 minutes\n\n\
     Ceph is `ashlar bench peers`."
@@ -58,7 +58,7 @@ pub struct GoalsArgs {
     /// How often each measurement is repeated; the median counts [default: 5, quick 2]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: Option<u32>,
-    /// Seconds of sustained writes, which are followed by twice as many of mixed load [default: 60, quick 12]
+    /// Seconds of sustained writes, which are followed by twice as many of mixed load [default: 45, quick 8]
     #[arg(long, value_parser = clap::value_parser!(u32).range(4..=86_400))]
     sustain: Option<u32>,
     /// Only parts with this in their name: reads, writes, open loop, sustained, idle, memory.
@@ -146,7 +146,7 @@ impl<'a> Bench<'a> {
             size: args.size.unwrap_or(if quick { 256 << 20 } else { 512 << 20 }),
             rounds: args.rounds.unwrap_or(if quick { 2 } else { 5 }),
             seconds: if quick { 1.0 } else { 1.5 },
-            sustain_s: args.sustain.unwrap_or(if quick { 12 } else { 60 }),
+            sustain_s: args.sustain.unwrap_or(if quick { 8 } else { 45 }),
             runs: Vec::new(),
             facts: Facts::default(),
         }
