@@ -52,6 +52,11 @@ const ONCE_FAILED: &[(&str, u64, &str)] = &[
         90_413,
         "a catch-up was begun over one whose end was on its way to the disk, without a word in the log",
     ),
+    (
+        "swarm",
+        99_519,
+        "who had freed a volume as a follower did not free what was written later, when it led itself",
+    ),
     ("swarm", 93_271, "the simulator's own: a target was lost for good while its power was off"),
     (
         "swarm",

@@ -237,6 +237,7 @@ pub struct Shard {
     out: VecDeque<Output>,
     /// Requests whose entry is applied, and whether it is theirs; empty between events.
     done: Vec<(usize, bool)>,
+    /// Deleted volumes of which nothing is left here.
     freed: BTreeSet<VolumeId>,
     counts: Counts,
     failed: bool,
@@ -298,6 +299,7 @@ impl Shard {
             return;
         }
         self.map = map.clone();
+        self.freed.retain(|volume| map.volumes.contains_key(volume));
         for (id, entry) in &map.copysets {
             let mine = entry.members.contains(&self.settings.me);
             // Later members come by order of the MDS, without a vote until they have caught up.

@@ -154,6 +154,15 @@ impl Shard {
     fn apply(&mut self, id: CopysetId, up_to: LogIndex) {
         self.store.commit(id, up_to);
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
+        if !self.freed.is_empty() {
+            // Written by a leader that had not heard of the deletion; the next one may be this shard.
+            let fresh = (hosted.replica.applied_index().next().0..=up_to.0).map(LogIndex);
+            for entry in fresh.filter_map(|index| hosted.replica.entry(index)) {
+                if let Body::Write { chunk, .. } | Body::Zero { chunk, .. } = entry.body {
+                    self.freed.remove(&chunk.volume);
+                }
+            }
+        }
         let mut done = std::mem::take(&mut self.done);
         while let Some(waiter) = hosted.waiters.front().filter(|w| w.index <= up_to) {
             let kept = hosted.replica.entry(waiter.index).is_some_and(|e| e.term == waiter.term);

@@ -6,7 +6,7 @@
 use super::orders::CAUGHT_UP_ENTRIES;
 use super::*;
 use chunkstore::{FileId, Identity, IoError, Layout, Media, Op, Piece};
-use protocol::map::CopysetEntry;
+use protocol::map::{CopysetEntry, Session, VolumeEntry};
 use protocol::peer::{Crcs, Fetched, IoOp, IoOutcome, IoReply, IoRequest};
 use protocol::raft::{Body, Entry, Kind, Message, Round};
 use protocol::types::{BlockRange, ENTRY_BLOCKS_MAX, Term, block_crc};
@@ -619,4 +619,27 @@ fn a_replica_that_is_filled_chunk_by_chunk_knows_the_fences_too() {
     cluster.elect(3);
     let outcome = cluster.ask(3, 1, read(), Mems::new());
     assert_eq!(outcome, IoOutcome::Fenced { epoch: SessionEpoch(2) });
+}
+
+/// Swarm 99519.
+#[test]
+fn a_volume_written_after_a_follower_had_freed_it_is_freed_by_that_follower_as_leader() {
+    let mut cluster = Cluster::of_one_host();
+    let mut gone = ClusterMap::clone(&map(2, &[1, 2, 3], 0));
+    let (name, copysets, session) = ("v".into(), vec![ID], Session::default());
+    let deleted = VolumeEntry { name, bytes: 1 << 24, block_bytes: 4096, copysets, deleted: true, session };
+    gone.volumes.insert(VOLUME, deleted);
+    let (gone, now) = (Arc::new(gone), cluster.now);
+    cluster.shard(2).set_map(gone.clone(), now);
+    cluster.pass(1000);
+    assert!(cluster.shard(2).freed.contains(&VOLUME), "nothing was ever written");
+    cluster.write(1, 1, CHUNK, 0, 1, 7);
+    cluster.elect(2);
+    cluster.pass(1000);
+    cluster.set_map(&gone);
+    cluster.pass(2000);
+    for target in [1, 2, 3] {
+        let shard = cluster.shard(target);
+        assert!(shard.store.chunks_of(ID).is_empty() && shard.freed.contains(&VOLUME), "target {target}");
+    }
 }
