@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, VecDeque};
 /// Blocks of one flush write at most.
 const WRITE_BLOCKS_MAX: usize = 256;
 
-/// Blocks of a job at most: 2 MiB, so that the 16 KiB of table pages that it writes weigh little.
+/// Blocks of a job at most: 2 MiB, so that the 20 KiB of table pages that it writes weigh little.
 const JOB_BLOCKS_MAX: usize = 512;
 
 struct Item<P> {
