@@ -6,8 +6,11 @@
 //! cloning and freeing never touch the heap.
 //!
 //! Invariants: a run never crosses a slab; a [`BufMut`] is the only handle to its run; a run is
-//! free exactly when its count is 0. Pages are touched first by whoever fills them, so an
-//! unused arena costs address space only. Freed runs keep their old bytes.
+//! free exactly when its count is 0. Pages are touched first by whoever fills them, or all at once when the arena is
+//! registered with the kernel; else an unused arena costs address space only. Freed runs keep their old bytes.
+//!
+//! An arena of 2 MiB or more begins at a huge page and asks for them (transparent ones, nothing is reserved): a run is
+//! then one piece of physical memory, which is one segment to the disk instead of up to 32 (docs/performance.md).
 //!
 //! Deliberately absent: growth, and sharing between threads.
 
@@ -27,6 +30,8 @@ pub const RUN_BLOCKS_MAX: usize = 32;
 pub const SLAB_BYTES: usize = RUN_BLOCKS_MAX * BLOCK_BYTES;
 /// Size classes: 1, 2, 4, 8, 16 and 32 blocks.
 const CLASSES: usize = 6;
+/// Bytes of a huge page, on processors that have them.
+const HUGE_BYTES: usize = 2 << 20;
 /// No slab: the end of a list.
 const NIL: u32 = u32::MAX;
 
@@ -78,22 +83,7 @@ impl Arena {
     pub fn new(bytes: usize) -> Result<Self, IoError> {
         let slab_count = bytes.div_ceil(SLAB_BYTES).max(1);
         let bytes = slab_count * SLAB_BYTES;
-        // SAFETY: an anonymous private mapping at an address of the kernel's choosing touches no
-        // memory that exists; the result is checked.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(IoError::last_os("map the buffer arena"));
-        }
-        let base = NonNull::new(base.cast::<u8>()).expect("mmap does not return null on success");
+        let base = map(bytes)?;
         let slabs = (0..slab_count as u32)
             .map(|i| Slab {
                 free: 0,
@@ -137,6 +127,44 @@ impl Arena {
     /// Where the mapping begins, and its length in bytes: for registration with the kernel.
     pub fn mapping(&self) -> (*mut u8, usize) {
         (self.0.base.as_ptr(), self.0.bytes)
+    }
+}
+
+/// Maps memory of our own, at a huge page and made of them where it is long enough and the kernel agrees.
+fn map(bytes: usize) -> Result<NonNull<u8>, IoError> {
+    // Miri gives no part of a mapping back.
+    let spare = if bytes < HUGE_BYTES || cfg!(miri) { 0 } else { HUGE_BYTES };
+    // SAFETY: an anonymous private mapping at an address of the kernel's choosing touches no
+    // memory that exists; the result is checked.
+    let mapped = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            bytes + spare,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(IoError::last_os("map the buffer arena"));
+    }
+    let mapped = NonNull::new(mapped.cast::<u8>()).expect("mmap does not return null on success");
+    if spare == 0 {
+        return Ok(mapped);
+    }
+    let before = mapped.as_ptr().align_offset(HUGE_BYTES);
+    // SAFETY: `before` is less than `spare`, so all three parts lie within the mapping made above, which nobody has seen
+    // yet; what is unmapped is what lies before and behind `bytes` from `base`. Refusals leave more mapped, or in
+    // small pages, which is as good.
+    unsafe {
+        let base = mapped.add(before);
+        if before > 0 {
+            libc::munmap(mapped.as_ptr().cast(), before);
+        }
+        libc::munmap(base.add(bytes).as_ptr().cast(), spare - before);
+        libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE);
+        Ok(base)
     }
 }
 
@@ -398,6 +426,18 @@ mod tests {
         run.fill(3);
         assert_eq!(run.len(), 8192);
         assert_eq!(run[8191], 3);
+    }
+
+    #[test]
+    fn a_large_arena_begins_at_a_huge_page() {
+        for slabs in [16, 17, 40] {
+            let arena = Arena::new(slabs * SLAB_BYTES).unwrap();
+            let (base, bytes) = arena.mapping();
+            assert!(cfg!(miri) || base.addr().is_multiple_of(HUGE_BYTES), "{slabs} slabs at {base:?}");
+            let mut runs: Vec<_> = (0..slabs).map(|_| arena.alloc(32).expect("a slab each")).collect();
+            runs.iter_mut().for_each(|run| run.fill(1));
+            assert_eq!(bytes, slabs * SLAB_BYTES);
+        }
     }
 
     #[test]

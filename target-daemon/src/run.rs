@@ -224,8 +224,8 @@ impl Build {
             arena_bytes: config.arena_bytes as usize,
             spin_us_max: config.spin_us_max,
             entries: ring_entries(self.limits),
+            register_arena: config.store != Store::Memory,
             memory_files: config.store == Store::Memory,
-            ..RingConfig::default()
         };
         let ring = Ring::woken_by(ring, parts.waker);
         let mut ring = ring.map_err(|error| cannot("set up io_uring", &error))?;

@@ -17,6 +17,7 @@
 mod aside;
 mod net;
 mod ops;
+mod registered;
 #[cfg(test)]
 mod tests;
 
@@ -40,6 +41,7 @@ use crate::table::Table;
 use aside::Aside;
 use net::{ListenEntry, SocketEntry};
 use ops::Slot;
+use registered::{Registered, RegisteredFiles};
 
 /// `user_data` of the read that is armed on the waker's eventfd.
 const WAKE: u64 = u64::MAX;
@@ -53,8 +55,6 @@ const FILE_GROUP: u32 = 8;
 const TURN_READS_MAX: usize = 8;
 /// Reads under way with which it is worth watching for completions instead of sleeping, at most.
 const SPIN_READS_MAX: usize = 4;
-/// Longest registered buffer the kernel takes: 1 GiB.
-const REGISTERED_BYTES_MAX: usize = 1 << 30;
 
 /// How a ring is set up.
 #[derive(Debug, Clone, Copy)]
@@ -111,7 +111,8 @@ pub struct Ring {
     sockets: Table<SocketEntry>,
     listeners: Table<ListenEntry>,
     arena: Arena,
-    arena_registered: bool,
+    registered: Registered,
+    registered_files: RegisteredFiles,
     waker: Waker,
     wake_count: Box<u64>,
     wake_armed: bool,
@@ -137,7 +138,10 @@ impl Ring {
     pub fn woken_by(config: RingConfig, waker: Waker) -> Result<Self, IoError> {
         let ring = build(config.entries)?;
         let arena = Arena::new(config.arena_bytes)?;
-        let arena_registered = config.register_arena && register(&ring, &arena);
+        let registered =
+            if config.register_arena { Registered::new(&ring, &arena) } else { Registered::default() };
+        let registered_files =
+            if config.memory_files { RegisteredFiles::default() } else { RegisteredFiles::new(&ring) };
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let max_ns = if cpus == 1 { 0 } else { u64::from(config.spin_us_max) * 1000 };
         let mut ring = Self {
@@ -156,7 +160,8 @@ impl Ring {
             sockets: Table::new(),
             listeners: Table::new(),
             arena,
-            arena_registered,
+            registered,
+            registered_files,
             waker,
             wake_count: Box::new(0),
             wake_armed: false,
@@ -171,7 +176,7 @@ impl Ring {
 
     /// Whether the arena is registered with the kernel.
     pub fn arena_registered(&self) -> bool {
-        self.arena_registered
+        self.registered.bytes > 0
     }
 
     /// The file table, for questions such as [`HostDisk::is_direct`].
@@ -456,9 +461,16 @@ impl Reactor for Ring {
 
 impl Disk for Ring {
     fn open(&mut self, path: &Path, options: OpenOptions) -> Result<File, IoError> {
-        self.files().open(path, options)
+        let file = self.files().open(path, options)?;
+        if let Some(fd) = self.disk.raw_fd(file) {
+            self.registered_files.put(&self.ring, file.index, fd);
+        }
+        Ok(file)
     }
     fn close_file(&mut self, file: File) {
+        if self.disk.raw_fd(file).is_some() {
+            self.registered_files.remove(&self.ring, file.index);
+        }
         self.files().close_file(file);
     }
     fn file_len(&mut self, file: File) -> Result<u64, IoError> {
@@ -572,29 +584,6 @@ fn refused(error: &std::io::Error) -> IoError {
         _ => "io_uring",
     };
     IoError::from_io("set up", error).at(hint)
-}
-
-fn register(ring: &IoUring, arena: &Arena) -> bool {
-    let (base, bytes) = arena.mapping();
-    let ranges: Vec<libc::iovec> = (0..bytes)
-        .step_by(REGISTERED_BYTES_MAX)
-        .map(|at| libc::iovec {
-            iov_base: base.wrapping_add(at).cast(),
-            iov_len: REGISTERED_BYTES_MAX.min(bytes - at),
-        })
-        .collect();
-    // SAFETY: the ranges are the arena's mapping, which outlives the ring: the ring's owner holds
-    // a handle to the arena and drops the ring first.
-    match unsafe { ring.submitter().register_buffers(&ranges) } {
-        Ok(()) => true,
-        Err(error) => {
-            tracing::info!(
-                %error, bytes,
-                "arena not registered with the kernel: needs CAP_IPC_LOCK or a larger memlock limit (ulimit -l)"
-            );
-            false
-        }
-    }
 }
 
 /// What entering may fail with in good order; all else is a bug of ours.

@@ -9,9 +9,10 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use io_uring::{opcode, squeue, types};
 use socket2::SockAddr;
 
+use super::Ring;
 use super::net::{from_addr, new_socket, to_addr};
-use super::{REGISTERED_BYTES_MAX, Ring};
-use crate::api::{Addr, Completion, Disk, IoBuf, IoError, IoList, Listener, Op, Output, Socket, list_len};
+use super::registered::Registered;
+use crate::api::{Addr, Completion, Disk, File, IoError, IoList, Listener, Op, Output, Socket, list_len};
 use crate::arena::BufMut;
 use crate::memory::MemoryDisk;
 
@@ -38,7 +39,9 @@ pub(super) enum Kind {
 pub(super) struct Slot {
     token: u64,
     kind: Kind,
+    /// The descriptor, or the place of a registered file.
     pub(super) fd: RawFd,
+    is_registered: bool,
     buf: Option<BufMut>,
     bufs: IoList,
     /// First byte within `buf` (receives only).
@@ -59,6 +62,7 @@ impl Slot {
             token: 0,
             kind: Kind::Free,
             fd: -1,
+            is_registered: false,
             buf: None,
             bufs: IoList::new(),
             from: 0,
@@ -85,6 +89,7 @@ impl Ring {
         let slot = &mut self.slots[index as usize];
         slot.token = token;
         slot.kind = kind;
+        slot.is_registered = false;
         (slot.from, slot.offset, slot.total, slot.done) = (0, 0, 0, 0);
         index
     }
@@ -105,27 +110,23 @@ impl Ring {
                 assert!(bytes as usize <= buf.len(), "a read must fit in its buffer");
                 let slot = self.new_slot(token, Kind::Read);
                 let total = u64::from(bytes);
-                let fd = self.disk.raw_fd(file);
-                self.start_file_op(slot, fd, offset, total).buf = Some(buf);
+                self.start_file_op(slot, file, offset, total).buf = Some(buf);
                 self.enqueue_file_op(slot, total == 0);
             }
             Op::WriteAt { file, offset, bufs, dsync } => {
                 let slot = self.new_slot(token, Kind::Write { dsync });
                 let total = list_len(&bufs) as u64;
-                let fd = self.disk.raw_fd(file);
-                self.start_file_op(slot, fd, offset, total).bufs = bufs;
+                self.start_file_op(slot, file, offset, total).bufs = bufs;
                 self.enqueue_file_op(slot, total == 0);
             }
             Op::Sync { file } => {
                 let slot = self.new_slot(token, Kind::Sync);
-                let fd = self.disk.raw_fd(file);
-                self.start_file_op(slot, fd, 0, 0);
+                self.start_file_op(slot, file, 0, 0);
                 self.enqueue_file_op(slot, false);
             }
             Op::Allocate { file, offset, bytes } => {
                 let slot = self.new_slot(token, Kind::Allocate);
-                let fd = self.disk.raw_fd(file);
-                self.start_file_op(slot, fd, offset, bytes);
+                self.start_file_op(slot, file, offset, bytes);
                 self.enqueue_file_op(slot, false);
             }
             Op::Accept { listener } => self.take_accept(token, listener),
@@ -140,9 +141,12 @@ impl Ring {
         }
     }
 
-    fn start_file_op(&mut self, slot: u32, fd: Option<RawFd>, offset: u64, total: u64) -> &mut Slot {
+    fn start_file_op(&mut self, slot: u32, file: File, offset: u64, total: u64) -> &mut Slot {
+        let fd = self.disk.raw_fd(file);
+        let is_registered = fd.is_some() && self.registered_files.has(file.index);
         let slot = &mut self.slots[slot as usize];
-        slot.fd = fd.unwrap_or(-1);
+        slot.fd = if is_registered { file.index as RawFd } else { fd.unwrap_or(-1) };
+        slot.is_registered = is_registered;
         slot.offset = offset;
         slot.total = total;
         slot
@@ -231,7 +235,7 @@ impl Ring {
 
     /// The submission entry of a slot's next step.
     pub(super) fn prepare(&mut self, index: u32) -> squeue::Entry {
-        let registered = self.arena_registered;
+        let registered = self.registered;
         let slot = &mut *self.slots[index as usize];
         let fd = types::Fd(slot.fd);
         let entry = match &slot.kind {
@@ -262,6 +266,7 @@ impl Ring {
                 opcode::AsyncCancel2::new(types::CancelBuilder::fd(fd).all()).build()
             }
         };
+        let entry = if slot.is_registered { entry.flags(squeue::Flags::FIXED_FILE) } else { entry };
         entry.user_data(u64::from(index))
     }
 
@@ -450,33 +455,37 @@ impl Ring {
 }
 
 impl Slot {
-    fn prepare_read(&mut self, registered: bool) -> squeue::Entry {
+    fn prepare_read(&mut self, registered: Registered) -> squeue::Entry {
         let fd = types::Fd(self.fd);
         let (done, offset) = (self.done as usize, self.offset + self.done);
         let len = (self.total - self.done) as u32;
         let buf = self.buf.as_mut().expect("a read has a buffer");
-        let fixed = (buf.arena_offset() / REGISTERED_BYTES_MAX) as u16;
         let target = buf.as_ptr_mut().wrapping_add(done);
-        if registered {
-            opcode::ReadFixed::new(fd, target, len, fixed).offset(offset).build()
-        } else {
-            opcode::Read::new(fd, target, len).offset(offset).build()
+        match registered.buffer_of(target) {
+            Some(buffer) => opcode::ReadFixed::new(fd, target, len, buffer).offset(offset).build(),
+            None => opcode::Read::new(fd, target, len).offset(offset).build(),
         }
     }
 
-    fn prepare_write(&mut self, registered: bool, flags: i32) -> squeue::Entry {
+    fn prepare_write(&mut self, registered: Registered, flags: i32) -> squeue::Entry {
         self.gather();
         let (fd, offset) = (types::Fd(self.fd), self.offset + self.done);
         if let [piece] = self.iovecs[..] {
             let (from, len) = (piece.iov_base.cast::<u8>().cast_const(), piece.iov_len as u32);
-            if registered && let [IoBuf::Shared { buf, .. }] = &self.bufs[..] {
-                let fixed = (buf.arena_offset() / REGISTERED_BYTES_MAX) as u16;
-                return opcode::WriteFixed::new(fd, from, len, fixed).offset(offset).rw_flags(flags).build();
-            }
-            return opcode::Write::new(fd, from, len).offset(offset).rw_flags(flags).build();
+            return match registered.buffer_of(from) {
+                Some(buffer) => {
+                    opcode::WriteFixed::new(fd, from, len, buffer).offset(offset).rw_flags(flags).build()
+                }
+                None => opcode::Write::new(fd, from, len).offset(offset).rw_flags(flags).build(),
+            };
         }
-        let count = self.iovecs.len() as u32;
-        opcode::Writev::new(fd, self.iovecs.as_ptr(), count).offset(offset).rw_flags(flags).build()
+        let (list, count) = (self.iovecs.as_ptr(), self.iovecs.len() as u32);
+        match registered.buffer_of_list(&self.iovecs) {
+            Some(buffer) => {
+                opcode::WritevFixed::new(fd, list, count, buffer).offset(offset).rw_flags(flags).build()
+            }
+            None => opcode::Writev::new(fd, list, count).offset(offset).rw_flags(flags).build(),
+        }
     }
 
     fn prepare_send(&mut self) -> squeue::Entry {

@@ -135,15 +135,54 @@ fn what_was_written_is_read_buffered_and_direct() {
 
 #[test]
 fn what_was_written_is_read_through_registered_memory() {
-    let config = RingConfig { arena_bytes: 1 << 20, register_arena: true, ..RingConfig::default() };
+    let config = RingConfig { arena_bytes: 4 << 20, register_arena: true, ..RingConfig::default() };
     let mut rig = Rig::with(config);
     let (_dir, file) = temp_file(&mut rig, true);
-    let one = rig.buf(32, 9).freeze();
-    let bufs = IoList::from_iter([IoBuf::whole(one)]);
-    assert_eq!(rig.ok(Op::WriteAt { file, offset: 0, bufs, dsync: false }), Output::Written);
-    let buf = rig.buf(32, 0);
-    let read = rig.run(Op::ReadAt { file, offset: 0, buf, bytes: 131_072 });
-    assert!(read.buf.unwrap().iter().all(|byte| *byte == 9));
+    let one = |byte| IoBuf::whole(rig.buf(32, byte).freeze());
+    let lists = [
+        IoList::from_iter([one(9)]),
+        IoList::from_iter([one(1), one(2), one(3)]),
+        // Zeroes are not part of the arena.
+        IoList::from_iter([one(4), IoBuf::zeroes(131_072), one(5)]),
+    ];
+    let mut at = 0;
+    for bufs in lists {
+        let bytes = crate::api::list_len(&bufs) as u64;
+        assert_eq!(rig.ok(Op::WriteAt { file, offset: at, bufs, dsync: true }), Output::Written);
+        at += bytes;
+    }
+    for (nth, byte) in [9, 1, 2, 3, 4, 0, 5].into_iter().enumerate() {
+        let (buf, offset) = (rig.buf(32, 7), nth as u64 * 131_072);
+        let read = rig.run(Op::ReadAt { file, offset, buf, bytes: 131_072 });
+        assert!(read.buf.unwrap().iter().all(|found| *found == byte), "{nth}");
+    }
+    rig.assert_clean();
+}
+
+#[test]
+fn a_file_is_read_and_written_through_its_place_in_the_table_and_beyond_it() {
+    let mut rig = Rig::new();
+    assert!(rig.ring.registered_files.has(1), "this kernel registers files");
+    let dir = tempfile::tempdir().unwrap();
+    for places in [1024, 1] {
+        rig.ring.registered_files.places = places;
+        let path = |name: u8| dir.path().join(format!("{places}-{name}"));
+        let open = |rig: &mut Rig, name| rig.ring.open(&path(name), OpenOptions::NEW).unwrap();
+        let (first, second) = (open(&mut rig, 1), open(&mut rig, 2));
+        rig.ring.close_file(first);
+        let third = open(&mut rig, 3);
+        assert_eq!(third.index, first.index, "the place is used again");
+        for (file, byte) in [(second, 2), (third, 3)] {
+            let bufs = IoList::from_iter([IoBuf::whole(rig.buf(1, byte).freeze())]);
+            assert_eq!(rig.ok(Op::WriteAt { file, offset: 0, bufs, dsync: true }), Output::Written);
+            assert_eq!(rig.ok(Op::Sync { file }), Output::Synced);
+            let buf = rig.buf(1, 0);
+            let read = rig.run(Op::ReadAt { file, offset: 0, buf, bytes: 4096 });
+            assert!(read.buf.unwrap().iter().all(|found| *found == byte), "{places} places, file {byte}");
+            rig.ring.close_file(file);
+        }
+        assert_eq!([1, 2, 3].map(|name| std::fs::read(path(name)).unwrap().len()), [0, 4096, 4096]);
+    }
     rig.assert_clean();
 }
 

@@ -29,7 +29,7 @@ pub static TUNERS: &[Tuner] = &[
         mode: Mode::Apply,
         severity: Severity::Recommended,
         what: "transparent hugepages",
-        why: "\"always\" grows every process and stalls it while pages are compacted",
+        why: "a target's IO memory asks for them, which \"madvise\" allows; \"always\" grows every process and stalls it while pages are compacted",
         risk: "programs that gained from hugepages without asking for them lose that",
         places: &[THP],
         default: "madvise, unless it is never (dev: as it is)",
