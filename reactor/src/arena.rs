@@ -9,18 +9,18 @@
 //! free exactly when its count is 0. Pages are touched first by whoever fills them, or all at once when the arena is
 //! registered with the kernel; else an unused arena costs address space only. Freed runs keep their old bytes.
 //!
-//! An arena of 2 MiB or more begins at a huge page and asks for them (transparent ones, nothing is reserved): a run is
-//! then one piece of physical memory, which is one segment to the disk instead of up to 32 (docs/performance.md).
+//! In huge pages ([`Mapping`]) a run is one piece of physical memory, which is one segment to the disk instead of up to 32
+//! (docs/performance.md).
 //!
 //! Deliberately absent: growth, and sharing between threads.
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::ptr::NonNull;
 use std::rc::Rc;
 
 use crate::api::IoError;
+use crate::mapping::Mapping;
 
 /// Bytes of a block, the unit of allocation and the alignment of every run.
 pub const BLOCK_BYTES: usize = 4096;
@@ -30,8 +30,6 @@ pub const RUN_BLOCKS_MAX: usize = 32;
 pub const SLAB_BYTES: usize = RUN_BLOCKS_MAX * BLOCK_BYTES;
 /// Size classes: 1, 2, 4, 8, 16 and 32 blocks.
 const CLASSES: usize = 6;
-/// Bytes of a huge page, on processors that have them.
-const HUGE_BYTES: usize = 2 << 20;
 /// No slab: the end of a list.
 const NIL: u32 = u32::MAX;
 
@@ -43,8 +41,7 @@ const _: () = assert!(1 << (CLASSES - 1) == RUN_BLOCKS_MAX);
 pub struct Arena(Rc<Inner>);
 
 struct Inner {
-    base: NonNull<u8>,
-    bytes: usize,
+    memory: Mapping,
     /// One count a block; only the first block of a run uses its own.
     counts: Box<[Cell<u32>]>,
     state: RefCell<State>,
@@ -59,9 +56,6 @@ struct State {
     used_blocks: usize,
     high_water_blocks: usize,
 }
-
-/// No swap is set aside for an arena. Miri's mmap does not know the flag.
-const NORESERVE: libc::c_int = if cfg!(miri) { 0 } else { libc::MAP_NORESERVE };
 
 #[derive(Clone, Copy)]
 struct Slab {
@@ -83,7 +77,7 @@ impl Arena {
     pub fn new(bytes: usize) -> Result<Self, IoError> {
         let slab_count = bytes.div_ceil(SLAB_BYTES).max(1);
         let bytes = slab_count * SLAB_BYTES;
-        let base = map(bytes)?;
+        let memory = Mapping::new(bytes)?;
         let slabs = (0..slab_count as u32)
             .map(|i| Slab {
                 free: 0,
@@ -94,7 +88,7 @@ impl Arena {
             .collect();
         let state = State { slabs, pool: 0, partial: [NIL; CLASSES], used_blocks: 0, high_water_blocks: 0 };
         let counts = vec![Cell::new(0); slab_count * RUN_BLOCKS_MAX].into_boxed_slice();
-        Ok(Self(Rc::new(Inner { base, bytes, counts, state: RefCell::new(state) })))
+        Ok(Self(Rc::new(Inner { memory, counts, state: RefCell::new(state) })))
     }
 
     /// A run of `blocks` (1 to 32) blocks, its bytes being whatever was there before; `None`
@@ -116,7 +110,7 @@ impl Arena {
 
     /// Blocks in all.
     pub fn capacity_blocks(&self) -> usize {
-        self.0.bytes / BLOCK_BYTES
+        self.0.memory.bytes() / BLOCK_BYTES
     }
 
     /// The most blocks ever held at once.
@@ -126,45 +120,7 @@ impl Arena {
 
     /// Where the mapping begins, and its length in bytes: for registration with the kernel.
     pub fn mapping(&self) -> (*mut u8, usize) {
-        (self.0.base.as_ptr(), self.0.bytes)
-    }
-}
-
-/// Maps memory of our own, at a huge page and made of them where it is long enough and the kernel agrees.
-fn map(bytes: usize) -> Result<NonNull<u8>, IoError> {
-    // Miri gives no part of a mapping back.
-    let spare = if bytes < HUGE_BYTES || cfg!(miri) { 0 } else { HUGE_BYTES };
-    // SAFETY: an anonymous private mapping at an address of the kernel's choosing touches no
-    // memory that exists; the result is checked.
-    let mapped = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            bytes + spare,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | NORESERVE,
-            -1,
-            0,
-        )
-    };
-    if mapped == libc::MAP_FAILED {
-        return Err(IoError::last_os("map the buffer arena"));
-    }
-    let mapped = NonNull::new(mapped.cast::<u8>()).expect("mmap does not return null on success");
-    if spare == 0 {
-        return Ok(mapped);
-    }
-    let before = mapped.as_ptr().align_offset(HUGE_BYTES);
-    // SAFETY: `before` is less than `spare`, so all three parts lie within the mapping made above, which nobody has seen
-    // yet; what is unmapped is what lies before and behind `bytes` from `base`. Refusals leave more mapped, or in
-    // small pages, which is as good.
-    unsafe {
-        let base = mapped.add(before);
-        if before > 0 {
-            libc::munmap(mapped.as_ptr().cast(), before);
-        }
-        libc::munmap(base.add(bytes).as_ptr().cast(), spare - before);
-        libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE);
-        Ok(base)
+        (self.0.memory.base(), self.0.memory.bytes())
     }
 }
 
@@ -249,14 +205,6 @@ impl State {
     }
 }
 
-impl Drop for Inner {
-    fn drop(&mut self) {
-        // SAFETY: base and bytes are those of our own mapping, and every buffer into it holds a
-        // handle to this Inner, so none is left.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
-    }
-}
-
 impl fmt::Debug for Arena {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Arena({}/{} blocks)", self.used_blocks(), self.capacity_blocks())
@@ -273,7 +221,7 @@ struct Run {
 impl Run {
     fn ptr(&self) -> *mut u8 {
         // SAFETY: `first` lies within the mapping.
-        unsafe { self.arena.0.base.as_ptr().add(self.first as usize * BLOCK_BYTES) }
+        unsafe { self.arena.0.memory.base().add(self.first as usize * BLOCK_BYTES) }
     }
     fn len(&self) -> usize {
         self.blocks as usize * BLOCK_BYTES
@@ -426,18 +374,6 @@ mod tests {
         run.fill(3);
         assert_eq!(run.len(), 8192);
         assert_eq!(run[8191], 3);
-    }
-
-    #[test]
-    fn a_large_arena_begins_at_a_huge_page() {
-        for slabs in [16, 17, 40] {
-            let arena = Arena::new(slabs * SLAB_BYTES).unwrap();
-            let (base, bytes) = arena.mapping();
-            assert!(cfg!(miri) || base.addr().is_multiple_of(HUGE_BYTES), "{slabs} slabs at {base:?}");
-            let mut runs: Vec<_> = (0..slabs).map(|_| arena.alloc(32).expect("a slab each")).collect();
-            runs.iter_mut().for_each(|run| run.fill(1));
-            assert_eq!(bytes, slabs * SLAB_BYTES);
-        }
     }
 
     #[test]

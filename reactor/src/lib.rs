@@ -10,7 +10,7 @@
 //! Deliberately absent: any knowledge of volumes, logs or wire formats; futures.
 
 // Shared memory with the kernel and system calls cannot be had without it; it is kept to
-// `arena`, `ring` and `sys`, each block with its reason.
+// `arena`, `mapping`, `clock` and `ring`, each block with its reason.
 #![allow(unsafe_code)]
 
 pub mod api;
@@ -19,6 +19,7 @@ pub mod clock;
 pub mod disk;
 pub mod host;
 pub mod mailbox;
+mod mapping;
 pub mod memory;
 pub mod ring;
 pub mod sim;

@@ -1,7 +1,7 @@
 //! Files that are memory of this process: what a store costs without a disk beneath it.
 //!
 //! For benchmarks. Durability means nothing here: a sync succeeds, and everything is gone when the
-//! process ends. Files are sparse, in pieces of 128 KiB that come to be when something other than
+//! process ends. Files are sparse, in pieces of a huge page that come to be when something other than
 //! zeroes is written to them; once a file is full, reads and writes take nothing from the heap.
 //!
 //! Deliberately absent: alignment rules, faults, a latency. [`crate::sim`] has those.
@@ -10,11 +10,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use crate::api::{Create, Disk, File, IoBuf, IoError, OpenOptions};
-use crate::arena::SLAB_BYTES;
+use crate::mapping::{HUGE_BYTES, Mapping};
 use crate::table::Table;
 
 /// Bytes of a piece.
-const PIECE_BYTES: usize = SLAB_BYTES;
+const PIECE_BYTES: usize = HUGE_BYTES;
 
 /// All files of one core.
 pub struct MemoryDisk {
@@ -28,7 +28,7 @@ pub struct MemoryDisk {
 struct Content {
     bytes: u64,
     /// Absent pieces are zeroes.
-    pieces: Vec<Option<Box<[u8]>>>,
+    pieces: Vec<Option<Mapping>>,
 }
 
 impl MemoryDisk {
@@ -54,7 +54,7 @@ impl MemoryDisk {
         for buf in from {
             match buf {
                 IoBuf::Zeroes(bytes) => content.zero(at, u64::from(*bytes)),
-                buf => content.write(at, buf.bytes()),
+                buf => content.write(at, buf.bytes())?,
             }
             at += buf.len() as u64;
         }
@@ -112,15 +112,19 @@ impl Content {
         bytes
     }
 
-    fn write(&mut self, offset: u64, from: &[u8]) {
+    fn write(&mut self, offset: u64, from: &[u8]) -> Result<(), IoError> {
         self.grow(offset + from.len() as u64);
         let mut left = from;
         for (nth, within, count) in pieces(offset, from.len() as u64) {
             let (here, rest) = left.split_at(count);
-            let piece = self.pieces[nth].get_or_insert_with(|| vec![0; PIECE_BYTES].into());
+            let piece = match &mut self.pieces[nth] {
+                Some(piece) => piece,
+                none => none.insert(Mapping::new(PIECE_BYTES)?),
+            };
             piece[within..within + count].copy_from_slice(here);
             left = rest;
         }
+        Ok(())
     }
 
     fn zero(&mut self, offset: u64, bytes: u64) {
@@ -165,8 +169,7 @@ impl Disk for MemoryDisk {
     }
 
     fn write_blocking(&mut self, file: File, offset: u64, from: &[u8]) -> Result<(), IoError> {
-        self.content("write", file)?.write(offset, from);
-        Ok(())
+        self.content("write", file)?.write(offset, from)
     }
 
     fn sync_blocking(&mut self, file: File) -> Result<(), IoError> {
@@ -220,6 +223,7 @@ impl Disk for MemoryDisk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arena::SLAB_BYTES;
 
     #[test]
     fn what_is_written_anywhere_is_read_back_and_the_rest_is_zeroes() {
@@ -233,8 +237,8 @@ mod tests {
             disk.write_blocking(file, at as u64, &vec![byte; count]).unwrap();
         }
         model[2000..2000 + PIECE_BYTES].fill(0);
-        let lists = [IoBuf::zeroes(4096), IoBuf::zeroes(PIECE_BYTES - 4096)];
-        disk.write(file, 2000, &lists).unwrap();
+        let zeroes: Vec<_> = (0..PIECE_BYTES / SLAB_BYTES).map(|_| IoBuf::zeroes(SLAB_BYTES)).collect();
+        disk.write(file, 2000, &zeroes).unwrap();
         let mut got = vec![9; model.len()];
         assert_eq!(disk.read_blocking(file, 0, &mut got).unwrap(), model.len());
         assert!(got == model);
