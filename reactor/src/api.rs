@@ -448,6 +448,11 @@ pub trait Reactor: Disk {
     /// Takes over a socket that is already listening (ports chosen by a parent process).
     /// Refused with EOPNOTSUPP in a simulation.
     fn adopt_listener(&mut self, fd: OwnedFd) -> Result<Listener, IoError>;
+    /// Gives a socket up to another reactor, which adopts it. Refused with EBUSY while ops are outstanding on it, with
+    /// EOPNOTSUPP in a simulation.
+    fn give_away(&mut self, socket: Socket) -> Result<OwnedFd, IoError>;
+    /// Takes over a connected socket that another reactor gave away.
+    fn adopt_socket(&mut self, fd: OwnedFd) -> Result<Socket, IoError>;
     /// Where a listener listens.
     fn listener_addr(&self, listener: Listener) -> Result<Addr, IoError>;
     /// Counters since the start.

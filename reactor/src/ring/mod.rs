@@ -31,7 +31,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use protocol::types::Time;
 
 use crate::api::{
-    Addr, Completion, Disk, File, IoError, Listener, Op, OpenOptions, Output, Reactor, Stats, Waker,
+    Addr, Completion, Disk, File, IoError, Listener, Op, OpenOptions, Output, Reactor, Socket, Stats, Waker,
 };
 use crate::arena::Arena;
 use crate::clock::monotonic_now;
@@ -437,6 +437,14 @@ impl Reactor for Ring {
     fn listen(&mut self, addr: SocketAddr) -> Result<Listener, IoError> {
         let socket = net::listen_tcp(addr).map_err(|e| IoError::from_io("listen on", &e).at(addr))?;
         Ok(self.add_listener(socket))
+    }
+
+    fn give_away(&mut self, socket: Socket) -> Result<OwnedFd, IoError> {
+        self.remove_socket(socket)
+    }
+
+    fn adopt_socket(&mut self, fd: OwnedFd) -> Result<Socket, IoError> {
+        Ok(self.add_socket(fd))
     }
 
     fn listen_unix(&mut self, path: &Path) -> Result<Listener, IoError> {

@@ -65,6 +65,19 @@ impl Ring {
         Socket { index, generation }
     }
 
+    /// The socket itself, if nothing is under way on it.
+    pub(super) fn remove_socket(&mut self, socket: Socket) -> Result<OwnedFd, IoError> {
+        let refused = |errno| Err(IoError::new("give a socket away", errno));
+        match self.live_socket(socket) {
+            None => refused(libc::EBADF),
+            Some(entry) if entry.ends.outstanding > 0 || !entry.sends.is_empty() => refused(libc::EBUSY),
+            Some(_) => {
+                let entry = self.sockets.remove(socket.index, socket.generation);
+                Ok(entry.expect("it is live").fd)
+            }
+        }
+    }
+
     pub(super) fn add_listener(&mut self, socket: OsSocket) -> Listener {
         let (index, generation) =
             self.listeners.insert(ListenEntry { fd: socket.into(), ends: Ending::default() });

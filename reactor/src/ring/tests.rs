@@ -385,6 +385,32 @@ fn an_adopted_listener_accepts_though_it_came_non_blocking() {
 }
 
 #[test]
+fn a_socket_is_given_to_another_ring_but_not_while_it_is_used() {
+    let (mut rig, mut other) = (Rig::new(), Rig::new());
+    let (near, far) = rig.tcp_pair();
+    let buf = rig.buf(1, 0);
+    let reading = rig.submit(Op::Recv { socket: far, buf, from: 0, to: 4096 });
+    rig.turn(Time(0));
+    assert_eq!(rig.ring.give_away(far).unwrap_err().errno, libc::EBUSY);
+    let bufs = std::iter::once(IoBuf::copy(b"hello")).collect();
+    assert_eq!(rig.ok(Op::Send { socket: near, bufs }), Output::Sent);
+    assert_eq!(rig.wait(reading).result, Ok(Output::Received(5)));
+
+    let given = rig.ring.give_away(far).unwrap();
+    assert_eq!(rig.ring.give_away(far).unwrap_err().errno, libc::EBADF);
+    let there = other.ring.adopt_socket(given).unwrap();
+    let bufs = std::iter::once(IoBuf::copy(b"from there")).collect();
+    assert_eq!(other.ok(Op::Send { socket: there, bufs }), Output::Sent);
+    let buf = rig.buf(1, 0);
+    let got = rig.run(Op::Recv { socket: near, buf, from: 0, to: 4096 });
+    assert_eq!((got.result, &got.buf.unwrap()[..10]), (Ok(Output::Received(10)), &b"from there"[..]));
+    rig.ok(Op::Close { socket: near });
+    other.ok(Op::Close { socket: there });
+    rig.assert_clean();
+    other.assert_clean();
+}
+
+#[test]
 fn no_socket_is_paced_by_what_was_sent_before() {
     let listener = net::listen_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
     let near = net::new_socket(&Addr::Tcp("127.0.0.1:1".parse().unwrap())).unwrap();

@@ -36,8 +36,8 @@ use std::rc::Rc;
 use protocol::types::{Span, Time};
 
 use crate::api::{
-    Addr, Completion, Disk, File, IoBuf, IoError, IoList, Listener, Op, OpenOptions, Output, Reactor, Stats,
-    Waker, list_len,
+    Addr, Completion, Disk, File, IoBuf, IoError, IoList, Listener, Op, OpenOptions, Output, Reactor, Socket,
+    Stats, Waker, list_len,
 };
 use crate::arena::{Arena, BufMut};
 use crate::ring::split_mix;
@@ -698,6 +698,14 @@ impl Reactor for SimReactor {
 
     fn adopt_listener(&mut self, _fd: OwnedFd) -> Result<Listener, IoError> {
         Err(IoError::new("adopt a listening socket", libc::EOPNOTSUPP))
+    }
+
+    fn give_away(&mut self, _socket: Socket) -> Result<OwnedFd, IoError> {
+        Err(IoError::new("give a socket away", libc::EOPNOTSUPP))
+    }
+
+    fn adopt_socket(&mut self, _fd: OwnedFd) -> Result<Socket, IoError> {
+        Err(IoError::new("adopt a socket", libc::EOPNOTSUPP))
     }
 
     fn listener_addr(&self, listener: Listener) -> Result<Addr, IoError> {
