@@ -12,12 +12,16 @@
 //! In huge pages ([`Mapping`]) a run is one piece of physical memory, which is one segment to the disk instead of up to 32
 //! (docs/performance.md).
 //!
-//! Deliberately absent: growth, and sharing between threads.
+//! Runs of another core are read through a window: an arena over that core's memory, which hands out nothing but what was
+//! lent to it, and gives it back when it is free ([`crate::loan`]).
+//!
+//! Deliberately absent: growth, and handles that threads share.
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::api::IoError;
 use crate::mapping::Mapping;
@@ -41,10 +45,18 @@ const _: () = assert!(1 << (CLASSES - 1) == RUN_BLOCKS_MAX);
 pub struct Arena(Rc<Inner>);
 
 struct Inner {
-    memory: Mapping,
+    memory: Arc<Mapping>,
     /// One count a block; only the first block of a run uses its own.
     counts: Box<[Cell<u32>]>,
-    state: RefCell<State>,
+    runs: Runs,
+}
+
+/// Whose the runs are.
+enum Runs {
+    /// Ours, cut from slabs.
+    Own(RefCell<State>),
+    /// Those of another core: each goes back to it by this ring.
+    Borrowed(RefCell<rtrb::Producer<u32>>),
 }
 
 struct State {
@@ -77,7 +89,7 @@ impl Arena {
     pub fn new(bytes: usize) -> Result<Self, IoError> {
         let slab_count = bytes.div_ceil(SLAB_BYTES).max(1);
         let bytes = slab_count * SLAB_BYTES;
-        let memory = Mapping::new(bytes)?;
+        let memory = Arc::new(Mapping::new(bytes)?);
         let slabs = (0..slab_count as u32)
             .map(|i| Slab {
                 free: 0,
@@ -87,8 +99,12 @@ impl Arena {
             })
             .collect();
         let state = State { slabs, pool: 0, partial: [NIL; CLASSES], used_blocks: 0, high_water_blocks: 0 };
-        let counts = vec![Cell::new(0); slab_count * RUN_BLOCKS_MAX].into_boxed_slice();
-        Ok(Self(Rc::new(Inner { memory, counts, state: RefCell::new(state) })))
+        Ok(Self::over(memory, Runs::Own(RefCell::new(state))))
+    }
+
+    fn over(memory: Arc<Mapping>, runs: Runs) -> Self {
+        let counts = vec![Cell::new(0); memory.bytes() / BLOCK_BYTES].into_boxed_slice();
+        Self(Rc::new(Inner { memory, counts, runs }))
     }
 
     /// A run of `blocks` (1 to 32) blocks, its bytes being whatever was there before; `None`
@@ -96,7 +112,7 @@ impl Arena {
     pub fn alloc(&self, blocks: usize) -> Option<BufMut> {
         assert!((1..=RUN_BLOCKS_MAX).contains(&blocks), "a run has 1 to 32 blocks, not {blocks}");
         let class = blocks.next_power_of_two().trailing_zeros() as usize;
-        let first = self.0.state.borrow_mut().take(class)?;
+        let first = self.own().borrow_mut().take(class)?;
         let count = &self.0.counts[first as usize];
         assert_eq!(count.get(), 0, "a free run had references");
         count.set(1);
@@ -105,7 +121,7 @@ impl Arena {
 
     /// Blocks held by runs now, counting what rounding to a class adds.
     pub fn used_blocks(&self) -> usize {
-        self.0.state.borrow().used_blocks
+        self.own().borrow().used_blocks
     }
 
     /// Blocks in all.
@@ -115,13 +131,86 @@ impl Arena {
 
     /// The most blocks ever held at once.
     pub fn high_water_blocks(&self) -> usize {
-        self.0.state.borrow().high_water_blocks
+        self.own().borrow().high_water_blocks
     }
 
     /// Where the mapping begins, and its length in bytes: for registration with the kernel.
     pub fn mapping(&self) -> (*mut u8, usize) {
         (self.0.memory.base(), self.0.memory.bytes())
     }
+
+    fn own(&self) -> &RefCell<State> {
+        match &self.0.runs {
+            Runs::Own(state) => state,
+            Runs::Borrowed(_) => unreachable!("nobody has a window but the buffers on it"),
+        }
+    }
+
+    /// One reference more to a run.
+    fn hold(&self, first: u32) {
+        let count = &self.0.counts[first as usize];
+        count.set(count.get().checked_add(1).expect("fewer than 2^32 references to a run"));
+    }
+
+    /// One reference less; with the last the run is free, or goes back to its core.
+    fn release(&self, first: u32) {
+        let count = &self.0.counts[first as usize];
+        count.set(count.get() - 1);
+        if count.get() == 0 {
+            match &self.0.runs {
+                Runs::Own(state) => state.borrow_mut().give_back(first),
+                Runs::Borrowed(back) => return_to(&mut back.borrow_mut(), first),
+            }
+        }
+    }
+}
+
+/// What [`crate::loan`] is made of.
+impl Arena {
+    /// The memory, for another core to read lent runs in.
+    pub(crate) fn memory(&self) -> Arc<Mapping> {
+        self.0.memory.clone()
+    }
+
+    /// A window on another core's memory, whose runs go back by a ring that has room for every loan.
+    pub(crate) fn window(memory: Arc<Mapping>, back: rtrb::Producer<u32>) -> Self {
+        Self::over(memory, Runs::Borrowed(RefCell::new(back)))
+    }
+
+    /// Keeps a run of ours for another core, which is told where it begins, until [`Arena::end_loan`]. Refused: one of
+    /// another arena, or that is borrowed itself.
+    pub(crate) fn lend(&self, buf: &Buf) -> Option<u32> {
+        Rc::ptr_eq(&self.0, &buf.0.arena.0).then(|| {
+            self.hold(buf.0.first);
+            buf.0.first
+        })
+    }
+
+    /// A run has come back.
+    pub(crate) fn end_loan(&self, first: u32) {
+        self.release(first);
+    }
+
+    /// Blocks that a run keeps from others, what rounding to a class adds included.
+    pub(crate) fn blocks_kept(&self, first: u32) -> usize {
+        1 << self.own().borrow().slabs[first as usize / RUN_BLOCKS_MAX].class
+    }
+
+    /// Through a window: a run that was lent once for each call. It goes back as often.
+    pub(crate) fn borrowed(&self, first: u32, blocks: u32) -> Buf {
+        let Runs::Borrowed(back) = &self.0.runs else { unreachable!("only through a window") };
+        if self.0.counts[first as usize].get() > 0 {
+            // Held by an earlier loan, which goes back when this handle is dropped, too.
+            return_to(&mut back.borrow_mut(), first);
+        }
+        self.hold(first);
+        Buf(Run { arena: self.clone(), first, blocks })
+    }
+}
+
+fn return_to(back: &mut rtrb::Producer<u32>, first: u32) {
+    let returned = back.push(first);
+    debug_assert!(returned.is_ok(), "the ring has room for every loan");
 }
 
 impl State {
@@ -232,18 +321,15 @@ impl Run {
     fn bytes(&self) -> &[u8] {
         // SAFETY: the run lies within the mapping, which lives as long as `arena`; mapped memory
         // is initialised (zero or older bytes); writers hold the run alone as a BufMut, by
-        // reference or inside an Op, where nobody can read it.
+        // reference or inside an Op, where nobody can read it. A borrowed run is kept by its core, which
+        // cannot write to it until it has come back.
         unsafe { std::slice::from_raw_parts(self.ptr(), self.len()) }
     }
 }
 
 impl Drop for Run {
     fn drop(&mut self) {
-        let count = self.count();
-        count.set(count.get() - 1);
-        if count.get() == 0 {
-            self.arena.0.state.borrow_mut().give_back(self.first);
-        }
+        self.arena.release(self.first);
     }
 }
 
@@ -297,24 +383,27 @@ impl Buf {
     pub fn len_blocks(&self) -> usize {
         self.0.blocks as usize
     }
-    /// Byte offset of the run within the arena's mapping.
-    pub fn arena_offset(&self) -> usize {
-        self.0.first as usize * BLOCK_BYTES
+    /// Whether both are handles to one run.
+    pub fn is_same_run(&self, other: &Buf) -> bool {
+        self.0.ptr() == other.0.ptr()
     }
-    /// Handles to this run, this one included.
+    /// Handles to this run, this one and those of other cores included.
     pub fn references(&self) -> u32 {
         self.0.count().get()
     }
-    /// The run for filling again if this is its only handle, else the handle back.
+    /// Whether it belongs to another core.
+    pub fn is_borrowed(&self) -> bool {
+        matches!(self.0.arena.0.runs, Runs::Borrowed(_))
+    }
+    /// The run for filling again if this is its only handle and it is this core's, else the handle back.
     pub fn try_unique(self) -> Result<BufMut, Buf> {
-        if self.references() == 1 { Ok(BufMut(self.0)) } else { Err(self) }
+        if self.references() == 1 && !self.is_borrowed() { Ok(BufMut(self.0)) } else { Err(self) }
     }
 }
 
 impl Clone for Buf {
     fn clone(&self) -> Self {
-        let count = self.0.count();
-        count.set(count.get().checked_add(1).expect("fewer than 2^32 references to a run"));
+        self.0.arena.hold(self.0.first);
         Self(Run { arena: self.0.arena.clone(), first: self.0.first, blocks: self.0.blocks })
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! Invariants: every submitted [`Op`] yields exactly one [`Completion`]; buffers handed to an
 //! op come back in its completion, on success and on error; nothing here is shared between
-//! threads but [`Waker`] and [`mailbox`].
+//! threads but [`Waker`], [`mailbox`] and what one core lends another ([`loan`]).
 //!
 //! Deliberately absent: any knowledge of volumes, logs or wire formats; futures.
 
@@ -18,6 +18,7 @@ pub mod arena;
 pub mod clock;
 pub mod disk;
 pub mod host;
+pub mod loan;
 pub mod mailbox;
 mod mapping;
 pub mod memory;

@@ -20,6 +20,12 @@ pub struct Mapping {
     bytes: usize,
 }
 
+// SAFETY: the mapping goes with its last owner, on whatever thread; what is written to it needs `&mut self`. An arena's, which
+// other cores see too, is reached by runs alone, and each run by whoever holds it ([`crate::arena`], [`crate::loan`]).
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
 impl Mapping {
     /// Maps `bytes`, whole blocks; none of it is resident yet. Fails as mmap does.
     pub fn new(bytes: usize) -> Result<Self, IoError> {
