@@ -74,7 +74,7 @@ pub struct Costs {
     pub read_of: &'static str,
     /// A replicated write at depth 32, on all targets together, disk's system calls included.
     pub write: f64,
-    /// A request that goes to another core of the same target and back, with its block copied.
+    /// A request that goes to another core of the same target and back, with its block copied as a write's is.
     pub core_hop: f64,
     /// A request that goes to another target and back: frames, and both ends' sends and receives.
     pub target_hop: f64,

@@ -11,7 +11,7 @@ use crate::files::{FileMedia, Files};
 use crate::links::Links;
 use crate::mem::Mem;
 use crate::shard::{Settings, Shard};
-use crate::siblings::Sibling;
+use crate::siblings::{self, SiblingEnd};
 use chunkstore::{Identity, Layout};
 use client::volume::Config as VolumeConfig;
 use protocol::control::{Problem, ProblemKind};
@@ -65,7 +65,7 @@ pub fn build_core<R: Reactor>(
     mut reactor: R,
     plan: &ShardPlan,
     port: ShardPort,
-    siblings: Vec<Sibling>,
+    siblings: Vec<SiblingEnd>,
     stop: Arc<AtomicBool>,
     listen: impl FnOnce(&mut R) -> Result<Vec<(Port, Listener)>, Problem>,
 ) -> Result<Core<R>, Problem> {
@@ -99,6 +99,7 @@ pub fn build_core<R: Reactor>(
     let layout = store.layout();
     let shard = Shard::new(settings, reactor.arena().clone(), store, copysets, now);
     let disk = DiskDriver::new(kind::DISK, files, &reactor);
+    let siblings = siblings::join(siblings, reactor.arena());
     let links = Links::new(kind::LINK, kind::CONNECT, me, incarnation, siblings);
     let export = export(reactor.arena(), plan, &port);
     let listeners = listen(&mut reactor)?;

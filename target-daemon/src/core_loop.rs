@@ -16,6 +16,8 @@ use crate::export::{ConnInfo, Export, ExportOut};
 use crate::links::{LinkEvent, Links};
 use crate::mem::{Mem, Mems};
 use crate::shard::{CopysetStanding, Counts, Origin, Output, Shard};
+use crate::siblings::Guest;
+use crate::spread::Place;
 use crate::standing::{self, Snapshot};
 use crate::usage::Usage;
 use chunkstore::Layout;
@@ -23,8 +25,9 @@ use protocol::control::{Problem, ProblemKind, pb, protocol_to_pb};
 use protocol::peer::PeerMessage;
 use protocol::types::{ChunkId, CopysetId, LogIndex, SessionEpoch, Span, Time, VolumeId};
 use reactor::host::{CoreLoop, Turn};
-use reactor::{Completion, IoError, Listener, Op, Output as Done, Reactor};
+use reactor::{Completion, IoError, Listener, Op, Output as Done, Reactor, Socket};
 use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use transport::Owner;
@@ -221,8 +224,7 @@ impl<R: Reactor> Core<R> {
             Ok(Done::Accepted { socket, .. }) => {
                 match port {
                     Port::Peer => self.links.accepted(&mut self.reactor, socket),
-                    Port::Nbd => self.export.accepted(&mut self.reactor, socket),
-                    Port::Nvme => self.export.accepted_nvme(&mut self.reactor, socket),
+                    Port::Nbd | Port::Nvme => self.host_came(port, socket),
                 }
                 accept(&mut self.reactor, index, listener);
             }
@@ -233,6 +235,40 @@ impl<R: Reactor> Core<R> {
                 }
                 self.accept_again.push(index);
             }
+        }
+    }
+
+    /// A host has connected: it is served here, or by the shard that has fewer.
+    fn host_came(&mut self, port: Port, socket: Socket) {
+        let place = self.port.spread().place();
+        if place.shard() == self.shard_index {
+            return self.serve(port, socket, place);
+        }
+        match self.reactor.give_away(socket) {
+            Ok(socket) => {
+                let guest = Guest { port, socket, place };
+                if let Err(Guest { socket, .. }) = self.links.send_guest(guest) {
+                    self.take_in(port, socket, self.port.spread().here());
+                }
+            }
+            Err(_) => self.serve(port, socket, self.port.spread().here()),
+        }
+    }
+
+    /// Serves a host whose socket is another shard's no more.
+    fn take_in(&mut self, port: Port, socket: OwnedFd, place: Place) {
+        match self.reactor.adopt_socket(socket) {
+            Ok(socket) => self.serve(port, socket, place),
+            Err(error) => {
+                tracing::warn!(%error, "a connection between two shards is lost; the host connects again")
+            }
+        }
+    }
+
+    fn serve(&mut self, port: Port, socket: Socket, place: Place) {
+        match port {
+            Port::Nvme => self.export.accepted_nvme(&mut self.reactor, socket, place),
+            Port::Nbd | Port::Peer => self.export.accepted(&mut self.reactor, socket, place),
         }
     }
 
@@ -410,6 +446,7 @@ impl<R: Reactor> Core<R> {
                     self.export.volume().link_down(peer, now);
                     self.shard.peer_lost(peer, now);
                 }
+                LinkEvent::Guest(Guest { port, socket, place }) => self.take_in(port, socket, place),
                 LinkEvent::Message { from, message: PeerMessage::IoReply(reply), payload, .. } => {
                     self.export.reply(from, reply, payload, now);
                 }

@@ -14,6 +14,7 @@ mod nvme;
 use self::nvme::Nvme;
 use crate::mem::{Mem, Mems};
 use crate::metrics::ShardCounters;
+use crate::spread::Place;
 use crate::subsystems::Seat;
 use chunkstore::Payload;
 use client::volume::{Action, Config, IoError, Request, SubmitError, VolumeIo};
@@ -28,7 +29,7 @@ use protocol::types::{
 use reactor::{Arena, Completion, Op, Reactor, Socket};
 use slab::Slab;
 use smallvec::SmallVec;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use transport::{NbdCloseReason, NbdConn, NbdEvent, NbdLimits, Owner, ReadPart, ReadParts, ReqId};
 
@@ -70,7 +71,7 @@ fn joined(mut parts: Gathered) -> ReadParts {
 }
 
 /// Whose request it is: the protocol, and the place among its connections.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum ConnKey {
     Nbd(usize),
     Nvme(usize),
@@ -145,6 +146,8 @@ pub struct Export {
     /// Of each, by its place.
     attached: Vec<Attached>,
     nvme: Nvme,
+    /// Of connections that carry IO, or may yet.
+    places: BTreeMap<ConnKey, Place>,
     pending: Slab<Pending>,
     /// Requests that [`VolumeIo`] had no room for.
     deferred: VecDeque<(usize, Request<Mem>)>,
@@ -175,6 +178,7 @@ impl Export {
             volume: VolumeIo::new(config),
             conns: Slab::new(),
             attached: Vec::new(),
+            places: BTreeMap::new(),
             pending: Slab::new(),
             deferred: VecDeque::new(),
             out: VecDeque::new(),
@@ -240,7 +244,7 @@ impl Export {
     }
 
     /// An NBD client has connected.
-    pub fn accepted<R: Reactor>(&mut self, reactor: &mut R, socket: Socket) {
+    pub fn accepted<R: Reactor>(&mut self, reactor: &mut R, socket: Socket, place: Place) {
         let owner = Owner { kind: self.kind, index: self.conns.vacant_key() as u32 };
         let full = self.conns.len() >= CONNECTIONS_MAX;
         let conn = if full { None } else { NbdConn::new(reactor, socket, owner, self.limits) };
@@ -249,6 +253,7 @@ impl Export {
                 let key = self.conns.insert(conn);
                 self.attached.resize_with(self.attached.len().max(key + 1), Attached::default);
                 self.attached[key] = Attached::default();
+                self.places.insert(ConnKey::Nbd(key), place);
                 self.counts.connections += 1;
             }
             None => {
@@ -509,6 +514,7 @@ impl Export {
 
     /// Nobody waits for a connection's requests any more.
     fn abandon(&mut self, conn: ConnKey, now: Time) {
+        self.places.remove(&conn);
         let orphans: Vec<usize> =
             self.pending.iter().filter(|(_, p)| p.conn == conn).map(|(key, _)| key).collect();
         for key in orphans {
@@ -733,7 +739,7 @@ fn push_data(list: &mut ReadParts, run: &Mem, from: usize, to: usize, crc: u32) 
     let crc = crc_from_rest(crc).filter(|_| to - from == BLOCK_BYTES);
     let (from, to) = ((start + from) as u32, (start + to) as u32);
     if let Some(ReadPart::Data { buf: last, to: end, crc, .. }) = list.last_mut()
-        && last.arena_offset() == buf.arena_offset()
+        && last.is_same_run(buf)
         && *end == from
     {
         (*end, *crc) = (to, None);

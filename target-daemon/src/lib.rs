@@ -22,6 +22,7 @@ pub mod metrics;
 mod run;
 mod shard;
 pub mod siblings;
+mod spread;
 mod standing;
 mod subsystems;
 pub mod usage;

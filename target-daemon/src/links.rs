@@ -14,7 +14,7 @@
 mod tests;
 
 use crate::mem::{Mem, Mems};
-use crate::siblings::{Delivery, Parcel, Sibling};
+use crate::siblings::{Delivery, Guest, Sibling};
 use chunkstore::Payload;
 use protocol::map::ClusterMap;
 use protocol::peer::{Hello, IoOp, IoRequest, PeerMessage};
@@ -40,6 +40,8 @@ pub enum LinkEvent {
     Down(ShardAddr),
     /// A message; `incoming` names the link to answer on, `None` for one's own.
     Message { from: ShardAddr, incoming: Option<u64>, message: PeerMessage, payload: Mems },
+    /// A host that another shard of this target accepted.
+    Guest(Guest),
 }
 
 enum Side {
@@ -262,9 +264,14 @@ impl Links {
         for sibling in &mut self.siblings {
             let from = ShardAddr { target: self.me.target, shard: sibling.shard() };
             sibling.flush();
-            while let Some(Delivery { message, payload, answer }) = sibling.take(arena) {
-                let incoming = (!answer).then(|| sibling_serial(from.shard));
-                self.events.push(LinkEvent::Message { from, incoming, message, payload });
+            while let Some(delivery) = sibling.take(arena) {
+                self.events.push(match delivery {
+                    Delivery::Message { message, payload, answer } => {
+                        let incoming = (!answer).then(|| sibling_serial(from.shard));
+                        LinkEvent::Message { from, incoming, message, payload }
+                    }
+                    Delivery::Guest(guest) => LinkEvent::Guest(guest),
+                });
             }
         }
         let (target, events) = (self.me.target, &mut self.events);
@@ -389,7 +396,7 @@ impl Links {
     /// Sends on one's own link; false when there is none (the message is lost).
     pub fn send(&mut self, to: ShardAddr, message: &PeerMessage, payload: &Mems) -> bool {
         if let Some(sibling) = self.sibling(to) {
-            sibling.send(Parcel::new(message, &parts(message, payload), false));
+            sibling.send(message, payload, false);
             return true;
         }
         match self.outgoing.get(&to).map(|o| &o.state) {
@@ -398,6 +405,18 @@ impl Links {
                 self.send_on(key, message, payload)
             }
             _ => false,
+        }
+    }
+
+    /// Sends a host to the shard of this target that is to serve it, or gives it back when that shard has ended.
+    pub fn send_guest(&mut self, guest: Guest) -> Result<(), Guest> {
+        let at = ShardAddr { target: self.me.target, shard: guest.place.shard() };
+        match self.sibling(at).filter(|sibling| !sibling.is_gone()) {
+            Some(sibling) => {
+                sibling.send_guest(guest);
+                Ok(())
+            }
+            None => Err(guest),
         }
     }
 
@@ -412,7 +431,7 @@ impl Links {
     /// Answers on an incoming link, if it is still there.
     pub fn answer(&mut self, serial: u64, message: &PeerMessage, payload: &Mems) {
         if let Some(sibling) = self.siblings.iter_mut().find(|s| sibling_serial(s.shard()) == serial) {
-            sibling.send(Parcel::new(message, &parts(message, payload), true));
+            sibling.send(message, payload, true);
         } else if let Some(key) = self.serials.get(&serial).copied() {
             self.send_on(key, message, payload);
         }

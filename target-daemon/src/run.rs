@@ -7,7 +7,7 @@ use crate::core_loop::{Core, Port as ListenFor};
 use crate::files::{FileMedia, Files};
 use crate::identity::Identity;
 use crate::lock::DirLock;
-use crate::siblings::{Sibling, mesh};
+use crate::siblings::{SiblingEnd, mesh};
 use chunkstore::{InspectReport, Layout};
 use protocol::control::{Problem, ProblemKind};
 use protocol::types::{BLOCK_BYTES, CHUNK_BYTES, ShardAddr, Span};
@@ -178,7 +178,7 @@ fn wake_by(waker: Waker) -> Box<dyn Fn() + Send + Sync> {
 struct Parts {
     port: ShardPort,
     waker: Waker,
-    siblings: Vec<Sibling>,
+    siblings: Vec<SiblingEnd>,
     /// Shared by all shards.
     listeners: Vec<(ListenFor, OwnedFd)>,
     stop: Arc<AtomicBool>,

@@ -1,15 +1,13 @@
 //! What the data path of a core takes from the heap, counted: nothing for a read, nothing for a write.
 //!
-//! Cores as the daemon builds them, one alone and three replicas of each other, over the kernel's ring and files in
-//! memory, with a host on loopback. Counted is what each core's own thread allocates while it turns: sockets, protocol,
+//! Cores as the daemon builds them, one alone, three replicas of each other, and two shards of one target of which one has
+//! the host and the other the data, over the kernel's ring and files in memory, with a host on loopback. Counted is what each core's own thread allocates while it turns: sockets, protocol,
 //! routing, shard, store, reactor. A second brings a few dozen allocations that have nothing to do with IO (the standing
 //! that is published, housekeeping), a round of the flusher or a checkpoint some more, so a few hundred in
 //! 100,000 is what nothing looks like. A message of several entries to a peer takes one allocation: seldom on an idle
 //! machine, for one write in sixteen beside other work, when replicas lag and entries gather.
 
-use protocol::map::{
-    ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, Session, TargetEntry, VolumeEntry,
-};
+use protocol::map::{ClusterMap, CopysetEntry, ExportEntry, ExportProtocol, Session, VolumeEntry};
 use protocol::types::{BLOCK_BYTES, CopysetId, ShardAddr, Span, TargetId, VolumeId};
 use reactor::host::{CoreLoop, Turn};
 use reactor::ring::{Ring, RingConfig};
@@ -23,6 +21,7 @@ use std::thread::{self, JoinHandle};
 use target_daemon::assemble::{ShardPlan, build_core, format_shard};
 use target_daemon::control::{ControlEnds, ToShard, shard_ports};
 use target_daemon::core_loop::{Core, Port};
+use target_daemon::siblings::{SiblingEnd, mesh};
 
 /// IOs that are counted.
 const IOS: u64 = 100_000;
@@ -39,17 +38,30 @@ struct Addresses {
     hosts: SocketAddr,
 }
 
-fn address_of(target: u32) -> ShardAddr {
-    ShardAddr { target: TargetId(target), shard: 0 }
+const fn at(target: u32, shard: u16) -> ShardAddr {
+    ShardAddr { target: TargetId(target), shard }
 }
 
-/// A volume whose only copyset has a replica on each of the cores, the first of which is target 1.
-fn map(cores: &[Addresses]) -> ClusterMap {
+/// Cores, the first of which has the host, and of them those that have the data.
+struct Setup {
+    name: &'static str,
+    cores: &'static [ShardAddr],
+    members: &'static [ShardAddr],
+}
+
+const ALONE: Setup = Setup { name: "one core", cores: &[at(1, 0)], members: &[at(1, 0)] };
+const REPLICAS: Setup = Setup {
+    name: "three replicas",
+    cores: &[at(1, 0), at(2, 0), at(3, 0)],
+    members: &[at(1, 0), at(2, 0), at(3, 0)],
+};
+const SHARDS: Setup = Setup { name: "another shard", cores: &[at(1, 0), at(1, 1)], members: &[at(1, 1)] };
+
+/// A volume whose only copyset has these members.
+fn map(cores: &[(ShardAddr, Addresses)], members: Vec<ShardAddr>) -> ClusterMap {
     let mut map = ClusterMap { cluster: [7; 16], generation: 1, ..ClusterMap::default() };
-    let members: Vec<ShardAddr> = (1..).map(address_of).take(cores.len()).collect();
-    for (member, core) in members.iter().zip(cores) {
-        let entry = TargetEntry { peers: vec![core.peers], nvme: None, draining: false };
-        map.targets.insert(member.target, entry);
+    for (core, reached) in cores {
+        map.targets.entry(core.target).or_default().peers.push(reached.peers);
     }
     map.copysets.insert(CopysetId(1), CopysetEntry { members, epoch: 0 });
     let volume = VolumeEntry {
@@ -68,9 +80,9 @@ fn map(cores: &[Addresses]) -> ClusterMap {
 }
 
 /// A core of a target that keeps everything in memory, the control side's end of it, and where it is reached.
-fn core(target: u32) -> (Core<Ring>, ControlEnds, Addresses) {
+fn core(me: ShardAddr, waker: Waker, siblings: Vec<SiblingEnd>) -> (Core<Ring>, ControlEnds, Addresses) {
     let config = RingConfig { arena_bytes: 32 << 20, memory_files: true, ..RingConfig::default() };
-    let mut ring = Ring::new(config).expect("a ring");
+    let mut ring = Ring::woken_by(config, waker).expect("a ring");
     let layout = chunkstore::Layout {
         segment_bytes: 8 << 20,
         slots_max: 16,
@@ -79,8 +91,8 @@ fn core(target: u32) -> (Core<Ring>, ControlEnds, Addresses) {
     };
     let plan = ShardPlan {
         dir: PathBuf::from("/nowhere"),
-        me: address_of(target),
-        disk: [target as u8; 16],
+        me,
+        disk: [me.target.0 as u8; 16],
         layout,
         election_timeout: Span::ms(100),
         heartbeat: Span::ms(20),
@@ -104,7 +116,7 @@ fn core(target: u32) -> (Core<Ring>, ControlEnds, Addresses) {
         Ok(vec![open(Port::Peer), open(Port::Nbd)])
     };
     let stop = Arc::new(AtomicBool::new(false));
-    let core = build_core(ring, &plan, port, Vec::new(), stop, listen).expect("a core");
+    let core = build_core(ring, &plan, port, siblings, stop, listen).expect("a core");
     (core, ends, Addresses { peers: addresses[0], hosts: addresses[1] })
 }
 
@@ -122,15 +134,18 @@ struct Cluster {
 const PHASES: usize = 3;
 
 impl Cluster {
-    fn start(replicas: u32) -> Self {
+    fn start(setup: &Setup) -> Self {
         let phase = Arc::new(AtomicUsize::new(0));
-        let (mut threads, mut wakers, mut ends, mut cores) = (vec![], vec![], vec![], vec![]);
-        for target in 1..=replicas {
+        let (mut threads, mut ends, mut cores) = (vec![], vec![], vec![]);
+        let wakers: Vec<_> = setup.cores.iter().map(|_| Waker::new().expect("an eventfd")).collect();
+        let of_one_target = setup.cores.iter().all(|core| core.target == setup.cores[0].target);
+        let mut siblings = if of_one_target { mesh(&wakers) } else { vec![] }.into_iter();
+        for (me, waker) in setup.cores.iter().copied().zip(wakers.clone()) {
             let (tell, told) = std::sync::mpsc::channel();
-            let phase = phase.clone();
+            let (phase, siblings) = (phase.clone(), siblings.next().unwrap_or_default());
             threads.push(thread::spawn(move || {
-                let (mut core, ends, addresses) = core(target);
-                tell.send((core.waker(), ends, addresses)).expect("the test waits");
+                let (mut core, ends, addresses) = core(me, waker, siblings);
+                tell.send((ends, addresses)).expect("the test waits");
                 let turns = |now| {
                     while phase.load(Ordering::Acquire) == now {
                         assert!(matches!(core.turn(), Turn::Continue), "the core goes on");
@@ -139,16 +154,15 @@ impl Cluster {
                 let mut count = turns;
                 (0..PHASES).map(|now| allocation_counter::measure(|| count(now)).count_total).collect()
             }));
-            let (waker, end, addresses) = told.recv().expect("a core");
-            wakers.push(waker);
+            let (end, addresses) = told.recv().expect("a core");
             ends.push(end);
-            cores.push(addresses);
+            cores.push((me, addresses));
         }
-        let map = Arc::new(map(&cores));
+        let map = Arc::new(map(&cores, setup.members.into()));
         for end in &ends {
             let _ = end.shards()[0].send(ToShard::Map(map.clone()));
         }
-        Self { hosts: cores[0].hosts, phase, wakers, threads, _ends: ends }
+        Self { hosts: cores[0].1.hosts, phase, wakers, threads, _ends: ends }
     }
 
     fn next_phase(&self) {
@@ -214,9 +228,9 @@ impl Host {
     }
 }
 
-/// What each of so many cores allocates for reads, and for writes.
-fn counted(replicas: u32) -> Vec<(u64, u64)> {
-    let cluster = Cluster::start(replicas);
+/// What each core allocates for reads, and for writes.
+fn counted(setup: &Setup) -> Vec<(u64, u64)> {
+    let cluster = Cluster::start(setup);
     let mut host = Host::attach(cluster.hosts);
     let mut next = 0;
     for _ in 0..BLOCKS / DEPTH {
@@ -234,16 +248,16 @@ fn counted(replicas: u32) -> Vec<(u64, u64)> {
     }
     cluster.next_phase();
     let counts = cluster.counts();
-    println!("{replicas} replicas, allocations in {IOS} reads and {IOS} writes: {counts:?}");
+    println!("{}, allocations in {IOS} reads and {IOS} writes: {counts:?}", setup.name);
     counts.into_iter().map(|of_core| (of_core[1], of_core[2])).collect()
 }
 
 #[test]
 fn neither_a_read_nor_a_write_takes_anything_from_the_heap() {
-    for (replicas, writes_max) in [(1, IOS / 50), (3, IOS / 4)] {
-        for (reads, writes) in counted(replicas) {
-            assert!(reads < IOS / 100, "{reads} allocations in {IOS} reads of {replicas} replicas");
-            assert!(writes < writes_max, "{writes} allocations in {IOS} writes of {replicas} replicas");
+    for (setup, writes_max) in [(ALONE, IOS / 50), (REPLICAS, IOS / 4), (SHARDS, IOS / 50)] {
+        for (reads, writes) in counted(&setup) {
+            assert!(reads < IOS / 100, "{}: {reads} allocations in {IOS} reads", setup.name);
+            assert!(writes < writes_max, "{}: {writes} allocations in {IOS} writes", setup.name);
         }
     }
 }

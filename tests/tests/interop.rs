@@ -7,8 +7,10 @@ use anyhow::{Context, ensure};
 use ashlar_tests::cluster::{DevCluster, binary, scratch_dir, with_cluster};
 use ashlar_tests::tools::{LONG_LIMIT, Run, by_length, fio_verify, have, script};
 use bench::dev::DevVolume;
+use bench::metrics;
 use serde_json::Value;
 use std::path::Path;
+use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 
@@ -253,6 +255,40 @@ fn the_search_for_settings_tries_a_cluster_of_its_own_to_the_end() -> anyhow::Re
     ensure!(!trials.is_empty() && found["best"]["spin_us_max"].is_u64(), "{found}");
     ensure!(std::fs::read_dir(scratch.path())?.next().is_none(), "it left something behind");
     Ok(())
+}
+
+/// A host makes an admin queue, then its IO queue: by turns alone one shard would get the admin queues of all hosts, and the other
+/// all of the IO.
+#[test]
+fn hosts_with_one_io_queue_each_are_spread_over_the_shards() {
+    let cluster = DevCluster::start_with("256M", |options| {
+        let extra = ["--replicas", "1", "--memory", "--shards", "2"];
+        options.extra = extra.map(str::to_owned).to_vec();
+    });
+    with_cluster(cluster, |cluster| {
+        let dir = cluster.dir().display().to_string();
+        let load = ["bench", "run", "v=dev:nvme", "--dev", &dir, "--size", "64M", "--seconds", "8"];
+        let mut hosts = Vec::new();
+        for _ in 0..4 {
+            hosts.push(Run::new(binary()?).args(load).spawn()?);
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        let asked = || -> anyhow::Result<[f64; 2]> {
+            let text = metrics::fetch(&cluster.file()?.targets[0].metrics)?;
+            let of = |shard: &str| {
+                let own: Vec<_> = text.lines().filter(|line| line.contains(shard)).collect();
+                metrics::sum(&own.join("\n"), "ashlar_pieces_total")
+            };
+            Ok([of("shard=\"0\""), of("shard=\"1\"")])
+        };
+        let before = asked()?;
+        std::thread::sleep(Duration::from_secs(2));
+        let after = asked()?;
+        let served = [after[0] - before[0], after[1] - before[1]];
+        let share = served[0] / (served[0] + served[1]);
+        ensure!((0.2..0.8).contains(&share), "shard 0 has {share:.2} of the hosts' IO: {served:?}");
+        hosts.into_iter().try_for_each(|host| host.ok().map(drop))
+    });
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 use crate::metrics::ShardCounters;
 use crate::shard::Order;
+use crate::spread::Spread;
 use crate::subsystems::{Seat, Subsystems, Wake};
 use protocol::control::{Problem, pb};
 use protocol::map::ClusterMap;
@@ -118,6 +119,7 @@ pub struct ShardHandle {
 pub struct ShardPort {
     shard: u16,
     seat: Seat,
+    spread: Spread,
     shared: Arc<Shared>,
     reports: mpsc::Sender<Report>,
     /// Reports that found the queue full.
@@ -163,14 +165,15 @@ pub fn shard_ports(wakes: Vec<Box<dyn Fn() + Send + Sync>>) -> (ControlEnds, Vec
     let (reports, incoming) = mpsc::channel(FROM_SHARDS_MAX);
     let wakes: Vec<Wake> = wakes.into_iter().map(Wake::from).collect();
     let subsystems = Subsystems::new(wakes.clone());
+    let mut spreads = Spread::over(wakes.len());
     let make = |(shard, wake): (usize, Wake)| {
         let shared = Arc::new(Shared::default());
         let (backlog, checks, fences) = (VecDeque::new(), BTreeMap::new(), BTreeMap::new());
         let shard = u16::try_from(shard).expect("the configuration has at most 65,535 shards");
         let handle = ShardHandle { shared: shared.clone(), wake };
-        let seat = subsystems.seat(shard);
+        let (seat, spread) = (subsystems.seat(shard), spreads.next().expect("one for each"));
         let (reports, next_job) = (reports.clone(), 0);
-        (handle, ShardPort { shard, seat, shared, reports, backlog, checks, fences, next_job })
+        (handle, ShardPort { shard, seat, spread, shared, reports, backlog, checks, fences, next_job })
     };
     let (shards, ports) = wakes.into_iter().enumerate().map(make).unzip();
     (ControlEnds { shards, reports: incoming, subsystems }, ports)
@@ -267,6 +270,10 @@ impl ShardPort {
     /// The shard's place among those that share the NVMe subsystems.
     pub(crate) fn seat(&self) -> &Seat {
         &self.seat
+    }
+    /// Where hosts' connections are served.
+    pub(crate) fn spread(&self) -> &Spread {
+        &self.spread
     }
     /// Replaces what status pages and heartbeats show of this shard; about once a second.
     pub fn post_status(&self, status: pb::ShardStatus) {

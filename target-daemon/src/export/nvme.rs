@@ -1,7 +1,7 @@
 //! NVMe/TCP: connections, controllers, and the words that both use for failures.
 //!
 //! Each volume exported over NVMe is a subsystem; every target of the map that has an NVMe
-//! address is a port of it. Whichever shard accepts a connection keeps it: an IO queue is the
+//! address is a port of it. Whichever shard a connection is given to keeps it: an IO queue is the
 //! shard's alone, commands of admin queues go to the [subsystems](crate::subsystems) of the target.
 
 use super::{
@@ -10,6 +10,7 @@ use super::{
 };
 use crate::core_loop::kind;
 use crate::mem::Mem;
+use crate::spread::Place;
 use crate::subsystems::Seat;
 use client::volume::{IoError, Request, SubmitError};
 use protocol::map::{ClusterMap, ExportProtocol};
@@ -149,7 +150,7 @@ impl Export {
     }
 
     /// An NVMe host has connected.
-    pub fn accepted_nvme<R: Reactor>(&mut self, reactor: &mut R, socket: Socket) {
+    pub fn accepted_nvme<R: Reactor>(&mut self, reactor: &mut R, socket: Socket, spread: Place) {
         let conns = &mut self.nvme.conns;
         let owner = Owner { kind: kind::NVME, index: conns.vacant_key() as u32 };
         let full = conns.len() >= CONNECTIONS_MAX;
@@ -162,6 +163,7 @@ impl Export {
                 let attached = &mut self.nvme.attached;
                 attached.resize_with(attached.len().max(place + 1), Attached::default);
                 attached[place] = Attached { queue, ..Attached::default() };
+                self.places.insert(ConnKey::Nvme(place), spread);
                 self.counts.connections += 1;
             }
             None => {
@@ -242,6 +244,10 @@ impl Export {
                         let attached = &mut self.nvme.attached[key];
                         (attached.host, attached.qid) = (told.host.clone(), told.qid);
                         attached.epoch = told.epoch;
+                        if told.qid == 0 {
+                            // No IO comes by it.
+                            self.places.remove(&ConnKey::Nvme(key));
+                        }
                     }
                 }
                 self.nvme.conns[key].connect_done(&sqe, answer);

@@ -24,7 +24,7 @@ use target_daemon::CopysetStanding;
 use target_daemon::assemble::{ShardPlan, build_core, format_shard};
 use target_daemon::control::{ControlEnds, FromShard, ShardPort, ToShard, shard_ports};
 use target_daemon::core_loop::{Core, Port};
-use target_daemon::siblings::{Sibling, mesh};
+use target_daemon::siblings::{SiblingEnd, mesh};
 
 /// How often the standing of a shard is looked at: once in so many turns.
 const LOOK_EVERY: u64 = 8;
@@ -323,7 +323,7 @@ impl Fleet {
         &mut self,
         node: usize,
         reactor: SimReactor,
-        siblings: Vec<Sibling>,
+        siblings: Vec<SiblingEnd>,
     ) -> Result<(), Failure> {
         self.tally.starts += 1;
         let waker = reactor.waker();
