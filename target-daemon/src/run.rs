@@ -256,7 +256,8 @@ impl Build {
     }
 }
 
-/// The listeners that all shards share: whoever is free takes the next client, and keeps it.
+/// The listeners that all shards share: whoever is free takes the next client, and gives it to the shard that is to serve
+/// it ([`crate::spread`]).
 fn listen_shared(config: &TargetConfig) -> Result<Vec<(ListenFor, OwnedFd)>, Problem> {
     let mut listeners = Vec::new();
     let Listen { nbd, nvme, nvme_discovery, .. } = &config.listen;

@@ -1,6 +1,6 @@
 //! The NVMe subsystems of a target: what all of its shards share of them.
 //!
-//! A host's queues are connections, and each lives on the shard that accepted it; they must meet
+//! A host's queues are connections, and each lives on the shard that it was given to; they must meet
 //! one set of [`Controllers`]. Connect, commands of admin queues, ends of connections and the clock
 //! go there, behind a lock; commands of IO queues never do. What a controller wants of a connection
 //! lies in the tray of its shard, which is woken.
