@@ -1,10 +1,10 @@
 //! The shards of one target, to each other: mailboxes instead of links.
 //!
-//! What goes between them is connections of hosts that one shard accepted and another is to serve ([`crate::spread`]), requests of hosts whose connection and whose leader sit on different cores, and their
-//! answers. Memory for IO belongs to one core alone, which lends its runs ([`reactor::loan`]). Data of an answer is sent
-//! to the host from where it lies; that of a write is copied once, into the receiver's arena, for it stays there until it
-//! is flushed, longer than the sender can spare its memory. When as much is lent as may be (hosts that stop taking
-//! answers hold it), data is copied into the parcel.
+//! What goes between them is connections of hosts that one shard accepted and another is to serve ([`crate::spread`]),
+//! requests of hosts whose connection and whose leader sit on different cores, and their answers. Memory for IO belongs to
+//! one core alone, which lends its runs ([`reactor::loan`]). Data of an answer is sent to the host from where it lies; that
+//! of a write is copied once, into the receiver's arena, for it stays there until it is flushed, longer than the sender can
+//! spare its memory. When as much is lent as may be (hosts that stop taking answers hold it), data is copied into the parcel.
 //!
 //! Invariants: parcels arrive in the order in which they were sent, and none is lost while both shards run; so a
 //! sibling is never "down" unless its shard has ended, and no request to it is ever sent twice. A parcel that finds

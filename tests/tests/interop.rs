@@ -269,8 +269,9 @@ fn hosts_with_one_io_queue_each_are_spread_over_the_shards() {
         let dir = cluster.dir().display().to_string();
         let load = ["bench", "run", "v=dev:nvme", "--dev", &dir, "--size", "64M", "--seconds", "8"];
         let mut hosts = Vec::new();
-        for _ in 0..4 {
-            hosts.push(Run::new(binary()?).args(load).spawn()?);
+        for nth in 0..4 {
+            let result = cluster.scratch().join(format!("host-{nth}.json"));
+            hosts.push(Run::new(binary()?).args(load).arg("--save").arg(result).spawn()?);
             std::thread::sleep(Duration::from_millis(500));
         }
         let asked = || -> anyhow::Result<[f64; 2]> {
