@@ -11,6 +11,7 @@ use crate::run::load::{self, Load, Order, Sizes};
 use crate::run::measure::{Measured, Subject, used, uses};
 use crate::run::result::{Intervals, Latency, ProcessUse, Run};
 use crate::run::target::Target;
+use crate::steal::{self, Ticks};
 use anyhow::{Context, bail, ensure};
 use hdrhistogram::Histogram;
 use nix::sys::resource::{UsageWho, getrusage};
@@ -70,10 +71,10 @@ impl Fio {
             let job = job_file(&subject.target, load, Some(times.warm_up))?;
             self.run(&self.dir.join("warm-up.fio"), &job, &subject.target)?;
         }
-        let before = (used(&subject.pids), children_cpu_s());
+        let before = (used(&subject.pids), children_cpu_s(), Ticks::now());
         let text =
             self.run(&path, &job_file(&subject.target, load, Some(times.measured))?, &subject.target)?;
-        let after = (used(&subject.pids), children_cpu_s());
+        let after = (used(&subject.pids), children_cpu_s(), Ticks::now());
         let outcome = parse(&text)?;
         let json = path.with_extension(format!("{}.json", round + 1));
         crate::report::write(&json, &text[document_start(&text)?..])?;
@@ -92,6 +93,8 @@ impl Fio {
             subject: subject.name.clone(),
             load: load.clone(),
             round,
+            repeats: 0,
+            stolen: steal::between(before.2, after.2),
             iops: outcome.iops,
             bytes_s: outcome.bytes_s,
             reads: Latency::of(&outcome.reads),

@@ -9,7 +9,7 @@ use crate::fio::Fio;
 use crate::report::{Goal, Report};
 use crate::rival::{Rival, Server};
 use crate::run::load::Load;
-use crate::run::measure::{Client, Plan, Subject, prepare};
+use crate::run::measure::{Client, Plan, SETTLE_MAX, Subject, prepare};
 use crate::run::results;
 use crate::run::summary::{self, Row, find};
 use crate::run::target::Target;
@@ -72,7 +72,15 @@ fn measure(args: &FirstArgs, cluster: &Cluster, qemu_version: Option<String>) ->
     let loads = [100, 0].map(|reads| [1, 32].map(|depth| Load::random_4k(reads, depth, size))).concat();
     let (client, rounds) = (Client::Fio(fio), args.rounds);
     let seconds = args.seconds.into();
-    let plan = Plan { client: &client, subjects: &subjects, loads: &loads, seconds, warm_up: 0.0, rounds };
+    let plan = Plan {
+        client: &client,
+        subjects: &subjects,
+        loads: &loads,
+        seconds,
+        warm_up: 0.0,
+        rounds,
+        settle_max: SETTLE_MAX,
+    };
     let runs = plan.measure()?.into_iter().map(|one| one.run).collect();
     let results = results(&plan, environment, runs);
     let rows = summary::rows(&results);
@@ -126,6 +134,7 @@ mod tests {
             client_us_per_io: nothing,
             server_us_per_io: nothing,
             unserved: 0.0,
+            stolen: None,
         }
     }
 

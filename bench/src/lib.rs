@@ -24,6 +24,7 @@ pub mod process;
 pub mod report;
 pub mod rival;
 pub mod run;
+pub mod steal;
 
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;

@@ -251,15 +251,19 @@ impl<'a> Bench<'a> {
         loads: &'b [Load],
         rounds: u32,
     ) -> Plan<'b> {
-        Plan { client, subjects, loads, seconds: self.seconds, warm_up: WARM_UP_S, rounds }
+        let settle_max = Duration::from_secs(if self.args.quick { 4 } else { 8 });
+        Plan { client, subjects, loads, seconds: self.seconds, warm_up: WARM_UP_S, rounds, settle_max }
     }
 
     /// Measures subjects in turns.
     fn turns(&mut self, subjects: &[Subject], loads: &[Load]) -> anyhow::Result<()> {
-        let settle_max = Duration::from_secs(if self.args.quick { 4 } else { 8 });
         let plan = self.plan(&Client::Own, subjects, loads, self.rounds);
-        let measured = plan.measure_settling(settle_max)?;
-        self.runs.extend(measured.into_iter().map(|one| one.run));
+        self.runs.extend(plan.measure()?.into_iter().map(|one| one.run));
+        if loads.iter().any(|load| load.read_percent < 100) {
+            for subject in subjects.iter().filter(|subject| subject.flushes) {
+                process::settle(&subject.pids, plan.settle_max);
+            }
+        }
         Ok(())
     }
 
@@ -295,7 +299,7 @@ impl<'a> Bench<'a> {
         let loads = std::slice::from_ref(&load);
         // All that is written counts: there is no warm-up.
         let plan = Plan { warm_up: 0.0, ..self.plan(&client, alone, loads, 1) };
-        let run = plan.one_busy(subject, &load, 0)?.run;
+        let run = plan.one(subject, &load, 0)?.run;
         let ios = run.writes.as_ref().map_or(0, |writes| writes.ios).max(1) as f64;
         three.settle();
         let (logged, all) = (three.log_bytes()? - log, process::write_bytes_sum(&pids) - before);
@@ -315,9 +319,8 @@ impl<'a> Bench<'a> {
             ..writes.clone()
         };
         let plan = |seconds| Plan { seconds, ..self.plan(&client, &[], &[], 1) };
-        let run = plan(seconds).one_busy(subject, &writes, 0)?.run;
-        let (_, memory) =
-            probe::memory(&three.targets()?, || plan(2.0 * seconds).one_busy(subject, &mix, 0))?;
+        let run = plan(seconds).one(subject, &writes, 0)?.run;
+        let (_, memory) = probe::memory(&three.targets()?, || plan(2.0 * seconds).one(subject, &mix, 0))?;
         self.facts.sustained = Some((seconds, run.iops));
         self.facts.memory = Some(memory);
         Ok(())

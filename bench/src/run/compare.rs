@@ -255,6 +255,8 @@ mod tests {
             subject: name.into(),
             load: load.clone(),
             round: round as u32,
+            repeats: 0,
+            stolen: None,
             iops: *iops,
             bytes_s: 0.0,
             reads: None,

@@ -138,6 +138,7 @@ fn medians(rows: &[Row], subjects: &[&str]) -> String {
         &by,
         "client us/IO",
         "server us/IO",
+        "stolen %",
         "unserved",
     ];
     let cells = |row: &Row| {
@@ -155,6 +156,7 @@ fn medians(rows: &[Row], subjects: &[&str]) -> String {
             shown(base, 2),
             shown(row.client_us_per_io, 1),
             shown(row.server_us_per_io, 1),
+            shown(row.stolen.map(|part| part * 100.0), 1),
             format!("{:.0}", row.unserved),
         ]
     };

@@ -7,6 +7,7 @@ use super::job::{self, Tick, Times};
 use super::load::{self, BLOCK_BYTES, Io, Load};
 use super::result::{Intervals, Latency, Moment, ProcessUse, Run};
 use super::target::Target;
+use crate::steal::{self, Ticks};
 use crate::{fio, process};
 use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
@@ -78,6 +79,8 @@ pub struct Plan<'a> {
     pub warm_up: f64,
     /// How often each is measured.
     pub rounds: u32,
+    /// How long a server that was written to may go on writing before the next measurement begins.
+    pub settle_max: Duration,
 }
 
 /// A measurement with all its latencies in nanoseconds.
@@ -91,57 +94,57 @@ pub struct Measured {
     pub intervals: Intervals,
 }
 
-/// How long a server may go on writing after a measurement of writes.
-const SETTLE_MAX: Duration = Duration::from_secs(15);
+/// How long a server may go on writing after a measurement of writes, as a rule.
+pub const SETTLE_MAX: Duration = Duration::from_secs(15);
 
 impl Plan<'_> {
     /// Measures everything.
     ///
+    /// Of several rounds, those during which the host took more than [`steal::DISTURBED`] of the processors are measured again,
+    /// as many for each load as it has rounds, and the least disturbed one counts.
+    ///
     /// # Errors
     /// A target that cannot be reached, an IO that fails, or data that is not what was written.
     pub fn measure(&self) -> anyhow::Result<Vec<Measured>> {
-        self.measure_settling(SETTLE_MAX)
-    }
-
-    /// The same, waiting for no longer than this until servers that were written to are at rest.
-    ///
-    /// # Errors
-    /// See [`Plan::measure`].
-    pub fn measure_settling(&self, settle_max: Duration) -> anyhow::Result<Vec<Measured>> {
-        let mut all = Vec::new();
+        let (mut all, mut busy) = (Vec::new(), None);
         for load in self.loads {
+            let mut spare = if self.rounds > 1 { self.rounds } else { 0 };
             for round in 0..self.rounds {
-                // Nobody always comes first: A B, B A, A B.
-                for at in 0..self.subjects.len() {
-                    let subject = &self.subjects[(at + round as usize) % self.subjects.len()];
-                    all.push(self.one(subject, load, round, settle_max)?);
-                }
+                let once = || self.round(load, round, &mut busy);
+                let (mut kept, repeats) =
+                    steal::calmest(&mut spare, |round: &Vec<_>| most_stolen(round), once)?;
+                kept.iter_mut().for_each(|one| one.run.repeats = repeats);
+                all.extend(kept);
             }
         }
         Ok(all)
     }
 
-    /// Measures one subject under one load, and waits until its servers are at rest again.
-    fn one(
-        &self,
-        subject: &Subject,
+    /// Every subject once. Nobody always comes first: A B, B A, A B.
+    ///
+    /// `busy` is who was written to last, and may still have work to do, which must not be counted for another.
+    fn round<'a>(
+        &'a self,
         load: &Load,
         round: u32,
-        settle_max: Duration,
-    ) -> anyhow::Result<Measured> {
-        let measured = self.one_busy(subject, load, round)?;
-        if load.read_percent < 100 && subject.flushes {
-            // What is still flushed must not be counted for the next one.
-            process::settle(&subject.pids, settle_max);
-        }
-        Ok(measured)
+        busy: &mut Option<&'a Subject>,
+    ) -> anyhow::Result<Vec<Measured>> {
+        let turn = |at: usize| &self.subjects[(at + round as usize) % self.subjects.len()];
+        let one = |subject: &'a Subject| {
+            if let Some(before) = busy.take() {
+                process::settle(&before.pids, self.settle_max);
+            }
+            *busy = Some(subject).filter(|subject| load.read_percent < 100 && subject.flushes);
+            self.one(subject, load, round)
+        };
+        (0..self.subjects.len()).map(turn).map(one).collect()
     }
 
     /// Measures one subject under one load; what its servers have put off is for the next measurement.
     ///
     /// # Errors
     /// See [`Plan::measure`].
-    pub fn one_busy(&self, subject: &Subject, load: &Load, round: u32) -> anyhow::Result<Measured> {
+    pub fn one(&self, subject: &Subject, load: &Load, round: u32) -> anyhow::Result<Measured> {
         let secs = Duration::from_secs_f64;
         let times = Times { warm_up: secs(self.warm_up), measured: secs(self.seconds) };
         let measured = match self.client {
@@ -155,6 +158,11 @@ impl Plan<'_> {
         eprintln!("{}", measured.run.line());
         Ok(measured)
     }
+}
+
+/// The most that the host took during any of these, from 0 to 1.
+fn most_stolen(round: &[Measured]) -> f64 {
+    round.iter().filter_map(|one| one.run.stolen).fold(0.0, f64::max)
 }
 
 /// Writes every byte once, in order; a file that is missing is made.
@@ -274,9 +282,9 @@ fn by_us(subject: &Subject, load: &Load, times: Times, round: u32) -> anyhow::Re
             .collect();
         drop(tell);
         watch.until(&ticks, times.warm_up)?;
-        let before = used(&pids);
+        let before = (used(&pids), Ticks::now());
         watch.until(&ticks, times.warm_up + times.measured)?;
-        let after = used(&pids);
+        let after = (used(&pids), Ticks::now());
         watch.until_end(&ticks)?;
         for job in jobs {
             job.join().map_err(|_| anyhow::anyhow!("a job panicked"))??;
@@ -291,13 +299,15 @@ fn by_us(subject: &Subject, load: &Load, times: Times, round: u32) -> anyhow::Re
         subject: subject.name.clone(),
         load: load.clone(),
         round,
+        repeats: 0,
+        stolen: steal::between(before.1, after.1),
         iops: all.len() as f64 / seconds,
         bytes_s: watch.bytes as f64 / seconds,
         reads: Latency::of(&watch.reads),
         writes: Latency::of(&watch.writes),
         unserved: watch.unserved,
         enters: watch.enters,
-        processes: uses(&pids, &before, &after, all.len()),
+        processes: uses(&pids, &before.0, &after.0, all.len()),
         timeline: watch.timeline,
     };
     Ok(Measured { run, times: all, intervals: watch.intervals })

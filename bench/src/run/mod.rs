@@ -25,7 +25,7 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use comfy_table::presets;
 use load::{Load, Order, Sizes};
-use measure::{Client, Measured, Plan, Subject, prepare};
+use measure::{Client, Measured, Plan, SETTLE_MAX, Subject, prepare};
 use result::{Results, SCHEMA};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -271,7 +271,7 @@ fn measure(
         }
     }
     let CommonArgs { seconds, warm_up, rounds, .. } = *args;
-    let plan = Plan { client, subjects, loads, seconds, warm_up, rounds };
+    let plan = Plan { client, subjects, loads, seconds, warm_up, rounds, settle_max: SETTLE_MAX };
     keep(&plan, plan.measure()?, &args.keep)
 }
 

@@ -4,6 +4,7 @@
 
 use crate::environment::Environment;
 use crate::run::load::Load;
+use crate::steal::DISTURBED;
 use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::V2DeflateSerializer;
@@ -52,6 +53,12 @@ pub struct Run {
     pub load: Load,
     /// Which round.
     pub round: u32,
+    /// How often this round was measured before, and not kept since the host disturbed it more.
+    #[serde(default)]
+    pub repeats: u32,
+    /// The part of all processors' time that the host took meanwhile, from 0 to 1; absent where that is not known.
+    #[serde(default)]
+    pub stolen: Option<f64>,
     /// IOs a second.
     pub iops: f64,
     /// Bytes a second.
@@ -144,8 +151,11 @@ impl Run {
         let p50_us = self.main_latency().map_or(0.0, |latency| latency.p50_us);
         let server =
             self.server_cpu_us_per_io().map_or(String::new(), |us| format!(", server {us:.1} us/IO"));
+        let stolen = self.stolen.filter(|part| *part > DISTURBED);
+        let stolen =
+            stolen.map_or(String::new(), |part| format!(", {:.0} % stolen by the host", part * 100.0));
         format!(
-            "{}, round {}, {subject}: {iops:.0} IOPS, p50 {p50_us:.0} us{server}",
+            "{}, round {}, {subject}: {iops:.0} IOPS, p50 {p50_us:.0} us{server}{stolen}",
             load.label(),
             round + 1
         )

@@ -4,7 +4,7 @@
 //! measured until, over five of them, IOPS range within 20 % of their mean, and the line of best fit falls or rises
 //! by no more than 10 % of it.
 
-use super::measure::{Client, Measured, Plan, prepare};
+use super::measure::{Client, Measured, Plan, SETTLE_MAX, prepare};
 use super::{CommonArgs, LoadArgs, TargetArgs, keep, settle, show};
 use crate::{EXIT_CHECK_FAILED, Output};
 use clap::Args;
@@ -96,14 +96,29 @@ pub fn run(args: &SteadyArgs) -> anyhow::Result<ExitCode> {
         }
         settle(&subjects);
         let one = std::slice::from_ref(subject);
-        let plan = Plan { client: &client, subjects: one, loads, seconds, warm_up, rounds: 1 };
-        let (rounds, verdict) = until_steady(args.rounds_max, |round| plan.one_busy(subject, &load, round))?;
+        let plan = Plan {
+            client: &client,
+            subjects: one,
+            loads,
+            seconds,
+            warm_up,
+            rounds: 1,
+            settle_max: SETTLE_MAX,
+        };
+        let (rounds, verdict) = until_steady(args.rounds_max, |round| plan.one(subject, &load, round))?;
         eprintln!("{}", words(&subject.name, rounds.len(), verdict.as_ref()));
         judged.push(Judged { subject: subject.name.clone(), rounds: rounds.len(), verdict });
         measured.extend(rounds);
     }
-    let plan =
-        Plan { client: &client, subjects: &subjects, loads, seconds, warm_up, rounds: args.rounds_max };
+    let plan = Plan {
+        client: &client,
+        subjects: &subjects,
+        loads,
+        seconds,
+        warm_up,
+        rounds: args.rounds_max,
+        settle_max: SETTLE_MAX,
+    };
     let results = keep(&plan, measured, &args.common.keep)?;
     match args.common.keep.output {
         Output::Json => println!(

@@ -5,8 +5,10 @@
 use super::load::Load;
 use super::result::{Latency, Results, Run};
 use crate::report::median;
+use crate::steal::DISTURBED;
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 /// The medians of one subject under one load.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -35,6 +37,8 @@ pub struct Row {
     pub server_us_per_io: Option<f64>,
     /// Of an open loop: IOs that never began.
     pub unserved: f64,
+    /// The part of all processors' time that the host took meanwhile.
+    pub stolen: Option<f64>,
 }
 
 /// A row for each load and subject, in the order measured.
@@ -71,6 +75,7 @@ fn row(runs: &[&Run]) -> Row {
         client_us_per_io: maybe(&|run| run.processes.first().map(|client| client.cpu_us_per_io)),
         server_us_per_io: maybe(&Run::server_cpu_us_per_io),
         unserved: of(|run| run.unserved as f64),
+        stolen: maybe(&|run| run.stolen),
     }
 }
 
@@ -97,6 +102,8 @@ pub fn table(rows: &[Row], bases: &[&str], preset: &str) -> Table {
     header.extend(["client us/IO", "server us/IO"].map(str::to_owned));
     let unserved = rows.iter().any(|row| row.load.rate.is_some());
     header.extend(unserved.then(|| "unserved".to_owned()));
+    let stolen = rows.iter().any(|row| row.stolen.is_some_and(|part| part > 0.0));
+    header.extend(stolen.then(|| "stolen %".to_owned()));
     table.set_header(header);
     for row in rows {
         let ratio = |base: &&str| find(rows, base, &row.load).map(|base| row.iops / base.iops);
@@ -112,6 +119,7 @@ pub fn table(rows: &[Row], bases: &[&str], preset: &str) -> Table {
         cells.extend(bases.iter().map(|base| shown(ratio(base), 2)));
         cells.extend([shown(row.client_us_per_io, 1), shown(row.server_us_per_io, 1)]);
         cells.extend(unserved.then(|| format!("{:.0}", row.unserved)));
+        cells.extend(stolen.then(|| shown(row.stolen.map(|part| part * 100.0), 1)));
         table.add_row(cells);
     }
     for column in table.column_iter_mut().skip(2) {
@@ -169,10 +177,25 @@ pub fn setting(results: &Results) -> String {
         "ashlar" => "the client of ashlar bench".to_owned(),
         fio => format!("{fio} as the client"),
     };
-    format!(
-        "{} s a measurement after {} s of warm-up, medians of {rounds} alternating round(s), over {mib} MiB, by {client}.",
-        results.seconds, results.warm_up
-    )
+    let seconds = format!("{} s a measurement after {} s of warm-up", results.seconds, results.warm_up);
+    let again = match repeated(results) {
+        0 => String::new(),
+        rounds => format!(
+            " {rounds} round(s) were measured again, since the host took more than {:.0} % of the processors.",
+            DISTURBED * 100.0
+        ),
+    };
+    format!("{seconds}, medians of {rounds} alternating round(s), over {mib} MiB, by {client}.{again}")
+}
+
+/// How many rounds were measured again, each as often as it was.
+fn repeated(results: &Results) -> u32 {
+    let of = |load: &Load| {
+        let rounds: BTreeMap<u32, u32> =
+            results.runs.iter().filter(|run| run.load == *load).map(|run| (run.round, run.repeats)).collect();
+        rounds.values().sum::<u32>()
+    };
+    results.loads().into_iter().map(of).sum()
 }
 
 #[cfg(test)]
