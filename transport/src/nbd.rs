@@ -214,13 +214,12 @@ pub struct NbdConn {
     /// The unfragmented reply that has begun; all others wait.
     streaming: Option<ReqId>,
     waiting: Vec<Waiting>,
-    /// Bytes of data that wait.
+    /// Bytes that wait, but of a text that is last, which still grows.
     waiting_bytes: usize,
     /// A question about exports is not answered yet.
     asking: bool,
     dirty: bool,
     starved: bool,
-    attached: bool,
     /// When negotiation, or what is left to be sent, must be over.
     deadline: Option<Time>,
 }
@@ -247,7 +246,6 @@ impl NbdConn {
             asking: false,
             dirty: true,
             starved: false,
-            attached: false,
             deadline: Some(reactor.now() + limits.negotiation),
         })
     }
@@ -273,7 +271,8 @@ impl NbdConn {
     }
     /// Bytes held for this client, the staging buffer left out.
     pub fn bytes(&self) -> usize {
-        self.budget.writing + self.budget.reading + self.waiting_bytes + self.stream.tx_bytes()
+        let waiting = self.waiting_bytes + self.waiting.last().map_or(0, Waiting::text_bytes);
+        self.budget.writing + self.budget.reading + waiting + self.stream.tx_bytes()
     }
     /// The export in use.
     pub fn export(&self) -> Option<&ExportInfo> {
@@ -311,13 +310,10 @@ impl NbdConn {
             Happened::Eof => self.eof(reactor, events),
         }
     }
+    /// The client has closed its side without saying so before. What it asked for and has not been sent on yet must not be:
+    /// it may be on its way by another connection already.
     fn eof<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NbdEvent>) {
-        let at_boundary = self.incoming.is_none() && self.stream.staged().is_empty();
-        if !matches!(self.state, State::Open) {
-        } else if at_boundary && self.attached {
-            // It may have closed its sending side only: finish what it asked for.
-            self.drain(NbdCloseReason::Vanished);
-        } else {
+        if matches!(self.state, State::Open) {
             self.shut(reactor, NbdCloseReason::Vanished, events);
         }
     }
@@ -409,7 +405,6 @@ impl NbdConn {
             Event::Export { name } => events.push(NbdEvent::OpenExport { name }),
             Event::List => events.push(NbdEvent::ListExports),
             Event::Attached(export) => {
-                self.attached = true;
                 self.deadline = None;
                 events.push(NbdEvent::Attached(export));
             }

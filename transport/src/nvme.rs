@@ -14,7 +14,7 @@
 //!
 //! Invariants: bytes held for this host (payload received or being received, reads asked for,
 //! answers not sent) stay within [`NvmeLimits::bytes_max`], or are those of a single piece; no
-//! more data is asked for than would fit; When the budget is reached nothing more
+//! more data is asked for than would fit. When the budget is reached nothing more
 //! is read from the socket. That cannot last for ever: a piece that waits for more data was
 //! within the budget when that was asked for, and all else ends without the host's doing. A piece of a
 //! write is handed out only when the digest over it was found intact.
@@ -39,6 +39,9 @@ use protocol::types::{BLOCK_BYTES, Span, Time};
 use reactor::{Arena, Buf, Completion, IoError, Reactor, Socket};
 use slab::Slab;
 use std::collections::{BTreeMap, VecDeque};
+
+/// Ranges of deallocations that a host has under way at most: one command may bring 256 of them, a queue as many commands.
+const ZEROES_MAX: usize = 8;
 
 const _: () = assert!(STAGING_BLOCKS * BLOCK_BYTES > FEED_BYTES_MAX);
 
@@ -154,8 +157,6 @@ pub enum NvmeCloseReason {
 #[derive(Debug)]
 enum State {
     Open,
-    /// No more is read; close when all is answered and sent.
-    Draining(NvmeCloseReason),
     /// What comes is thrown away; close when the host does, or when it takes too long.
     Parting(NvmeCloseReason),
     Closed,
@@ -185,6 +186,8 @@ struct Req {
     order: InOrder,
     /// What the host sent to be compared, by its offset within the request.
     compare: BTreeMap<u32, Buf>,
+    /// Ranges to be deallocated that are not handed out: offset and length in bytes, the first one last.
+    unzeroed: Vec<(u64, u64)>,
 }
 
 impl Req {
@@ -222,6 +225,10 @@ pub struct NvmeConn {
     ungranted: VecDeque<ReqId>,
     /// Reads with pieces that are not handed out, in order.
     unasked: VecDeque<ReqId>,
+    /// Deallocations with ranges that are not handed out, in order.
+    unzeroed: VecDeque<ReqId>,
+    /// Ranges of deallocations that are handed out and not answered.
+    zeroing: usize,
     budget: Budget,
     /// What data that was asked for and has no buffer yet will be charged with.
     granted_bytes: usize,
@@ -259,6 +266,8 @@ impl NvmeConn {
             places: Vec::new(),
             ungranted: VecDeque::new(),
             unasked: VecDeque::new(),
+            unzeroed: VecDeque::new(),
+            zeroing: 0,
             budget: Budget::new(limits.bytes_max, limits.arena_reserve_blocks),
             granted_bytes: 0,
             connecting: false,
@@ -354,27 +363,27 @@ impl NvmeConn {
             Happened::Eof => self.eof(reactor, events),
         }
     }
+    /// The host has closed its side, and with it the queue. What it asked for and has not been sent on yet must not be: it
+    /// may be on its way by another path already.
     fn eof<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NvmeEvent>) {
-        let at_boundary = self.stream.staged().is_empty() && self.session.is_between_pdus();
-        let waits_for_data =
-            self.places.iter().any(|place| place.partial.is_some()) || self.granted_bytes > 0;
-        match &self.state {
-            State::Parting(reason) => self.shut(reactor, reason.clone(), events),
-            State::Open if at_boundary && !waits_for_data && self.session.namespace().is_some() => {
-                // It may have closed its sending side only: finish what it asked for.
-                self.state = State::Draining(NvmeCloseReason::Vanished);
-                self.deadline = Some(reactor.now() + self.limits.stall);
-            }
-            State::Open => self.shut(reactor, NvmeCloseReason::Vanished, events),
-            State::Draining(_) | State::Closed => {}
-        }
+        let reason = match &self.state {
+            State::Parting(reason) => reason.clone(),
+            State::Open | State::Closed => NvmeCloseReason::Vanished,
+        };
+        self.shut(reactor, reason, events);
     }
     /// Does what can be done: looks at received bytes, hands out pieces, sends, receives.
     pub fn pump<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NvmeEvent>) {
         self.dirty = false;
         (self.starved, self.blocked) = (false, false);
+        let had = events.len();
         while matches!(self.state, State::Open) {
             match self.step(reactor.arena(), events) {
+                Ok(Step::Again) if matches!(events[had..], [.., NvmeEvent::Admin { .. }]) => {
+                    // Its answer may be long, and counts before the next one is looked at.
+                    self.dirty = true;
+                    break;
+                }
                 Ok(Step::Again) => {}
                 Ok(Step::NeedsBytes) => {
                     self.stream.receive(reactor);
@@ -392,6 +401,7 @@ impl NvmeConn {
         }
         self.ask_data();
         self.ask_reads(reactor.arena(), events);
+        self.ask_zeroes(events);
         self.stream.flush(reactor);
         self.settle(reactor, events);
     }
@@ -399,10 +409,6 @@ impl NvmeConn {
     fn settle<R: Reactor>(&mut self, reactor: &mut R, events: &mut Vec<NvmeEvent>) {
         match &self.state {
             State::Open | State::Closed => {}
-            State::Draining(reason) if self.requests.is_empty() && self.stream.tx_bytes() == 0 => {
-                self.shut(reactor, reason.clone(), events);
-            }
-            State::Draining(_) => {}
             State::Parting(reason) => {
                 if matches!(reason, NvmeCloseReason::Violation(Violation::Terminated(_))) {
                     return self.shut(reactor, reason.clone(), events);
@@ -430,9 +436,11 @@ impl NvmeConn {
         self.places.clear();
         self.ungranted.clear();
         self.unasked.clear();
+        self.unzeroed.clear();
         self.requests.retain(|_, req| {
             req.order.clear();
             req.compare.clear();
+            req.unzeroed.clear();
             req.course.outstanding > 0
         });
         self.budget.clear();
@@ -486,6 +494,7 @@ impl NvmeConn {
             error: None,
             order: InOrder::default(),
             compare: BTreeMap::new(),
+            unzeroed: Vec::new(),
         };
         let id = ReqId(self.requests.insert(req) as u32);
         if inline {
@@ -536,11 +545,10 @@ impl NvmeConn {
                 let list =
                     namespace.map_or(Err(Status::INVALID_NAMESPACE.dnr()), |n| ranges(data, *count, n));
                 match list {
-                    Ok(list) => {
-                        req.course.outstanding = list.len() as u32;
-                        let event =
-                            |(offset, length)| NvmeEvent::Zero { req: id, offset, length, trim: true };
-                        events.extend(list.into_iter().map(event));
+                    Ok(mut list) => {
+                        list.reverse();
+                        req.unzeroed = list;
+                        self.unzeroed.push_back(id);
                     }
                     Err(status) => req.error = Some(status),
                 }
@@ -569,7 +577,7 @@ impl NvmeConn {
     pub fn admin_done(&mut self, cid: u16, answer: Answer) {
         self.dirty = true;
         let Answer::Done { status, result, data } = answer else { return };
-        if !matches!(self.state, State::Open | State::Draining(_)) {
+        if !matches!(self.state, State::Open) {
             return;
         }
         if !data.is_empty() {

@@ -154,6 +154,8 @@ pub(crate) struct Seen<Reason> {
     pub bytes_max: usize,
     pub requests_max: usize,
     pub conns_max: usize,
+    /// Events that wait for an answer.
+    pub pending_max: usize,
     pub starved: u32,
     pub closed: Vec<Reason>,
 }
@@ -192,7 +194,8 @@ pub(crate) fn serve<C: Conn, A: Answers<C>>(
         hosts(addr);
         waker.wake();
     });
-    let seen = Seen { bytes_max: 0, requests_max: 0, conns_max: 0, starved: 0, closed: Vec::new() };
+    let seen =
+        Seen { bytes_max: 0, requests_max: 0, conns_max: 0, pending_max: 0, starved: 0, closed: Vec::new() };
     let (conns, pending, random) = (Slab::new(), Vec::new(), Random(temper.shuffle.unwrap_or(1)));
     let mut server =
         Server { ring, listener, temper, limits, conns, answers, pending, random, turns: 0, seen };
@@ -251,6 +254,7 @@ impl<C: Conn, A: Answers<C>> Server<C, A> {
                 break;
             }
         }
+        self.seen.pending_max = self.seen.pending_max.max(self.pending.len());
         self.conns.retain(|_, conn| !conn.is_over());
     }
 

@@ -23,6 +23,16 @@ pub(super) enum Waiting {
     Part(ReadPart),
 }
 
+impl Waiting {
+    /// Bytes of encoded replies.
+    pub(super) fn text_bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Part(_) => 0,
+        }
+    }
+}
+
 /// What was made of a read so far.
 #[derive(Default)]
 pub(super) struct Reading {
@@ -120,7 +130,7 @@ impl NbdConn {
         if self.streaming.is_none() {
             return push_part(&mut self.stream, part);
         }
-        self.waiting_bytes += part.len();
+        self.waiting_bytes += self.waiting.last().map_or(0, Waiting::text_bytes) + part.len();
         self.waiting.push(Waiting::Part(part));
     }
     fn answer_in_order(&mut self, id: ReqId, at: u32, length: u32, parts: Option<ReadParts>) {

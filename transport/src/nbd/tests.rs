@@ -600,17 +600,42 @@ fn a_client_that_only_haggles_is_cut() {
     assert_eq!(seen.closed, [NbdCloseReason::TooSlow]);
 }
 
+/// A client of the old kind of replies, and a read of 32 MiB that it has asked for.
+fn reader_of_much(addr: Addr) -> TcpStream {
+    let Addr::Tcp(to) = addr else { panic!("TCP was asked for") };
+    let mut wire = TcpStream::connect(to).unwrap();
+    let mut bytes = negotiation(false);
+    client::request(cmd::READ, 0, 1, 0, 32 << 20, &mut bytes);
+    wire.write_all(&bytes).unwrap();
+    wire
+}
+
 #[test]
-fn a_client_that_closes_its_sending_side_gets_its_replies() {
-    serve(Manner { temper: Temper { shuffle: Some(1), ..Temper::default() }, ..Manner::default() }, |addr| {
-        let Addr::Tcp(to) = addr else { panic!("TCP was asked for") };
-        let mut wire = TcpStream::connect(to).unwrap();
-        let mut bytes = negotiation(false);
-        client::request(cmd::READ, 0, 1, 0, 1 << 20, &mut bytes);
-        wire.write_all(&bytes).unwrap();
+fn a_client_that_closes_its_side_without_a_word_is_gone_with_all_that_it_asked_for() {
+    let manner = Manner { temper: Temper { shuffle: Some(1), ..Temper::default() }, ..Manner::default() };
+    let seen = serve(manner, |addr| {
+        let mut wire = reader_of_much(addr);
         wire.shutdown(Shutdown::Write).unwrap();
         let mut all = Vec::new();
-        wire.read_to_end(&mut all).unwrap();
-        assert!(all.len() > 1 << 20);
+        // A reset where data was still on its way.
+        let _ = wire.read_to_end(&mut all);
+        assert!(all.len() < 32 << 20);
     });
+    assert_eq!(seen.closed, [NbdCloseReason::Vanished]);
+}
+
+#[test]
+fn replies_that_wait_behind_a_read_that_nobody_takes_are_bounded_too() {
+    // No multiple of a piece: reads alone never fill it.
+    let limits = NbdLimits { bytes_max: (1 << 20) + 50_000, ..NbdLimits::default() };
+    let seen = serve(Manner { limits, ..Manner::default() }, |addr| {
+        let mut wire = reader_of_much(addr);
+        wire.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+        let mut hints = Vec::new();
+        (0..10_000).for_each(|cookie| client::request(cmd::CACHE, 0, cookie, 0, 4096, &mut hints));
+        let blocked = (0..500).find_map(|_| wire.write_all(&hints).err());
+        let error = blocked.expect("140 MB are not taken in while no reply is");
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    });
+    assert!(seen.bytes_max <= (1 << 20) + (256 << 10), "{seen:?}");
 }

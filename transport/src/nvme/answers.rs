@@ -3,7 +3,7 @@
 //! Data of a read is sent in order, a PDU a piece; the last one may end the command. Pieces that
 //! are answered early wait. A failure is told by the response, whatever data went before.
 
-use super::{Kind, NvmeConn, NvmeEvent, ReqId, State};
+use super::{Kind, NvmeConn, NvmeEvent, ReqId, State, ZEROES_MAX};
 use crate::pieces::{ReadPart, ReadParts, blocks_of, bytes_of, count_answer, lead, piece_charge, push_part};
 use protocol::nvme_tcp::{IoCommand, Status};
 use protocol::types::BLOCK_BYTES;
@@ -114,14 +114,43 @@ impl NvmeConn {
         if !self.answered(id) {
             return;
         }
+        let req = &mut self.requests[id.key()];
+        if matches!(req.kind, Kind::Io(IoCommand::Deallocate { .. })) {
+            self.zeroing -= 1;
+        }
+        if let Err(status) = result {
+            req.error.get_or_insert(status);
+            // The rest cannot mend it.
+            req.unzeroed.clear();
+        }
+        self.finish_if_over(id);
+    }
+    /// Hands out ranges to be deallocated, so many at a time.
+    pub(super) fn ask_zeroes(&mut self, events: &mut Vec<NvmeEvent>) {
+        while let Some(&id) = self.unzeroed.front() {
+            let req = &mut self.requests[id.key()];
+            while self.zeroing < ZEROES_MAX
+                && let Some((offset, length)) = req.unzeroed.pop()
+            {
+                self.zeroing += 1;
+                req.course.outstanding += 1;
+                events.push(NvmeEvent::Zero { req: id, offset, length, trim: true });
+            }
+            if !req.unzeroed.is_empty() {
+                return;
+            }
+            self.unzeroed.pop_front();
+        }
+    }
+    /// Answers [`NvmeEvent::Flush`].
+    pub fn flush_done(&mut self, id: ReqId, result: Result<(), Status>) {
+        if !self.answered(id) {
+            return;
+        }
         if let Err(status) = result {
             self.requests[id.key()].error.get_or_insert(status);
         }
         self.finish_if_over(id);
-    }
-    /// Answers [`NvmeEvent::Flush`].
-    pub fn flush_done(&mut self, id: ReqId, result: Result<(), Status>) {
-        self.zero_done(id, result);
     }
     /// Responds if nothing of the request is left to be waited for.
     pub(super) fn finish_if_over(&mut self, id: ReqId) {
@@ -129,7 +158,9 @@ impl NvmeConn {
         let whole = match req.kind {
             // What failed asks for no more data, but takes what it asked for.
             _ if req.is_out() && req.error.is_some() => req.transfers == 0,
-            _ if req.is_out() => req.taken == req.course.length && req.course.is_answered(),
+            _ if req.is_out() => {
+                req.taken == req.course.length && req.course.is_answered() && req.unzeroed.is_empty()
+            }
             Kind::Io(IoCommand::Read | IoCommand::Verify) => req.course.is_answered(),
             _ => true,
         };
@@ -141,6 +172,9 @@ impl NvmeConn {
         let req = self.requests.remove(id.key());
         if req.listed {
             self.ungranted.retain(|listed| *listed != id);
+        }
+        if matches!(req.kind, Kind::Io(IoCommand::Deallocate { .. })) {
+            self.unzeroed.retain(|waits| *waits != id);
         }
         let status = req.error.unwrap_or(Status::SUCCESS);
         if let Kind::Io(command) = req.kind {

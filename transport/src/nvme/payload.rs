@@ -263,7 +263,7 @@ impl NvmeConn {
             return self.finish_if_over(id);
         }
         req.taken += came;
-        if matches!(req.kind, Kind::Io(IoCommand::Hints)) {
+        if incoming.last && matches!(req.kind, Kind::Io(IoCommand::Hints)) {
             (req.taken, req.course.answered) = (req.course.length, req.course.length);
         }
         if let (Some(place), Some(piece)) = (incoming.place, incoming.partial) {

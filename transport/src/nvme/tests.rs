@@ -99,6 +99,9 @@ impl rig::Answers<NvmeConn> for Model {
                 self.volume[from..from + bytes].copy_from_slice(data);
                 conn.write_piece_done(req, offset, Ok(()));
             }
+            NvmeEvent::Zero { req, offset, length, .. } if hit(offset, length) => {
+                conn.zero_done(req, Err(Status::CAPACITY));
+            }
             NvmeEvent::Zero { req, offset, length, .. } => {
                 self.volume[offset as usize..(offset + length) as usize].fill(0);
                 conn.zero_done(req, Ok(()));
@@ -403,7 +406,71 @@ fn ranges_are_deallocated_all_or_none_however_they_are_sent() {
         let zeroed: Vec<usize> = (0..128).filter(|lba| read[lba * LBA] == 0).collect();
         assert_eq!(zeroed, (8..24).chain(64..72).collect::<Vec<_>>());
         assert_eq!(io.run(&dsm(2, true).with(11, 1), &good, &[], 0).0.status, Status::SUCCESS, "hints");
+        for most in [4096, 1000, 4] {
+            let hints = dsm(2, false).with(11, 1);
+            assert_eq!(
+                io.run(&hints, &[], &good, most).0.status,
+                Status::SUCCESS,
+                "hints, {most} bytes a PDU"
+            );
+        }
+        assert_eq!(io.ok(&command(io::READ, 0, 64 << 10, false)).1, read);
     });
+}
+
+#[test]
+fn many_ranges_are_deallocated_a_few_at_a_time_and_one_that_fails_ends_its_command() {
+    let manner = Manner { bad: Some(4 << 20), ..Manner::shuffled() };
+    let seen = serve(manner, |addr| {
+        let (_admin, mut io) = attach(addr, 0, 0, 0, false);
+        let list = |first: u64| -> Vec<u8> {
+            let range = |nth: u64| {
+                [[0; 4], 1u32.to_le_bytes()].concat().into_iter().chain((first + nth).to_le_bytes())
+            };
+            (0..256).flat_map(range).collect()
+        };
+        let mut out = Vec::new();
+        let commands = 40;
+        for cid in 0..commands {
+            let mut sqe = Sqe::new(io::DSM, 3, NSID).with(10, 255).with(11, 4).with_data(4096, true);
+            sqe.0[2..4].copy_from_slice(&u16::to_le_bytes(cid));
+            // The last one has the block that fails.
+            let first = if cid + 1 < commands { u64::from(cid) * 200 } else { (4 << 20) / LBA as u64 - 100 };
+            io.codec.command(&sqe, &list(first), &mut out);
+        }
+        io.wire.write_all(&out).unwrap();
+        for _ in 0..commands {
+            let HostEvent::Response(cqe) = io.event() else { panic!("no data is asked for") };
+            let failed = cqe.cid + 1 == commands;
+            assert_eq!(cqe.status, if failed { Status::CAPACITY } else { Status::SUCCESS }, "{}", cqe.cid);
+        }
+    });
+    assert!(seen.pending_max <= ZEROES_MAX, "{seen:?}");
+}
+
+#[test]
+fn long_answers_to_many_admin_commands_are_made_as_the_host_takes_them() {
+    let limits = NvmeLimits { bytes_max: 2 << 20, ..Manner::default().limits };
+    let seen = serve(Manner { limits, ..Manner::default() }, |addr| {
+        let (mut admin, _io) = attach(addr, 0, 0, 0, false);
+        let most = 1 << 20;
+        let mut out = Vec::new();
+        for cid in 0..100u16 {
+            let dwords = most / 4 - 1;
+            let sqe =
+                Sqe::new(admin::GET_LOG_PAGE, cid, 0).with(10, (dwords << 16) | 2).with(11, dwords >> 16);
+            admin.codec.command(&sqe.with_data(most, false), &[], &mut out);
+        }
+        admin.wire.write_all(&out).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        let mut bytes = 0;
+        while bytes < 100 * most as usize {
+            if let HostEvent::Data { data, .. } = admin.event() {
+                bytes += data.len();
+            }
+        }
+    });
+    assert!(seen.bytes_max <= (3 << 20) + HEADERS, "{seen:?}");
 }
 
 #[test]
@@ -451,13 +518,21 @@ fn a_host_that_breaks_the_protocol_is_told_so_and_the_others_go_on() {
 }
 
 #[test]
-fn a_half_closed_connection_still_gets_its_answers() {
-    serve(Manner::shuffled(), |addr| {
-        let (_admin, mut io) = attach(addr, 0, 0, 0, true);
-        io.send(&command(io::WRITE, 0, 4096, true), &[8; 4096]);
-        io.wire.shutdown(Shutdown::Write).unwrap();
-        assert!(matches!(io.event(), HostEvent::Response(cqe) if cqe.status.is_ok()));
-    });
+fn a_host_that_closes_its_side_is_gone_with_all_that_it_asked_for() {
+    let seen = serve(
+        Manner { temper: Temper { hold_turns: 50, ..Temper::default() }, ..Manner::default() },
+        |addr| {
+            let (_admin, mut io) = attach(addr, 0, 0, 0, true);
+            io.send(&command(io::WRITE, 0, 4096, true), &[8; 4096]);
+            io.wire.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(
+                io.wire.read(&mut [0; 100]).unwrap_or(0),
+                0,
+                "no answer, since the write may be on another path by now"
+            );
+        },
+    );
+    assert_eq!(seen.closed, [NvmeCloseReason::Vanished, NvmeCloseReason::Vanished]);
 }
 
 #[test]
