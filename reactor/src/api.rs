@@ -17,7 +17,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use protocol::types::Time;
+use protocol::types::{Span, Time};
 use smallvec::SmallVec;
 
 use crate::arena::{Arena, Buf, BufMut, SLAB_BYTES};
@@ -453,6 +453,9 @@ pub trait Reactor: Disk {
     fn give_away(&mut self, socket: Socket) -> Result<OwnedFd, IoError>;
     /// Takes over a connected socket that another reactor gave away.
     fn adopt_socket(&mut self, fd: OwnedFd) -> Result<Socket, IoError>;
+    /// How long what was sent on a TCP connection may stay unacknowledged before the connection is over, and what is left of
+    /// it with it. No connection of a simulation is ever that patient.
+    fn limit_unacknowledged(&mut self, _socket: Socket, _most: Span) {}
     /// Where a listener listens.
     fn listener_addr(&self, listener: Listener) -> Result<Addr, IoError>;
     /// Counters since the start.

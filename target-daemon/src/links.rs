@@ -32,6 +32,11 @@ const RETRY_MAX: Span = Span::ms(500);
 /// Most links that others may hold to this shard.
 const INCOMING_MAX: usize = 4096;
 
+/// How long a peer may leave what was sent unacknowledged before its link is over. A write that lies in a socket's buffer
+/// while the network is cut would else arrive when that heals, long after its host took another path: hosts wait for 30 s
+/// as a rule.
+const UNACKNOWLEDGED_MAX: Span = Span::ms(10_000);
+
 /// What the links tell the loop.
 pub enum LinkEvent {
     /// A shard can be reached.
@@ -185,6 +190,7 @@ impl Links {
         let key = self.links.vacant_key();
         let owner = Owner { kind: self.link_kind, index: key as u32 };
         let Some(hello) = self.hello(peer) else { return close(reactor, socket) };
+        reactor.limit_unacknowledged(socket, UNACKNOWLEDGED_MAX);
         match PeerConn::connected(reactor, socket, owner, PeerLimits::default(), hello) {
             Some(conn) => {
                 self.links.insert(Link { conn, side: Side::Outgoing(peer) });

@@ -28,7 +28,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
-use protocol::types::Time;
+use protocol::types::{Span, Time};
 
 use crate::api::{
     Addr, Completion, Disk, File, IoError, Listener, Op, OpenOptions, Output, Reactor, Socket, Stats, Waker,
@@ -445,6 +445,12 @@ impl Reactor for Ring {
 
     fn adopt_socket(&mut self, fd: OwnedFd) -> Result<Socket, IoError> {
         Ok(self.add_socket(fd))
+    }
+
+    fn limit_unacknowledged(&mut self, socket: Socket, most: Span) {
+        if let Some(entry) = self.live_socket(socket) {
+            net::limit_unacknowledged(&entry.fd, Duration::from_nanos(most.0));
+        }
     }
 
     fn listen_unix(&mut self, path: &Path) -> Result<Listener, IoError> {

@@ -238,6 +238,13 @@ pub(super) fn leave_pacer(socket: &OsSocket) {
     }
 }
 
+/// Sets `TCP_USER_TIMEOUT` (RFC 5482). A socket that knows none is left as it is.
+pub(super) fn limit_unacknowledged(socket: &OwnedFd, most: Duration) {
+    if let Err(error) = SockRef::from(socket).set_tcp_user_timeout(Some(most)) {
+        tracing::debug!(%error, "no limit for unacknowledged data");
+    }
+}
+
 fn set_syn_retries(socket: &OsSocket) {
     let retries: libc::c_int = SYN_RETRIES as libc::c_int;
     // SAFETY: the option takes an int; pointer and length are those of one. A refusal only means

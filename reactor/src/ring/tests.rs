@@ -572,3 +572,20 @@ fn whoever_awaits_many_reads_sleeps_at_once() {
     assert_eq!(spins(&mut rig, SPIN_READS_MAX + 1), 0);
     assert_eq!(spins(&mut rig, 0), 1);
 }
+
+#[test]
+fn what_stays_unacknowledged_ends_a_connection_after_as_long_as_was_asked() {
+    let mut rig = Rig::new();
+    let (near, far) = rig.tcp_pair();
+    rig.ring.limit_unacknowledged(near, Span::ms(10_000));
+    let limit = |rig: &mut Rig, socket| {
+        let entry = rig.ring.live_socket(socket).expect("it is open");
+        socket2::SockRef::from(&entry.fd).tcp_user_timeout().expect("Linux tells")
+    };
+    assert_eq!(limit(&mut rig, near), Some(Duration::from_secs(10)));
+    assert_eq!(limit(&mut rig, far), None, "the other side was not asked");
+    rig.ok(Op::Close { socket: near });
+    rig.ok(Op::Close { socket: far });
+    rig.ring.limit_unacknowledged(near, Span::ms(1));
+    rig.assert_clean();
+}
