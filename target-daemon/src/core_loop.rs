@@ -114,6 +114,8 @@ impl<R: Reactor> Core<R> {
         for (index, (_, listener)) in listeners.iter().enumerate() {
             accept(&mut reactor, index, *listener);
         }
+        port.seat().join();
+        port.spread().open();
         Self {
             slow_at: reactor.now(),
             shard_index: shard.me().shard,

@@ -4,11 +4,15 @@
 //! it is to be: the shard's with the fewest that carry IO. An admin queue counts until its Connect tells what it is, so that
 //! a host of one IO queue after the other does not fill one shard with admin queues and the next with all of the IO.
 //!
-//! Invariants: a place counts from when it is given until it is dropped. Two shards that ask at the same moment may choose the
+//! Invariants: a place counts from when it is given until it is dropped; a shard gets connections only of its own until it
+//! says that it serves, since one that replays its log may take long until then. Two shards that ask at the same moment may choose the
 //! same; nothing but evenness depends on it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+/// What a shard that does not serve yet counts more.
+const CLOSED: u32 = 1 << 31;
 
 /// One shard's view of all of them.
 #[derive(Clone, Debug)]
@@ -25,10 +29,15 @@ pub struct Place {
 }
 
 impl Spread {
-    /// One for each shard of a target.
+    /// One for each shard of a target; none serves yet.
     pub fn over(shards: usize) -> impl Iterator<Item = Self> {
-        let queues: Arc<[AtomicU32]> = (0..shards).map(|_| AtomicU32::new(0)).collect();
+        let queues: Arc<[AtomicU32]> = (0..shards).map(|_| AtomicU32::new(CLOSED)).collect();
         (0..shards as u16).map(move |me| Self { queues: queues.clone(), me })
+    }
+
+    /// This shard serves from now on, which it says once.
+    pub fn open(&self) {
+        self.queues[usize::from(self.me)].fetch_sub(CLOSED, Ordering::Relaxed);
     }
 
     /// For the next connection: where there are fewest; here, if nowhere are fewer.
@@ -72,6 +81,7 @@ mod tests {
     fn io_queues_of_hosts_with_one_each_lie_evenly_on_all_shards() {
         for shards in 1..=4 {
             let spread: Vec<_> = Spread::over(shards).collect();
+            spread.iter().for_each(Spread::open);
             let mut of_shard = vec![0; shards];
             let mut io = Vec::new();
             for nth in 0..12 * shards {
@@ -88,6 +98,8 @@ mod tests {
     #[test]
     fn what_is_over_makes_room_and_whoever_asks_is_preferred_among_equals() {
         let [one, two] = Spread::over(2).collect::<Vec<_>>().try_into().unwrap();
+        one.open();
+        two.open();
         let first = two.place();
         assert_eq!(first.shard(), 1);
         assert_eq!(two.place().shard(), 0, "there are fewer");
@@ -96,6 +108,16 @@ mod tests {
         drop(first);
         assert_eq!(one.place().shard(), 0, "one each");
         drop(kept.1);
+        assert_eq!(one.place().shard(), 1);
+    }
+
+    #[test]
+    fn a_shard_that_does_not_serve_yet_is_given_nothing() {
+        let [one, two] = Spread::over(2).collect::<Vec<_>>().try_into().unwrap();
+        one.open();
+        let before: Vec<Place> = (0..3).map(|_| one.place()).collect();
+        assert!(before.iter().all(|place| place.shard() == 0));
+        two.open();
         assert_eq!(one.place().shard(), 1);
     }
 }
