@@ -31,10 +31,14 @@ use slab::Slab;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use transport::{NbdCloseReason, NbdConn, NbdEvent, NbdLimits, Owner, ReadPart, ReadParts, ReqId};
+use transport::{
+    NbdCloseReason, NbdConn, NbdEvent, NbdLimits, Owner, ReadPart, ReadParts, ReqId, STAGING_BLOCKS,
+};
 
-/// Most NBD connections of a shard.
+/// Most connections of hosts that a shard serves.
 const CONNECTIONS_MAX: usize = 1024;
+/// One part in so many of a shard's arena may be their staging buffers, or there would be no room for their data.
+const STAGING_SHARE: usize = 4;
 
 /// What the export tells the loop.
 pub enum ExportOut {
@@ -169,7 +173,6 @@ impl Export {
         counters: Arc<ShardCounters>,
         seat: Seat,
     ) -> Self {
-        seat.join();
         Self {
             kind,
             limits,
@@ -246,7 +249,7 @@ impl Export {
     /// An NBD client has connected.
     pub fn accepted<R: Reactor>(&mut self, reactor: &mut R, socket: Socket, place: Place) {
         let owner = Owner { kind: self.kind, index: self.conns.vacant_key() as u32 };
-        let full = self.conns.len() >= CONNECTIONS_MAX;
+        let full = self.is_full(reactor.arena());
         let conn = if full { None } else { NbdConn::new(reactor, socket, owner, self.limits) };
         match conn {
             Some(conn) => {
@@ -257,11 +260,24 @@ impl Export {
                 self.counts.connections += 1;
             }
             None => {
-                self.counters.refused_too_many.add(1);
-                tracing::warn!("no room for another NBD connection; refused");
-                reactor.submit(Owner { kind: u8::MAX, index: 0 }.token(0), Op::Close { socket });
+                self.refuse(reactor, socket);
             }
         }
+    }
+
+    /// Whether it serves as many hosts as its memory for IO allows.
+    fn is_full(&self, arena: &Arena) -> bool {
+        let most = arena.capacity_blocks() / STAGING_SHARE / STAGING_BLOCKS;
+        self.conns.len() + self.nvme.len() >= most.min(CONNECTIONS_MAX)
+    }
+
+    fn refuse<R: Reactor>(&mut self, reactor: &mut R, socket: Socket) {
+        self.counters.refused_too_many.add(1);
+        tracing::warn!(
+            connections = self.conns.len() + self.nvme.len(),
+            "a host's connection was refused: this shard's memory for IO has no room for more; a larger arena_bytes or more shards give it some"
+        );
+        reactor.submit(Owner { kind: u8::MAX, index: 0 }.token(0), Op::Close { socket });
     }
 
     /// The end of one of a connection's operations.
@@ -444,8 +460,7 @@ impl Export {
         now: Time,
         request: impl FnOnce(VolumeId) -> Request<Mem>,
     ) {
-        let volume = self.conns[conn].export().map_or(VolumeId(0), |e| VolumeId(e.id as u32));
-        let Attached { epoch, over, .. } = self.attached[conn];
+        let Attached { volume, epoch, over, .. } = self.attached[conn];
         self.begin((ConnKey::Nbd(conn), req), purpose, (epoch, over), now, request(volume));
     }
 

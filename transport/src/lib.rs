@@ -20,5 +20,6 @@ pub use nbd::{NbdCloseReason, NbdConn, NbdEvent, NbdLimits};
 pub use nvme::{NvmeCloseReason, NvmeConn, NvmeEvent, NvmeLimits};
 pub use peer::{PeerCloseReason, PeerConn, PeerEvent, PeerLimits};
 pub use pieces::{ReadPart, ReadParts, ReqId};
+pub use stream::STAGING_BLOCKS;
 pub use stream::{Fill, Happened, Stream};
 pub use token::Owner;

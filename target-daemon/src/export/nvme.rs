@@ -4,10 +4,7 @@
 //! address is a port of it. Whichever shard a connection is given to keeps it: an IO queue is the
 //! shard's alone, commands of admin queues go to the [subsystems](crate::subsystems) of the target.
 
-use super::{
-    CONNECTIONS_MAX, ConnInfo, ConnKey, Export, Failure, Gathered, Pending, Purpose, is_over, joined,
-    zero_range,
-};
+use super::{ConnInfo, ConnKey, Export, Failure, Gathered, Pending, Purpose, is_over, joined, zero_range};
 use crate::core_loop::kind;
 use crate::mem::Mem;
 use crate::spread::Place;
@@ -17,7 +14,7 @@ use protocol::map::{ClusterMap, ExportProtocol};
 use protocol::nvme_tcp::controller::{Answer, Out, QueueId};
 use protocol::nvme_tcp::{Status, Violation};
 use protocol::types::{BLOCK_BYTES, SessionEpoch, Time, VolumeId, block_crc};
-use reactor::{Completion, Op, Reactor, Socket};
+use reactor::{Completion, Reactor, Socket};
 use slab::Slab;
 use transport::{NbdLimits, NvmeCloseReason, NvmeConn, NvmeEvent, NvmeLimits, Owner, ReqId};
 
@@ -151,9 +148,9 @@ impl Export {
 
     /// An NVMe host has connected.
     pub fn accepted_nvme<R: Reactor>(&mut self, reactor: &mut R, socket: Socket, spread: Place) {
+        let full = self.is_full(reactor.arena());
         let conns = &mut self.nvme.conns;
         let owner = Owner { kind: kind::NVME, index: conns.vacant_key() as u32 };
-        let full = conns.len() >= CONNECTIONS_MAX;
         let conn = if full { None } else { NvmeConn::new(reactor, socket, owner, self.nvme.limits) };
         match conn {
             Some(conn) => {
@@ -167,9 +164,7 @@ impl Export {
                 self.counts.connections += 1;
             }
             None => {
-                self.counters.refused_too_many.add(1);
-                tracing::warn!("no room for another NVMe connection; refused");
-                reactor.submit(Owner { kind: u8::MAX, index: 0 }.token(0), Op::Close { socket });
+                self.refuse(reactor, socket);
             }
         }
     }
