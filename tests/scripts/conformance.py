@@ -87,9 +87,13 @@ class Raw:
     def request(self, kind, offset, length, flags=0, cookie=7, magic=REQUEST_MAGIC):
         self.socket.sendall(struct.pack(">IHHQQI", magic, flags, kind, cookie, offset, length))
 
-    def simple_reply(self, cookie=7):
+    def any_simple_reply(self):
         magic, error, answered = struct.unpack(">IIQ", self.read(16))
         expect(magic == SIMPLE_MAGIC, f"reply magic is {magic:#x}")
+        return answered, error
+
+    def simple_reply(self, cookie=7):
+        answered, error = self.any_simple_reply()
         expect(answered == cookie, f"the reply is to cookie {answered}, not {cookie}")
         return error
 
@@ -418,6 +422,25 @@ def case_disconnect_is_orderly(args):
     raw.go(args.name)
     raw.request(2, 0, 0)
     expect(raw.closed(), "DISC does not close the connection")
+
+
+def case_what_was_asked_for_before_a_disconnect_is_done(args):
+    h = connect(args.uris[0])
+    h.pwrite(b"\1" * MIB, 0)
+    raw = Raw(args.uris[0])
+    raw.go(args.name)
+    # Write 64 KiB, read 1 MiB in several pieces, leave: all in one send.
+    header = lambda kind, cookie, length: struct.pack(">IHHQQI", REQUEST_MAGIC, 0, kind, cookie, 0, length)
+    raw.socket.sendall(header(1, 1, 65536) + b"\2" * 65536 + header(0, 2, MIB) + header(2, 3, 0))
+    replies = {}
+    for _ in range(2):
+        cookie, error = raw.any_simple_reply()
+        replies[cookie] = error
+        if cookie == 2 and error == 0:
+            raw.read(MIB)
+    expect(replies == {1: 0, 2: 0}, f"the replies are {replies}")
+    expect(raw.closed(), "DISC does not close the connection")
+    expect(h.pread(65536, 0) == b"\2" * 65536, "the write is lost")
 
 
 def main():
