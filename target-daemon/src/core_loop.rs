@@ -398,6 +398,9 @@ impl<R: Reactor> Core<R> {
         loop {
             self.settle(now);
             self.links.pump(&mut self.reactor);
+            // Siblings' parcels may have come just now. A read among them must not be judged by a lease that held earlier: this
+            // thread may have been stopped meanwhile for longer than the lease lasted.
+            let now = self.reactor.now();
             self.link_events(now);
             let clients = self.export.pump(&mut self.reactor, now);
             let mut any = clients | self.settle(now);
