@@ -312,6 +312,10 @@ impl Shard {
             Err(error) => {
                 tracing::warn!(copyset = work.copyset.0, %error, "an entry cannot be read back from the log");
                 self.give_up(&work);
+                // Whoever needs it would ask for it again without end.
+                if matches!(error, ReadError::Corrupt(_)) {
+                    self.rebuild(work.copyset);
+                }
             }
         }
     }

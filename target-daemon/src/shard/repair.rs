@@ -30,7 +30,8 @@ pub enum Repaired {
 
 /// Who could lead in this replica's place.
 fn heir(replica: &copyset::Replica) -> Option<ShardAddr> {
-    replica.lags().find(|l| l.voter && l.alive && !l.installing).map(|l| l.peer)
+    let heirs = replica.lags().filter(|l| l.voter && l.alive && !l.installing);
+    heirs.min_by_key(|l| l.entries).map(|l| l.peer)
 }
 
 /// One block being repaired.

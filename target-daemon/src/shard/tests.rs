@@ -643,3 +643,20 @@ fn a_volume_written_after_a_follower_had_freed_it_is_freed_by_that_follower_as_l
         assert!(shard.store.chunks_of(ID).is_empty() && shard.freed.contains(&VOLUME), "target {target}");
     }
 }
+
+#[test]
+fn a_leader_that_cannot_read_an_entry_back_leaves_the_lead_to_one_that_can() {
+    let mut cluster = Cluster::of_one_host();
+    cluster.loses = |_, to, message| to == 3 && matches!(message, PeerMessage::Raft { .. });
+    cluster.write(1, 1, CHUNK, 0, 1, 7);
+    cluster.shard(1).evict(1 << 20);
+    let rotten = &mut cluster.nodes.get_mut(&1).unwrap().disk.blocks;
+    let rotten = rotten.values_mut().filter(|block| block.iter().all(|byte| *byte == 7));
+    assert_eq!(rotten.map(|block| block[100] = 8).count(), 1, "it lies in the log alone");
+    cluster.loses = |_, _, _| false;
+    cluster.pass(3_000);
+    let behind = cluster.replica(2).last_index();
+    assert_eq!(cluster.replica(3).last_index(), behind, "nobody is left behind");
+    cluster.elect(3);
+    assert_eq!(cluster.read(3, 1), [7; BLOCK_BYTES]);
+}
