@@ -15,6 +15,10 @@ use std::str::FromStr;
 pub const BLOCK_BYTES: u64 = 4096;
 /// Bytes of the largest.
 pub const IO_BYTES_MAX: u64 = 128 << 10;
+/// Most IOs in flight, for each job.
+const DEPTH_MAX: u32 = 256;
+/// Most jobs.
+const JOBS_MAX: u32 = 64;
 
 /// In which order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -42,12 +46,27 @@ impl FromStr for Sizes {
             let (size, share) = part.split_once(':').unwrap_or((part, "1"));
             let bytes = crate::parse_bytes(size).map_err(anyhow::Error::msg)?;
             let share: f64 = share.parse().with_context(|| format!("`{share}` is no share of sizes"))?;
-            let fits = bytes.is_multiple_of(BLOCK_BYTES) && bytes <= IO_BYTES_MAX;
-            ensure!(fits, "{size} is not a multiple of 4K up to 128K");
-            ensure!(share > 0.0 && share.is_finite(), "the share of {size} is not above 0");
             Ok((bytes, share))
         };
-        text.split(',').map(one).collect::<anyhow::Result<_>>().map(Self)
+        let sizes = Self(text.split(',').map(one).collect::<anyhow::Result<_>>()?);
+        sizes.check()?;
+        Ok(sizes)
+    }
+}
+
+impl Sizes {
+    /// # Errors
+    /// None, one that no IO can have, or shares that are none.
+    fn check(&self) -> anyhow::Result<()> {
+        ensure!(!self.0.is_empty(), "there is no size");
+        for (bytes, share) in &self.0 {
+            let fits = bytes.is_multiple_of(BLOCK_BYTES) && (BLOCK_BYTES..=IO_BYTES_MAX).contains(bytes);
+            ensure!(fits, "{bytes} bytes are not a multiple of 4K up to 128K");
+            ensure!(*share > 0.0, "the share of {bytes} bytes is not above 0");
+        }
+        let sum: f64 = self.0.iter().map(|(_, share)| share).sum();
+        ensure!(sum.is_finite(), "the shares of the sizes are too large to be added");
+        Ok(())
     }
 }
 
@@ -98,6 +117,24 @@ impl Load {
         let (order, sizes) = (Order::Random, Sizes(vec![(BLOCK_BYTES, 1.0)]));
         let (jobs, rate, dsync, verify, poll, seed) = (1, None, true, false, false, 1);
         Self { order, read_percent, sizes, depth, jobs, rate, dsync, verify, poll, bytes, seed }
+    }
+
+    /// What the command line refuses, a load may still have that was read from a file.
+    ///
+    /// # Errors
+    /// It cannot be done.
+    pub fn check(&self) -> anyhow::Result<()> {
+        self.sizes.check()?;
+        let Self { read_percent, depth, jobs, rate, verify, .. } = *self;
+        ensure!(read_percent <= 100, "{read_percent} reads among 100 IOs");
+        ensure!((1..=DEPTH_MAX).contains(&depth), "a depth of {depth} is not between 1 and {DEPTH_MAX}");
+        ensure!((1..=JOBS_MAX).contains(&jobs), "{jobs} jobs are not between 1 and {JOBS_MAX}");
+        ensure!(rate.is_none_or(|rate| rate > 0.0 && rate.is_finite()), "a rate that is not above 0");
+        ensure!(
+            !verify || read_percent < 100,
+            "--verify compares what is read with what this run has written, and --read 100 writes nothing"
+        );
+        Ok(())
     }
 
     /// What is done, without how much of it at once: `randread 4K`, `zipf 70 % reads 4K:3,64K:1`.
@@ -155,8 +192,9 @@ impl Ios {
     /// The IOs of job `job`, within `bytes` from `first` on.
     ///
     /// # Errors
-    /// The largest IO does not fit.
+    /// The load cannot be done, or its largest IO does not fit.
     pub fn new(load: &Load, job: u32, first: u64, bytes: u64) -> anyhow::Result<Self> {
+        load.check()?;
         let largest = load.sizes.0.iter().map(|(size, _)| *size).max().unwrap_or(BLOCK_BYTES);
         ensure!(bytes >= largest, "{bytes} bytes a job are less than one IO of {largest}");
         let random = SmallRng::seed_from_u64(load.seed ^ u64::from(job) << 32);
@@ -278,8 +316,26 @@ mod tests {
         let one = load(Order::Random, "4K:1,8K:1");
         assert_eq!(ios(&one, 50), ios(&one, 50));
         assert_ne!(ios(&one, 50), ios(&Load { seed: 8, ..one.clone() }, 50));
-        for wrong in ["", "1K", "256K", "4K:0", "4K:x"] {
+    }
+
+    #[test]
+    fn sizes_that_no_io_can_have_are_refused() {
+        for wrong in ["", "0", "1K", "256K", "4K:0", "4K:x", "4K:-1", "4K:inf", "4K:NaN", "4K:1e308,8K:1e308"] {
             assert!(wrong.parse::<Sizes>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_load_from_a_file_that_cannot_be_done_is_refused_before_the_first_io() {
+        let good = load(Order::Random, "4K");
+        let is_refused = |load: Load| Ios::new(&load, 0, 0, load.bytes).is_err();
+        assert!(!is_refused(good.clone()));
+        for sizes in [vec![], vec![(0, 1.0)], vec![(4096, f64::NAN)], vec![(4096, 1e308), (8192, 1e308)]] {
+            assert!(is_refused(Load { sizes: Sizes(sizes.clone()), ..good.clone() }), "{sizes:?}");
+        }
+        assert!(is_refused(Load { depth: 0, ..good.clone() }));
+        assert!(is_refused(Load { jobs: 0, ..good.clone() }));
+        assert!(is_refused(Load { rate: Some(0.0), ..good.clone() }));
+        assert!(is_refused(Load { verify: true, read_percent: 100, ..good }), "nothing would be verified");
     }
 }
