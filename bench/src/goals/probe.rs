@@ -48,7 +48,7 @@ pub fn first_after_idle(target: &Target, bytes: u64, pauses: usize) -> anyhow::R
     let load = Load::random_4k(100, 1, bytes);
     let mut ring = job::ring(1, false)?;
     let mut driver = job::connect(&mut ring, target, &load, 0)?;
-    let mut ios = Ios::new(&load, 0, 0, bytes)?;
+    let mut ios = Ios::new(&load, 0, 0, 0, bytes)?;
     let mut spare = Some(ring.arena().alloc(1).context("no memory to read into")?);
     let mut one = |ios: &mut Ios| timed(&mut ring, driver.as_mut(), ios.draw(), &mut spare);
     let (mut busy, mut first) = (Vec::new(), Vec::new());

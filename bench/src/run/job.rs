@@ -95,11 +95,18 @@ pub struct Times {
 ///
 /// # Errors
 /// An IO failed, what was read is not what was written, or the connection was lost.
-pub fn run(target: &Target, load: &Load, job: u32, times: Times, tell: &Sender<Tick>) -> anyhow::Result<()> {
+pub fn run(
+    target: &Target,
+    load: &Load,
+    job: u32,
+    round: u32,
+    times: Times,
+    tell: &Sender<Tick>,
+) -> anyhow::Result<()> {
     let mut ring = ring(load.depth, load.poll)?;
     let driver = connect(&mut ring, target, load, job)?;
     let bytes = driver.bytes().min(load.bytes) / u64::from(load.jobs) / BLOCK_BYTES * BLOCK_BYTES;
-    let ios = Ios::new(load, job, bytes * u64::from(job), bytes)?;
+    let ios = Ios::new(load, job, round, bytes * u64::from(job), bytes)?;
     let mut spare = VecDeque::new();
     for slot in 0..load.depth {
         let mut buf = ring.arena().alloc(32).context("the arena is too small for this depth")?;

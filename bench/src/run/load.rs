@@ -1,6 +1,6 @@
 //! The workload: which IO comes next, and when it should have begun.
 //!
-//! Invariant: a sequence of IOs is a function of the seed. Deliberately absent: IO.
+//! Invariant: a sequence of IOs is a function of the seed, the job and the round. Deliberately absent: IO.
 
 use anyhow::{Context, anyhow, ensure};
 use clap::ValueEnum;
@@ -27,7 +27,7 @@ pub enum Order {
     /// Anywhere, evenly.
     #[default]
     Random,
-    /// From the first byte on, again and again.
+    /// One after the other, again and again; the first round from the first byte on, each other one from elsewhere.
     Sequential,
     /// A few places often, most seldom (exponent 0.99, as YCSB has it).
     Zipfian,
@@ -189,17 +189,22 @@ pub struct Ios {
 }
 
 impl Ios {
-    /// The IOs of job `job`, within `bytes` from `first` on.
+    /// The IOs of a job in a round, within `bytes` from `first` on. Rounds differ: were they the same, many of them would
+    /// touch no more than one does, and find it in caches.
     ///
     /// # Errors
     /// The load cannot be done, or its largest IO does not fit.
-    pub fn new(load: &Load, job: u32, first: u64, bytes: u64) -> anyhow::Result<Self> {
+    pub fn new(load: &Load, job: u32, round: u32, first: u64, bytes: u64) -> anyhow::Result<Self> {
         load.check()?;
         let largest = load.sizes.0.iter().map(|(size, _)| *size).max().unwrap_or(BLOCK_BYTES);
         ensure!(bytes >= largest, "{bytes} bytes a job are less than one IO of {largest}");
-        let random = SmallRng::seed_from_u64(load.seed ^ u64::from(job) << 32);
+        let stream = u64::from(job) << 32 | u64::from(round);
+        let random = SmallRng::seed_from_u64(mixed(load.seed).wrapping_add(stream));
+        // Multiples of the golden ratio, modulo 1, lie far from each other however many there are.
+        let part = u64::from(round).wrapping_mul(GOLDEN);
+        let next = (u128::from(part) * u128::from(bytes) >> 64) as u64;
         let zipf = Zipf::new((bytes / BLOCK_BYTES) as f64, 0.99).map_err(|error| anyhow!("{error}"))?;
-        Ok(Self { load: load.clone(), random, zipf, first, bytes, next: 0 })
+        Ok(Self { load: load.clone(), random, zipf, first, bytes, next })
     }
 
     /// The next.
@@ -233,6 +238,16 @@ impl Ios {
     }
 }
 
+/// 2^64 divided by the golden ratio.
+pub(super) const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// Spreads a change of any bit over all (the last step of splitmix64).
+pub(super) fn mixed(value: u64) -> u64 {
+    let value = (value ^ value >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let value = (value ^ value >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    value ^ value >> 31
+}
+
 /// A place for a rank: the multiplier is odd and far from any ratio of small numbers.
 fn scattered(rank: u64, places: u64) -> u64 {
     rank.wrapping_mul(0x9E37_79B9_7F4A_7C15) % places
@@ -261,7 +276,11 @@ mod tests {
     }
 
     fn ios(load: &Load, count: usize) -> Vec<Io> {
-        let mut ios = Ios::new(load, 0, 4096, load.bytes).expect("fits");
+        ios_of(load, 0, 0, count)
+    }
+
+    fn ios_of(load: &Load, job: u32, round: u32, count: usize) -> Vec<Io> {
+        let mut ios = Ios::new(load, job, round, 4096, load.bytes).expect("fits");
         (0..count).map(|_| ios.draw()).collect()
     }
 
@@ -319,6 +338,20 @@ mod tests {
     }
 
     #[test]
+    fn rounds_and_jobs_have_ios_of_their_own_and_rounds_together_cover_the_range() {
+        let random = Load { seed: 1, ..load(Order::Random, "4K") };
+        let streams = [(0, 0), (0, 1), (1, 0), (1, 1)].map(|(job, round)| ios_of(&random, job, round, 50));
+        for (nth, one) in streams.iter().enumerate() {
+            assert!(streams[nth + 1..].iter().all(|other| other != one));
+        }
+        // 256 places: ten rounds of 40 IOs in order meet nearly all of them.
+        let ordered = load(Order::Sequential, "4K");
+        let touched = (0..10).flat_map(|round| ios_of(&ordered, 0, round, 40)).map(|io| io.offset);
+        let touched: std::collections::HashSet<u64> = touched.collect();
+        assert!(touched.len() > 240, "{}", touched.len());
+    }
+
+    #[test]
     fn sizes_that_no_io_can_have_are_refused() {
         for wrong in ["", "0", "1K", "256K", "4K:0", "4K:x", "4K:-1", "4K:inf", "4K:NaN", "4K:1e308,8K:1e308"] {
             assert!(wrong.parse::<Sizes>().is_err(), "{wrong}");
@@ -328,7 +361,7 @@ mod tests {
     #[test]
     fn a_load_from_a_file_that_cannot_be_done_is_refused_before_the_first_io() {
         let good = load(Order::Random, "4K");
-        let is_refused = |load: Load| Ios::new(&load, 0, 0, load.bytes).is_err();
+        let is_refused = |load: Load| Ios::new(&load, 0, 0, 0, load.bytes).is_err();
         assert!(!is_refused(good.clone()));
         for sizes in [vec![], vec![(0, 1.0)], vec![(4096, f64::NAN)], vec![(4096, 1e308), (8192, 1e308)]] {
             assert!(is_refused(Load { sizes: Sizes(sizes.clone()), ..good.clone() }), "{sizes:?}");

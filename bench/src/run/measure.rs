@@ -1,6 +1,6 @@
 //! Measuring: every subject under every load, in alternating rounds.
 //!
-//! Invariants: every subject meets the same IOs (same seed), A B, B A, A B; what a server still does after writes is over
+//! Invariants: every subject of a round meets the same IOs, A B, B A, A B; what a server still does after writes is over
 //! before the next measurement begins.
 
 use super::job::{self, Tick, Times};
@@ -277,7 +277,7 @@ fn by_us(subject: &Subject, load: &Load, times: Times, round: u32) -> anyhow::Re
         let jobs: Vec<_> = (0..load.jobs)
             .map(|job| {
                 let tell = tell.clone();
-                scope.spawn(move || job::run(&subject.target, load, job, times, &tell))
+                scope.spawn(move || job::run(&subject.target, load, job, round, times, &tell))
             })
             .collect();
         drop(tell);
