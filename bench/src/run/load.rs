@@ -180,12 +180,38 @@ impl Io {
 
 /// The IOs of one job, without end.
 pub struct Ios {
-    load: Load,
+    order: Order,
+    read_percent: u8,
     random: SmallRng,
-    zipf: Zipf<f64>,
+    sizes: Vec<Size>,
+    /// Of all sizes.
+    shares: f64,
     first: u64,
-    bytes: u64,
     next: u64,
+}
+
+/// The IOs of one size.
+struct Size {
+    bytes: u64,
+    share: f64,
+    /// Where they can lie, side by side.
+    places: u64,
+    zipf: Zipf<f64>,
+    /// From a rank's place to that of the next.
+    stride: u64,
+}
+
+impl Size {
+    fn new(bytes: u64, share: f64, range: u64) -> anyhow::Result<Self> {
+        let places = range / bytes;
+        let zipf = Zipf::new(places as f64, 0.99).map_err(|error| anyhow!("{error}"))?;
+        Ok(Self { bytes, share, places, zipf, stride: stride(places) })
+    }
+
+    /// The popular places lie all over, not side by side, and each rank has one of its own.
+    fn place(&self, rank: u64) -> u64 {
+        (u128::from(rank) * u128::from(self.stride) % u128::from(self.places)) as u64
+    }
 }
 
 impl Ios {
@@ -203,39 +229,40 @@ impl Ios {
         // Multiples of the golden ratio, modulo 1, lie far from each other however many there are.
         let part = u64::from(round).wrapping_mul(GOLDEN);
         let next = (u128::from(part) * u128::from(bytes) >> 64) as u64;
-        let zipf = Zipf::new((bytes / BLOCK_BYTES) as f64, 0.99).map_err(|error| anyhow!("{error}"))?;
-        Ok(Self { load: load.clone(), random, zipf, first, bytes, next })
+        let sizes = load.sizes.0.iter().map(|(size, share)| Size::new(*size, *share, bytes));
+        let sizes = sizes.collect::<anyhow::Result<Vec<_>>>()?;
+        let shares = sizes.iter().map(|size| size.share).sum();
+        let (order, read_percent) = (load.order, load.read_percent);
+        Ok(Self { order, read_percent, random, sizes, shares, first, next })
     }
 
     /// The next.
     pub fn draw(&mut self) -> Io {
-        let write = self.random.random_range(0..100) >= self.load.read_percent;
-        let bytes = self.size();
-        let places = self.bytes / bytes;
-        let place = match self.load.order {
-            Order::Random => self.random.random_range(0..places),
+        let write = self.random.random_range(0..100) >= self.read_percent;
+        let size = drawn(&self.sizes, self.random.random_range(0.0..self.shares));
+        let bytes = size.bytes;
+        let place = match self.order {
+            Order::Random => self.random.random_range(0..size.places),
             Order::Sequential => {
-                let place = self.next.div_ceil(bytes) % places;
+                let place = self.next.div_ceil(bytes) % size.places;
                 self.next = (place + 1) * bytes;
                 place
             }
-            // The popular places lie all over, not side by side.
-            Order::Zipfian => scattered(self.zipf.sample(&mut self.random) as u64, places),
+            Order::Zipfian => size.place(size.zipf.sample(&mut self.random) as u64),
         };
         Io { write, offset: self.first + place * bytes, bytes }
     }
+}
 
-    fn size(&mut self) -> u64 {
-        let sizes = &self.load.sizes.0;
-        let mut left = self.random.random_range(0.0..sizes.iter().map(|(_, share)| share).sum());
-        for (bytes, share) in sizes {
-            left -= share;
-            if left < 0.0 {
-                return *bytes;
-            }
+/// The size at a point of all shares laid end to end.
+fn drawn(sizes: &[Size], mut left: f64) -> &Size {
+    for size in sizes {
+        left -= size.share;
+        if left < 0.0 {
+            return size;
         }
-        sizes[sizes.len() - 1].0
     }
+    &sizes[sizes.len() - 1]
 }
 
 /// 2^64 divided by the golden ratio.
@@ -248,9 +275,16 @@ pub(super) fn mixed(value: u64) -> u64 {
     value ^ value >> 31
 }
 
-/// A place for a rank: the multiplier is odd and far from any ratio of small numbers.
-fn scattered(rank: u64, places: u64) -> u64 {
-    rank.wrapping_mul(0x9E37_79B9_7F4A_7C15) % places
+/// Near the golden part of the places, and without a common divisor: its multiples meet every place once.
+fn stride(places: u64) -> u64 {
+    let divisor = |mut a: u64, mut b: u64| {
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    let from = (u128::from(GOLDEN) * u128::from(places) >> 64) as u64;
+    (from.max(1)..).find(|stride| divisor(*stride, places) == 1).unwrap_or(1)
 }
 
 #[cfg(test)]
@@ -320,6 +354,23 @@ mod tests {
     }
 
     #[test]
+    fn ranks_have_places_of_their_own_and_the_hottest_is_as_hot_for_each_size() -> anyhow::Result<()> {
+        for places in [1_u64, 2, 3, 8, 100, 256, 1000] {
+            let size = Size::new(8192, 1.0, places * 8192)?;
+            let met: std::collections::HashSet<u64> = (1..=places).map(|rank| size.place(rank)).collect();
+            assert_eq!(met.len() as u64, places);
+        }
+        // 8 places of 128K: the first rank has 1 / (1 + 2^-0.99 + ... + 8^-0.99), 37 of 100.
+        let mut counts = std::collections::HashMap::<u64, usize>::new();
+        ios(&load(Order::Zipfian, "128K"), 10_000)
+            .iter()
+            .for_each(|io| *counts.entry(io.offset).or_default() += 1);
+        let hottest = counts.values().copied().max().unwrap_or(0);
+        assert!((3400..4000).contains(&hottest) && counts.len() == 8, "{counts:?}");
+        Ok(())
+    }
+
+    #[test]
     fn a_label_says_what_was_done_and_how_much_at_once() -> anyhow::Result<()> {
         let read = Load::random_4k(100, 32, 1 << 20);
         assert_eq!(read.label(), "randread 4K QD32");
@@ -353,7 +404,8 @@ mod tests {
 
     #[test]
     fn sizes_that_no_io_can_have_are_refused() {
-        for wrong in ["", "0", "1K", "256K", "4K:0", "4K:x", "4K:-1", "4K:inf", "4K:NaN", "4K:1e308,8K:1e308"] {
+        for wrong in ["", "0", "1K", "256K", "4K:0", "4K:x", "4K:-1", "4K:inf", "4K:NaN", "4K:1e308,8K:1e308"]
+        {
             assert!(wrong.parse::<Sizes>().is_err(), "{wrong}");
         }
     }
