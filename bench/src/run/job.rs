@@ -3,6 +3,9 @@
 //! Closed loop: as many IOs as the depth says are in flight. Open loop: IOs arrive at a fixed rate
 //! whatever becomes of those before, and latency counts from the moment an IO should have begun, so
 //! that a stall is felt by all that arrived during it (no coordinated omission).
+//!
+//! Latencies are of the IOs that began, or should have, within the measured window, however late they end; IOPS and
+//! bytes are of those that ended in it.
 
 use super::driver::{Done, Driver, FileDriver, NbdDriver, NvmeDriver, VolumeDriver};
 use super::load::{BLOCK_BYTES, Io, Ios, Load};
@@ -18,6 +21,8 @@ use std::time::Duration;
 
 /// How often a job tells what it did.
 const TICK: Span = Span::ms(250);
+/// Steps in which the waiting of IOs that never began is told.
+const UNSERVED_STEPS: u64 = 10_000;
 /// How long IOs may be under way without any of them ending.
 const SILENCE_MAX: Span = Span::ms(60_000);
 
@@ -28,14 +33,39 @@ pub struct Tick {
     pub reads: Histogram<u64>,
     /// Latencies of writes in nanoseconds.
     pub writes: Histogram<u64>,
-    /// Bytes moved.
+    /// IOs that ended within the measured window.
+    pub ios: u64,
+    /// Bytes that these moved.
     pub bytes: u64,
-    /// Whether the warm-up is over.
-    pub counts: bool,
-    /// IOs that should have begun and have not ended; only of an open loop, only at its end.
+    /// When it was.
+    pub phase: Phase,
+    /// IOs that should have begun and never did; only of an open loop, only at its end. They are among the latencies
+    /// with the time that they had waited by then.
     pub unserved: u64,
     /// System calls that entered the ring meanwhile.
     pub enters: u64,
+}
+
+/// Where in its course a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Nothing counts.
+    WarmUp,
+    /// The measured window.
+    Measured,
+    /// What is under way ends.
+    After,
+}
+
+impl Tick {
+    fn new(phase: Phase) -> Self {
+        let (reads, writes) = (histogram(), histogram());
+        Self { reads, writes, ios: 0, bytes: 0, phase, unserved: 0, enters: 0 }
+    }
+
+    fn times(&mut self, io: Io) -> &mut Histogram<u64> {
+        if io.write { &mut self.writes } else { &mut self.reads }
+    }
 }
 
 /// The longest latency that is told apart, in nanoseconds: ten minutes.
@@ -105,41 +135,12 @@ pub fn run(
 ) -> anyhow::Result<()> {
     let mut ring = ring(load.depth, load.poll)?;
     let driver = connect(&mut ring, target, load, job)?;
-    let bytes = driver.bytes().min(load.bytes) / u64::from(load.jobs) / BLOCK_BYTES * BLOCK_BYTES;
-    let ios = Ios::new(load, job, round, bytes * u64::from(job), bytes)?;
-    let mut spare = VecDeque::new();
-    for slot in 0..load.depth {
-        let mut buf = ring.arena().alloc(32).context("the arena is too small for this depth")?;
-        fill(&mut buf, u64::from(slot), load.seed, 0);
-        spare.push_back((slot, buf));
-    }
-    let start = ring.now();
-    let from = start + Span(times.warm_up.as_nanos() as u64);
-    let end = from + Span(times.measured.as_nanos() as u64);
-    let interval_ns = load.rate.map(|rate| f64::from(load.jobs) / rate * 1e9);
-    let verify = load.verify.then(|| Verify::new(bytes * u64::from(job), bytes, load.seed));
-    let flying = vec![(start, Io { write: false, offset: 0, bytes: 0 }, 0); load.depth as usize];
-    let tick =
-        Tick { reads: histogram(), writes: histogram(), bytes: 0, counts: false, unserved: 0, enters: 0 };
-    let eager = matches!(target, Target::File(_));
-    let (arrivals, entered) = (0, ring.stats().enters);
-    let mut job = Job {
-        ring,
-        driver,
-        ios,
-        spare,
-        flying,
-        from,
-        end,
-        start,
-        interval_ns,
-        arrivals,
-        verify,
-        entered,
-        tick,
-    };
-    job.drive(eager, tell)
+    let mut job = Job::new(ring, driver, load, job, round, times)?;
+    job.drive(matches!(target, Target::File(_)), tell)
 }
+
+/// What a slot does that does nothing.
+const NONE: Io = Io { write: false, offset: 0, bytes: 0 };
 
 struct Job {
     ring: Ring,
@@ -160,23 +161,60 @@ struct Job {
 }
 
 impl Job {
+    fn new(
+        mut ring: Ring,
+        driver: Box<dyn Driver>,
+        load: &Load,
+        job: u32,
+        round: u32,
+        times: Times,
+    ) -> anyhow::Result<Self> {
+        let bytes = driver.bytes().min(load.bytes) / u64::from(load.jobs) / BLOCK_BYTES * BLOCK_BYTES;
+        let first = bytes * u64::from(job);
+        let ios = Ios::new(load, job, round, first, bytes)?;
+        let mut spare = VecDeque::new();
+        for slot in 0..load.depth {
+            let mut buf = ring.arena().alloc(32).context("the arena is too small for this depth")?;
+            fill(&mut buf, u64::from(slot), load.seed, 0);
+            spare.push_back((slot, buf));
+        }
+        let start = ring.now();
+        let from = start + Span(times.warm_up.as_nanos() as u64);
+        let end = from + Span(times.measured.as_nanos() as u64);
+        let interval_ns = load.rate.map(|rate| f64::from(load.jobs) / rate * 1e9);
+        let verify = load.verify.then(|| Verify::new(first, bytes, load.seed));
+        let flying = vec![(start, NONE, 0); load.depth as usize];
+        let (arrivals, entered, tick) = (0, ring.stats().enters, Tick::new(Phase::WarmUp));
+        Ok(Self {
+            ring,
+            driver,
+            ios,
+            spare,
+            flying,
+            start,
+            from,
+            end,
+            interval_ns,
+            arrivals,
+            verify,
+            entered,
+            tick,
+        })
+    }
+
     fn drive(&mut self, eager: bool, tell: &Sender<Tick>) -> anyhow::Result<()> {
         let (mut done, mut told, mut heard) = (Vec::new(), self.start, self.start);
         let mut ended: VecDeque<Done> = VecDeque::new();
         let depth = self.flying.len();
         loop {
             let now = self.ring.now();
-            if now >= self.end && self.spare.len() + ended.len() == depth {
+            if now >= self.end && self.spare.len() == depth {
                 break;
             }
             self.issue(now, depth);
-            if now - told >= TICK {
-                told = now;
-                self.tell(now, tell)?;
-            }
             // See `tune probe`: a disk should not wait until all that ended is looked at.
             let deadline = if ended.is_empty() { self.arrival(now) } else { Some(now) };
-            let deadline = deadline.unwrap_or(heard + SILENCE_MAX);
+            let deadline = deadline.unwrap_or(told + TICK).min(told + TICK);
             self.driver.turn(&mut self.ring, Some(deadline), &mut done)?;
             let now = self.ring.now();
             if !done.is_empty() || self.spare.len() == depth {
@@ -187,12 +225,13 @@ impl Job {
                 "no IO has ended for {} s: is a quorum lost?",
                 SILENCE_MAX.0 / 1_000_000_000
             );
-            if now >= self.from && !self.tick.counts {
-                // The measurement begins: what was before it must not take its first IOs along.
+            if now - told >= TICK || self.phase(now) != self.tick.phase {
                 told = now;
                 self.tell(now, tell)?;
             }
-            done.iter().for_each(|done| self.record(done.slot, now));
+            for done in done.iter().filter(|done| done.result.is_ok()) {
+                self.record(done.slot, now);
+            }
             ended.extend(done.drain(..));
             while let Some(done) = ended.pop_front() {
                 self.end(done)?;
@@ -201,13 +240,31 @@ impl Job {
                 }
             }
         }
-        self.tick.unserved = self.due(self.end).saturating_sub(self.arrivals);
-        self.tell(self.end, tell)
+        self.record_unserved();
+        self.tell(self.ring.now(), tell)
     }
 
-    /// IOs that should have begun by then; none counts in a closed loop.
-    fn due(&self, now: Time) -> u64 {
-        self.interval_ns.map_or(0, |interval| ((now - self.start).0 as f64 / interval) as u64)
+    fn phase(&self, now: Time) -> Phase {
+        match now {
+            now if now < self.from => Phase::WarmUp,
+            now if now < self.end => Phase::Measured,
+            _ => Phase::After,
+        }
+    }
+
+    /// Of an open loop: what should have begun within the window and never did waited until its end at least.
+    fn record_unserved(&mut self) {
+        let Some(interval) = self.interval_ns else { return };
+        let due = |at: Time| ((at - self.start).0 as f64 / interval).ceil() as u64;
+        let (first, end) = (self.arrivals.max(due(self.from)), due(self.end));
+        self.tick.unserved = end.saturating_sub(first);
+        // There can be many millions: those next to each other count as the first of them.
+        let together = self.tick.unserved.div_ceil(UNSERVED_STEPS).max(1);
+        for nth in (first..end).step_by(together as usize) {
+            let waited = self.end.0.saturating_sub(self.intended(nth, interval).0).max(1);
+            let io = self.ios.draw();
+            self.tick.times(io).saturating_record_n(waited, together.min(end - nth));
+        }
     }
 
     fn intended(&self, nth: u64, interval: f64) -> Time {
@@ -257,19 +314,18 @@ impl Job {
 
     fn record(&mut self, slot: u32, now: Time) {
         let (intended, io, _) = self.flying[slot as usize];
-        if now < self.end && (now >= self.from) == self.tick.counts {
-            let times = if io.write { &mut self.tick.writes } else { &mut self.tick.reads };
-            times.saturating_record((now - intended).0.max(1));
+        if self.tick.phase == Phase::Measured {
+            self.tick.ios += 1;
             self.tick.bytes += io.bytes;
+        }
+        if (self.from..self.end).contains(&intended) {
+            self.tick.times(io).saturating_record((now - intended).0.max(1));
         }
     }
 
     fn end(&mut self, done: Done) -> anyhow::Result<()> {
         let Done { slot, result, buf } = done;
-        let (_, io, generation) = std::mem::replace(
-            &mut self.flying[slot as usize],
-            (self.start, Io { write: false, offset: 0, bytes: 0 }, 0),
-        );
+        let (_, io, generation) = std::mem::replace(&mut self.flying[slot as usize], (self.start, NONE, 0));
         let what = if io.write { "write" } else { "read" };
         result
             .map_err(anyhow::Error::msg)
@@ -283,8 +339,7 @@ impl Job {
 
     /// Tells what was done and begins anew.
     fn tell(&mut self, now: Time, tell: &Sender<Tick>) -> anyhow::Result<()> {
-        let counts = now >= self.from;
-        let next = Tick { reads: histogram(), writes: histogram(), bytes: 0, counts, unserved: 0, enters: 0 };
+        let next = Tick::new(self.phase(now));
         let mut tick = std::mem::replace(&mut self.tick, next);
         let enters = self.ring.stats().enters;
         tick.enters = enters - std::mem::replace(&mut self.entered, enters);
@@ -360,6 +415,120 @@ fn fill(bytes: &mut [u8], place: u64, seed: u64, generation: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::mpsc;
+
+    /// A target in memory, with faults.
+    #[derive(Default)]
+    struct Fake {
+        bytes: Vec<u8>,
+        queued: Vec<(u32, Io, BufMut)>,
+        /// How long it keeps its first IOs.
+        hangs_ns: u64,
+        started: Option<Time>,
+        /// Reads fail, once IOs are issued no more.
+        reads_fail: bool,
+        /// Writes go nowhere.
+        loses_writes: bool,
+    }
+
+    impl Fake {
+        fn new(bytes: u64) -> Self {
+            Self { bytes: vec![0; bytes as usize], ..Self::default() }
+        }
+    }
+
+    impl Driver for Fake {
+        fn bytes(&self) -> u64 {
+            self.bytes.len() as u64
+        }
+
+        fn submit(&mut self, ring: &mut Ring, slot: u32, io: Io, buf: BufMut) {
+            self.started.get_or_insert(ring.now());
+            self.queued.push((slot, io, buf));
+        }
+
+        fn turn(
+            &mut self,
+            ring: &mut Ring,
+            deadline: Option<Time>,
+            done: &mut Vec<Done>,
+        ) -> anyhow::Result<()> {
+            let until = self.started.map_or(Time(0), |started| started + Span(self.hangs_ns));
+            if self.queued.is_empty() || ring.now() < until {
+                let until = if self.queued.is_empty() { None } else { Some(until) };
+                ring.turn(deadline.into_iter().chain(until).min(), &mut Vec::new());
+                return Ok(());
+            }
+            for (slot, io, mut buf) in self.queued.drain(..) {
+                let place = io.offset as usize..(io.offset + io.bytes) as usize;
+                match io.write {
+                    true if self.loses_writes => {}
+                    true => self.bytes[place].copy_from_slice(&buf[..io.bytes as usize]),
+                    false => buf[..io.bytes as usize].copy_from_slice(&self.bytes[place]),
+                }
+                let failed = !io.write && self.reads_fail;
+                let result = if failed { Err("damaged".to_owned()) } else { Ok(()) };
+                done.push(Done { slot, result, buf });
+            }
+            Ok(())
+        }
+    }
+
+    const TIMES: Times = Times { warm_up: Duration::from_millis(20), measured: Duration::from_millis(80) };
+
+    /// What a job told, summed up.
+    fn driven(fake: Fake, load: &Load, eager: bool) -> anyhow::Result<Tick> {
+        let (tell, ticks) = mpsc::channel();
+        let driver = Box::new(fake);
+        Job::new(ring(load.depth, false)?, driver, load, 0, 0, TIMES)?.drive(eager, &tell)?;
+        drop(tell);
+        let mut sum = Tick::new(Phase::After);
+        for tick in ticks {
+            sum.reads.add(&tick.reads)?;
+            sum.writes.add(&tick.writes)?;
+            sum.ios += tick.ios;
+            sum.unserved += tick.unserved;
+        }
+        Ok(sum)
+    }
+
+    #[test]
+    fn an_io_that_hangs_past_the_end_is_among_the_latencies_of_an_open_loop() -> anyhow::Result<()> {
+        let fake = || Fake { hangs_ns: 300_000_000, ..Fake::new(1 << 20) };
+        let load = Load { rate: Some(1000.0), ..Load::random_4k(100, 64, 1 << 20) };
+        let tick = driven(fake(), &load, false)?;
+        // 80 should have begun in the window; 20 of the 64 that did begin belong to the warm-up.
+        assert!((79..=81).contains(&tick.reads.len()), "{}", tick.reads.len());
+        assert!((35..=37).contains(&tick.unserved), "{}", tick.unserved);
+        assert_eq!(tick.ios, 0, "none ended within the window");
+        assert!(tick.reads.max() >= 200_000_000, "{}", tick.reads.max());
+        Ok(())
+    }
+
+    #[test]
+    fn ios_in_flight_at_the_end_of_a_closed_loop_are_latencies_and_no_throughput() -> anyhow::Result<()> {
+        let fake = Fake { hangs_ns: 300_000_000, ..Fake::new(1 << 20) };
+        // No warm-up: they begin in the window.
+        let (tell, ticks) = mpsc::channel();
+        let (load, times) = (Load::random_4k(100, 4, 1 << 20), Times { warm_up: Duration::ZERO, ..TIMES });
+        Job::new(ring(4, false)?, Box::new(fake), &load, 0, 0, times)?.drive(false, &tell)?;
+        drop(tell);
+        let (mut ios, mut times) = (0, histogram());
+        for tick in ticks {
+            ios += tick.ios;
+            times.add(&tick.reads)?;
+        }
+        assert_eq!((ios, times.len()), (0, 4));
+        assert!(times.min() >= 200_000_000, "{}", times.min());
+        Ok(())
+    }
+
+    #[test]
+    fn a_failure_among_the_last_ios_of_a_file_is_told() {
+        let fake = Fake { hangs_ns: 150_000_000, reads_fail: true, ..Fake::new(1 << 20) };
+        let error = driven(fake, &Load::random_4k(100, 4, 1 << 20), true).expect_err("all of them failed");
+        assert!(format!("{error:#}").contains("damaged"), "{error:#}");
+    }
 
     #[test]
     fn verify_finds_a_flipped_bit_a_lost_write_and_a_block_of_another_place() {

@@ -3,7 +3,7 @@
 //! Invariants: every subject of a round meets the same IOs, A B, B A, A B; what a server still does after writes is over
 //! before the next measurement begins.
 
-use super::job::{self, Tick, Times};
+use super::job::{self, Phase, Tick, Times};
 use super::load::{self, BLOCK_BYTES, Io, Load};
 use super::result::{Intervals, Latency, Moment, ProcessUse, Run};
 use super::target::Target;
@@ -294,20 +294,20 @@ fn by_us(subject: &Subject, load: &Load, times: Times, round: u32) -> anyhow::Re
     let mut all = watch.reads.clone();
     all.add(&watch.writes)?;
     let seconds = times.measured.as_secs_f64();
-    ensure!(!all.is_empty(), "no IO ended within {seconds} s");
+    ensure!(watch.ios > 0, "no IO ended within {seconds} s");
     let run = Run {
         subject: subject.name.clone(),
         load: load.clone(),
         round,
         repeats: 0,
         stolen: steal::between(before.1, after.1),
-        iops: all.len() as f64 / seconds,
+        iops: watch.ios as f64 / seconds,
         bytes_s: watch.bytes as f64 / seconds,
         reads: Latency::of(&watch.reads),
         writes: Latency::of(&watch.writes),
         unserved: watch.unserved,
         enters: watch.enters,
-        processes: uses(&pids, &before.0, &after.0, all.len()),
+        processes: uses(&pids, &before.0, &after.0, watch.ios),
         timeline: watch.timeline,
     };
     Ok(Measured { run, times: all, intervals: watch.intervals })
@@ -319,11 +319,13 @@ struct Watch {
     times: Times,
     reads: Histogram<u64>,
     writes: Histogram<u64>,
+    ios: u64,
     bytes: u64,
     unserved: u64,
     enters: u64,
     /// Of the moment that is not over.
     moment: Histogram<u64>,
+    moment_ios: u64,
     moment_bytes: u64,
     moment_from: f64,
     timeline: Vec<Moment>,
@@ -347,10 +349,12 @@ impl Watch {
             times,
             reads,
             writes,
+            ios: 0,
             bytes: 0,
             unserved: 0,
             enters: 0,
             moment,
+            moment_ios: 0,
             moment_bytes: 0,
             moment_from: 0.0,
             timeline,
@@ -383,17 +387,22 @@ impl Watch {
     }
 
     fn take(&mut self, tick: Tick) -> anyhow::Result<()> {
-        if !tick.counts {
+        if tick.phase == Phase::WarmUp {
             return Ok(());
         }
-        self.enters += tick.enters;
         self.reads.add(&tick.reads)?;
         self.writes.add(&tick.writes)?;
         self.moment.add(&tick.reads)?;
         self.moment.add(&tick.writes)?;
-        self.bytes += tick.bytes;
-        self.moment_bytes += tick.bytes;
         self.unserved += tick.unserved;
+        if tick.phase == Phase::After {
+            return Ok(());
+        }
+        self.enters += tick.enters;
+        self.ios += tick.ios;
+        self.bytes += tick.bytes;
+        self.moment_ios += tick.ios;
+        self.moment_bytes += tick.bytes;
         let now = self.since_start();
         if now - self.moment_from >= MOMENT_S { self.end_moment(now) } else { Ok(()) }
     }
@@ -406,7 +415,7 @@ impl Watch {
     fn end_moment(&mut self, now: f64) -> anyhow::Result<()> {
         let length = now - self.moment_from;
         let us = |part| self.moment.value_at_quantile(part) as f64 / 1000.0;
-        let (iops, p99_us) = (self.moment.len() as f64 / length, us(0.99));
+        let (iops, p99_us) = (self.moment_ios as f64 / length, us(0.99));
         self.bar.set_position((self.started.elapsed()).as_millis() as u64);
         self.bar.set_message(format!(
             "{iops:.0} IOPS, {:.1} MB/s, p50 {:.0} p99 {p99_us:.0} p99.9 {:.0} us",
@@ -417,7 +426,7 @@ impl Watch {
         self.timeline.push(Moment { s: now, iops, p99_us });
         self.intervals.add(self.moment_from, length, &self.moment)?;
         self.moment.reset();
-        (self.moment_bytes, self.moment_from) = (0, now);
+        (self.moment_ios, self.moment_bytes, self.moment_from) = (0, 0, now);
         Ok(())
     }
 }

@@ -59,7 +59,8 @@ pub struct Run {
     /// The part of all processors' time that the host took meanwhile, from 0 to 1; absent where that is not known.
     #[serde(default)]
     pub stolen: Option<f64>,
-    /// IOs a second.
+    /// IOs a second that ended within the measurement. Latencies are of those that began in it (in an open loop: should
+    /// have begun), however late they ended.
     pub iops: f64,
     /// Bytes a second.
     pub bytes_s: f64,
@@ -67,7 +68,7 @@ pub struct Run {
     pub reads: Option<Latency>,
     /// Writes; absent where there was none.
     pub writes: Option<Latency>,
-    /// Of an open loop: IOs that should have begun and never did.
+    /// Of an open loop: IOs that should have begun and never did; latencies have them with the time that they waited.
     pub unserved: u64,
     /// The client's system calls that entered io_uring; 0 where that is not known.
     pub enters: u64,
