@@ -101,6 +101,7 @@ impl Fio {
             writes: Latency::of(&outcome.writes),
             unserved: 0,
             enters: 0,
+            verified: None,
             timeline: Vec::new(),
             processes: std::iter::once(client).chain(servers).collect(),
         };

@@ -263,6 +263,7 @@ mod tests {
             writes: None,
             unserved: 0,
             enters: 0,
+            verified: None,
             timeline: Vec::new(),
             processes: Vec::new(),
         };

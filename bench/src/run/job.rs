@@ -8,7 +8,7 @@
 //! bytes are of those that ended in it.
 
 use super::driver::{Done, Driver, FileDriver, NbdDriver, NvmeDriver, VolumeDriver};
-use super::load::{BLOCK_BYTES, Io, Ios, Load};
+use super::load::{BLOCK_BYTES, GOLDEN, IO_BYTES_MAX, Io, Ios, Load, mixed};
 use super::target::Target;
 use anyhow::{Context, bail, ensure};
 use hdrhistogram::Histogram;
@@ -44,6 +44,8 @@ pub struct Tick {
     pub unserved: u64,
     /// System calls that entered the ring meanwhile.
     pub enters: u64,
+    /// Blocks that were read back in the end and were as they were written; absent where that is not asked for.
+    pub verified: Option<u64>,
 }
 
 /// Where in its course a job is.
@@ -60,7 +62,7 @@ pub enum Phase {
 impl Tick {
     fn new(phase: Phase) -> Self {
         let (reads, writes) = (histogram(), histogram());
-        Self { reads, writes, ios: 0, bytes: 0, phase, unserved: 0, enters: 0 }
+        Self { reads, writes, ios: 0, bytes: 0, phase, unserved: 0, enters: 0, verified: None }
     }
 
     fn times(&mut self, io: Io) -> &mut Histogram<u64> {
@@ -139,6 +141,13 @@ pub fn run(
     job.drive(matches!(target, Target::File(_)), tell)
 }
 
+/// Fails when IOs are under way and none has ended for too long.
+fn not_silent(heard: Time, now: Time) -> anyhow::Result<()> {
+    let seconds = SILENCE_MAX.0 / 1_000_000_000;
+    ensure!(now < heard + SILENCE_MAX, "no IO has ended for {seconds} s: is a quorum lost?");
+    Ok(())
+}
+
 /// What a slot does that does nothing.
 const NONE: Io = Io { write: false, offset: 0, bytes: 0 };
 
@@ -172,17 +181,19 @@ impl Job {
         let bytes = driver.bytes().min(load.bytes) / u64::from(load.jobs) / BLOCK_BYTES * BLOCK_BYTES;
         let first = bytes * u64::from(job);
         let ios = Ios::new(load, job, round, first, bytes)?;
+        // Another one each time: what an earlier run or round left is not taken for what this one wrote.
+        let salt = ring.random();
         let mut spare = VecDeque::new();
         for slot in 0..load.depth {
             let mut buf = ring.arena().alloc(32).context("the arena is too small for this depth")?;
-            fill(&mut buf, u64::from(slot), load.seed, 0);
+            fill(&mut buf, u64::from(slot), salt, 0);
             spare.push_back((slot, buf));
         }
         let start = ring.now();
         let from = start + Span(times.warm_up.as_nanos() as u64);
         let end = from + Span(times.measured.as_nanos() as u64);
         let interval_ns = load.rate.map(|rate| f64::from(load.jobs) / rate * 1e9);
-        let verify = load.verify.then(|| Verify::new(first, bytes, load.seed));
+        let verify = load.verify.then(|| Verify::new(first, bytes, salt));
         let flying = vec![(start, NONE, 0); load.depth as usize];
         let (arrivals, entered, tick) = (0, ring.stats().enters, Tick::new(Phase::WarmUp));
         Ok(Self {
@@ -220,11 +231,7 @@ impl Job {
             if !done.is_empty() || self.spare.len() == depth {
                 heard = now;
             }
-            ensure!(
-                now < heard + SILENCE_MAX,
-                "no IO has ended for {} s: is a quorum lost?",
-                SILENCE_MAX.0 / 1_000_000_000
-            );
+            not_silent(heard, now)?;
             if now - told >= TICK || self.phase(now) != self.tick.phase {
                 told = now;
                 self.tell(now, tell)?;
@@ -241,7 +248,35 @@ impl Job {
             }
         }
         self.record_unserved();
+        self.tick.verified = self.read_back()?;
         self.tell(self.ring.now(), tell)
+    }
+
+    /// Reads every block that this job wrote once more, and checks it; how many, where that is asked for.
+    fn read_back(&mut self) -> anyhow::Result<Option<u64>> {
+        let Some(verify) = &self.verify else { return Ok(None) };
+        let written = verify.written_ios();
+        let (mut left, mut done, mut heard) = (written.iter(), Vec::new(), self.ring.now());
+        loop {
+            while let Some((slot, buf)) = self.spare.pop_front() {
+                let Some(io) = left.next() else {
+                    self.spare.push_front((slot, buf));
+                    break;
+                };
+                self.flying[slot as usize] = (self.end, *io, 0);
+                self.driver.submit(&mut self.ring, slot, *io, buf);
+            }
+            if self.spare.len() == self.flying.len() {
+                return Ok(Some(written.iter().map(|io| io.bytes / BLOCK_BYTES).sum()));
+            }
+            self.driver.turn(&mut self.ring, Some(heard + SILENCE_MAX), &mut done)?;
+            let now = self.ring.now();
+            if !done.is_empty() {
+                heard = now;
+            }
+            not_silent(heard, now)?;
+            done.drain(..).try_for_each(|done| self.end(done))?;
+        }
     }
 
     fn phase(&self, now: Time) -> Phase {
@@ -352,20 +387,35 @@ struct Verify {
     first: usize,
     generations: Vec<u64>,
     next: u64,
-    seed: u64,
+    salt: u64,
 }
 
 impl Verify {
-    fn new(first_byte: u64, bytes: u64, seed: u64) -> Self {
+    fn new(first_byte: u64, bytes: u64, salt: u64) -> Self {
         let blocks = (bytes / BLOCK_BYTES) as usize;
-        Self { first: (first_byte / BLOCK_BYTES) as usize, generations: vec![0; blocks], next: 0, seed }
+        Self { first: (first_byte / BLOCK_BYTES) as usize, generations: vec![0; blocks], next: 0, salt }
+    }
+
+    /// Reads of every block that was written, each as long as it can be.
+    fn written_ios(&self) -> Vec<Io> {
+        let mut ios: Vec<Io> = Vec::new();
+        for (nth, _) in self.generations.iter().enumerate().filter(|(_, generation)| **generation > 0) {
+            let offset = (self.first + nth) as u64 * BLOCK_BYTES;
+            match ios.last_mut() {
+                Some(io) if io.offset + io.bytes == offset && io.bytes < IO_BYTES_MAX => {
+                    io.bytes += BLOCK_BYTES;
+                }
+                _ => ios.push(Io { write: false, offset, bytes: BLOCK_BYTES }),
+            }
+        }
+        ios
     }
 
     fn stamp(&mut self, io: Io, buf: &mut BufMut) -> u64 {
         self.next += 1;
         for (nth, block) in io.blocks().enumerate() {
             let at = nth * BLOCK_BYTES as usize;
-            fill(&mut buf[at..at + BLOCK_BYTES as usize], block as u64, self.seed, self.next);
+            fill(&mut buf[at..at + BLOCK_BYTES as usize], block as u64, self.salt, self.next);
         }
         self.next
     }
@@ -383,30 +433,31 @@ impl Verify {
             if generation == 0 {
                 continue;
             }
-            fill(&mut wanted, block as u64, self.seed, generation);
+            fill(&mut wanted, block as u64, self.salt, generation);
             let word = |at: usize| u64::from_le_bytes(found[at * 8..at * 8 + 8].try_into().expect("8 bytes"));
             ensure!(
                 found == wanted,
-                "verify: block {block} reads otherwise than write {generation} left it (it says: block {}, write {})",
+                "verify: block {block} reads otherwise than write {generation} left it (it says: block {}, write {} of {})",
                 word(0),
-                word(1)
+                word(1),
+                if word(2) == self.salt { "this job" } else { "another run or job" }
             );
         }
         Ok(())
     }
 }
 
-/// Bytes that do not compress, told by place, generation and seed; the first words say which.
-fn fill(bytes: &mut [u8], place: u64, seed: u64, generation: u64) {
-    let mut random = (place ^ seed.rotate_left(17) ^ generation.rotate_left(40)) | 1;
+/// Bytes that do not compress, told by place, salt and generation; the first words say which.
+fn fill(bytes: &mut [u8], place: u64, salt: u64, generation: u64) {
+    // splitmix64.
+    let mut state = mixed(mixed(place ^ salt).wrapping_add(generation));
     for (nth, word) in bytes.chunks_exact_mut(8).enumerate() {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
+        state = state.wrapping_add(GOLDEN);
         let value = match nth {
             0 => place,
             1 => generation,
-            _ => random,
+            2 => salt,
+            _ => mixed(state),
         };
         word.copy_from_slice(&value.to_le_bytes());
     }
@@ -488,6 +539,7 @@ mod tests {
             sum.writes.add(&tick.writes)?;
             sum.ios += tick.ios;
             sum.unserved += tick.unserved;
+            sum.verified = sum.verified.max(tick.verified);
         }
         Ok(sum)
     }
@@ -528,6 +580,34 @@ mod tests {
         let fake = Fake { hangs_ns: 150_000_000, reads_fail: true, ..Fake::new(1 << 20) };
         let error = driven(fake, &Load::random_4k(100, 4, 1 << 20), true).expect_err("all of them failed");
         assert!(format!("{error:#}").contains("damaged"), "{error:#}");
+    }
+
+    #[test]
+    fn writes_that_went_nowhere_are_found_though_the_load_reads_nothing() -> anyhow::Result<()> {
+        let load = Load { verify: true, ..Load::random_4k(0, 4, 1 << 20) };
+        let found = driven(Fake::new(1 << 20), &load, false)?.verified;
+        assert!(found.is_some_and(|blocks| (1..=256).contains(&blocks)), "{found:?}");
+        let fake = Fake { loses_writes: true, ..Fake::new(1 << 20) };
+        let error = driven(fake, &load, false).expect_err("nothing was kept");
+        assert!(error.to_string().starts_with("verify: "), "{error:#}");
+        Ok(())
+    }
+
+    #[test]
+    fn what_another_run_left_is_not_taken_for_this_ones_and_neighbours_differ() {
+        let ring = ring(1, false).expect("io_uring");
+        let io = Io { write: true, offset: 0, bytes: 2 * BLOCK_BYTES };
+        let (mut earlier, mut verify) = (Verify::new(0, 1 << 20, 9), Verify::new(0, 1 << 20, 10));
+        let mut buf = ring.arena().alloc(2).expect("memory");
+        let generation = verify.stamp(io, &mut buf);
+        verify.written(io, generation);
+        assert!(verify.check(io, &buf).is_ok());
+        assert_eq!(earlier.stamp(io, &mut buf), generation, "the same write of the same load");
+        assert!(verify.check(io, &buf).is_err(), "stale data");
+        let (even, odd) = buf.split_at(BLOCK_BYTES as usize);
+        assert!(even.chunks_exact(8).zip(odd.chunks_exact(8)).skip(3).all(|(even, odd)| even != odd));
+        let reads = verify.written_ios();
+        assert_eq!(reads, [Io { write: false, offset: 0, bytes: 2 * BLOCK_BYTES }]);
     }
 
     #[test]

@@ -307,6 +307,7 @@ fn by_us(subject: &Subject, load: &Load, times: Times, round: u32) -> anyhow::Re
         writes: Latency::of(&watch.writes),
         unserved: watch.unserved,
         enters: watch.enters,
+        verified: watch.verified,
         processes: uses(&pids, &before.0, &after.0, watch.ios),
         timeline: watch.timeline,
     };
@@ -323,6 +324,7 @@ struct Watch {
     bytes: u64,
     unserved: u64,
     enters: u64,
+    verified: Option<u64>,
     /// Of the moment that is not over.
     moment: Histogram<u64>,
     moment_ios: u64,
@@ -353,6 +355,7 @@ impl Watch {
             bytes: 0,
             unserved: 0,
             enters: 0,
+            verified: None,
             moment,
             moment_ios: 0,
             moment_bytes: 0,
@@ -395,6 +398,9 @@ impl Watch {
         self.moment.add(&tick.reads)?;
         self.moment.add(&tick.writes)?;
         self.unserved += tick.unserved;
+        if let Some(blocks) = tick.verified {
+            *self.verified.get_or_insert(0) += blocks;
+        }
         if tick.phase == Phase::After {
             return Ok(());
         }

@@ -112,7 +112,7 @@ pub struct LoadArgs {
     /// Writes of a file are durable when they complete (RWF_DSYNC).
     #[arg(long)]
     dsync: bool,
-    /// Compare what is read with what this run has written.
+    /// Compare what is read with what this run has written, and read all of that back in the end.
     #[arg(long)]
     verify: bool,
     /// The client polls for completions for up to 200 us before it sleeps, and takes a processor for that.
@@ -257,6 +257,7 @@ fn measure(
     args: &CommonArgs,
     client: &Client,
 ) -> anyhow::Result<Results> {
+    loads.iter().try_for_each(Load::check)?;
     args.keep.make_folders()?;
     if args.prepare {
         let bytes = loads.iter().map(|load| load.bytes).max().unwrap_or(0);
@@ -451,6 +452,9 @@ mod tests {
             assert!(reads.p50_us > 0.0 && reads.p50_us <= reads.p99_us && reads.p99_us <= reads.max_us);
             let servers = if run.subject == "raw" { 0 } else { pids.len() };
             assert_eq!(run.processes.len(), 1 + servers);
+            assert!(
+                run.verified.is_some_and(|blocks| blocks > 0) && run.line().ends_with(" blocks verified")
+            );
         }
         show(&results, &args.keep, "ashlar bench run")?;
         assert!(std::fs::read_to_string(dir.path().join("page.md"))?.contains("| zipfrw 60 % reads"));

@@ -72,6 +72,9 @@ pub struct Run {
     pub unserved: u64,
     /// The client's system calls that entered io_uring; 0 where that is not known.
     pub enters: u64,
+    /// Blocks that were read back after the measurement and were as it had written them; absent without `--verify`.
+    #[serde(default)]
+    pub verified: Option<u64>,
     /// Parts of a second, in order; fio tells none.
     pub timeline: Vec<Moment>,
     /// The client first, then the servers.
@@ -155,8 +158,9 @@ impl Run {
         let stolen = self.stolen.filter(|part| *part > DISTURBED);
         let stolen =
             stolen.map_or(String::new(), |part| format!(", {:.0} % stolen by the host", part * 100.0));
+        let verified = self.verified.map_or(String::new(), |blocks| format!(", {blocks} blocks verified"));
         format!(
-            "{}, round {}, {subject}: {iops:.0} IOPS, p50 {p50_us:.0} us{server}{stolen}",
+            "{}, round {}, {subject}: {iops:.0} IOPS, p50 {p50_us:.0} us{server}{stolen}{verified}",
             load.label(),
             round + 1
         )
