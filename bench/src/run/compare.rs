@@ -180,12 +180,7 @@ fn rows(load: &Load, base: (&str, &Results), other: (&str, &Results), tolerance:
         let (low, high) =
             (ratios.iter().copied().fold(f64::MAX, f64::min), ratios.iter().copied().fold(0.0, f64::max));
         let ratio = median(ratios.iter().copied());
-        // A regression shows in the best of the rounds, too: one bad round is noise.
-        let regressed = if more_is_better {
-            ratio < 1.0 - tolerance / 100.0 && (ratios.len() < 3 || high < 1.0)
-        } else {
-            ratio > 1.0 + tolerance / 100.0 && (ratios.len() < 3 || low > 1.0)
-        };
+        let regressed = is_worse(&ratios, more_is_better, tolerance);
         Some(Row {
             load: load.label(),
             base: base.0.to_owned(),
@@ -209,6 +204,25 @@ fn rows(load: &Load, base: (&str, &Results), other: (&str, &Results), tolerance:
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// Twice the standard error of a median, in median absolute deviations over the root of the number of rounds: of a
+/// normal distribution the deviation is 1.48 of those, and the error of the median 1.25 of that of the mean.
+const ERROR_SPAN: f64 = 2.0 * 1.48 * 1.25;
+
+/// Whether rounds got worse: the median of their ratios is beyond the tolerance, and so far from 1 that their spread
+/// does not explain it.
+///
+/// The spread is the median absolute deviation, since no single round can move it, whether of the base or of the other.
+/// A sign test would need five rounds before it could tell anything; to ask that every round be worse lets one bad
+/// round of the base excuse all others, and finds less the more rounds there are. Of one or two rounds there is no
+/// spread to speak of, and the tolerance alone decides.
+fn is_worse(ratios: &[f64], more_is_better: bool, tolerance: f64) -> bool {
+    let ratio = median(ratios.iter().copied());
+    let change = if more_is_better { 1.0 - ratio } else { ratio - 1.0 };
+    let deviation = median(ratios.iter().map(|one| (one - ratio).abs()));
+    let error = if ratios.len() < 3 { 0.0 } else { ERROR_SPAN * deviation / (ratios.len() as f64).sqrt() };
+    change > tolerance / 100.0 && change > error
 }
 
 fn finish(rows: &[Row], output: Output) -> anyhow::Result<ExitCode> {
@@ -298,6 +312,17 @@ mod tests {
         assert!(!regressed(&[100.0, 100.0, 100.0], &[101.0, 40.0, 99.0]), "one bad round");
         assert!(!regressed(&[100.0, 50.0, 100.0], &[99.0, 50.0, 100.0]), "both drift alike");
         assert!(!regressed(&[100.0], &[200.0]), "faster");
+    }
+
+    #[test]
+    fn a_bad_round_of_the_base_hides_no_regression_and_more_rounds_see_more() {
+        assert!(regressed(&[100.0, 100.0, 40.0], &[60.0, 60.0, 60.0]));
+        // 15 % slower among rounds that range over 20 %, one of which happens to be faster.
+        let slower = [0.83, 0.97, 0.80, 1.02, 0.85];
+        let rounds = |count: usize| -> Vec<f64> { slower.iter().cycle().take(count).copied().collect() };
+        assert!(is_worse(&rounds(5), true, 5.0) && is_worse(&rounds(15), true, 5.0));
+        assert!(!is_worse(&[0.80, 1.15, 0.90, 1.10, 0.94], true, 5.0), "as much faster as slower");
+        assert!(is_worse(&[1.2, 0.4, 1.2], false, 5.0), "of what should be small");
     }
 
     #[test]
