@@ -131,6 +131,8 @@ mod tests {
             p99_us: nothing,
             p999_us: nothing,
             max_us: nothing,
+            reads: None,
+            writes: None,
             client_us_per_io: nothing,
             server_us_per_io: nothing,
             unserved: 0.0,

@@ -6,7 +6,8 @@
 
 use super::load::Load;
 use super::measure::Client;
-use super::result::{Results, Run};
+use super::result::{Direction, Latency, Results, Run};
+use super::summary::shown;
 use super::{CommonArgs, TargetArgs, measure, show};
 use crate::report::median;
 use crate::{EXIT_CHECK_FAILED, Output};
@@ -55,6 +56,9 @@ pub struct LimitArgs {
     /// Percent that IOPS may fall, or median latency rise; spread of the rounds beyond that is allowed for.
     #[arg(long, default_value_t = 5.0, value_name = "PERCENT")]
     tolerance: f64,
+    /// Percent that the 99th percentile of latency may rise; it varies more than the median.
+    #[arg(long, default_value_t = 25.0, value_name = "PERCENT")]
+    tail_tolerance: f64,
     /// Compare also when machine, kernel, boot or build differ.
     #[arg(long)]
     across: bool,
@@ -66,14 +70,14 @@ struct Row {
     load: String,
     base: String,
     other: String,
-    measure: &'static str,
+    measure: String,
     /// Medians.
     was: f64,
     is: f64,
-    /// The median of the rounds' ratios, and the least and greatest of them.
-    ratio: f64,
-    ratio_min: f64,
-    ratio_max: f64,
+    /// The median of the rounds' ratios, and the least and greatest of them; absent of what may be nothing.
+    ratio: Option<f64>,
+    ratio_min: Option<f64>,
+    ratio_max: Option<f64>,
     regressed: bool,
 }
 
@@ -84,7 +88,7 @@ struct Row {
 pub fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
     let base = Results::read(&args.base)?;
     let rows = match &args.other {
-        None => within(&base, args.limits.tolerance)?,
+        None => within(&base, &args.limits)?,
         Some(path) => between(&base, &Results::read(path)?, &args.limits)?,
     };
     finish(&rows, args.output)
@@ -110,14 +114,14 @@ pub fn ci(args: &CiArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Every other subject of a file beside its first.
-fn within(results: &Results, tolerance: f64) -> anyhow::Result<Vec<Row>> {
+fn within(results: &Results, limits: &LimitArgs) -> anyhow::Result<Vec<Row>> {
     let subjects = results.subjects();
     ensure!(subjects.len() > 1, "there is only one subject: name a second file to compare with");
     let (first, others) = (subjects[0], &subjects[1..]);
     let mut all = Vec::new();
     for load in results.loads() {
         for other in others {
-            all.extend(rows(load, (first, results), (other, results), tolerance));
+            all.extend(rows(load, (first, results), (other, results), limits));
         }
     }
     Ok(all)
@@ -142,7 +146,7 @@ fn between(base: &Results, other: &Results, limits: &LimitArgs) -> anyhow::Resul
     let mut all = Vec::new();
     for load in loads {
         for name in base.subjects().into_iter().filter(|name| other.subjects().contains(name)) {
-            all.extend(rows(load, (name, base), (name, other), limits.tolerance));
+            all.extend(rows(load, (name, base), (name, other), limits));
         }
     }
     ensure!(!all.is_empty(), "no subject is in both: {:?} and {:?}", base.subjects(), other.subjects());
@@ -168,42 +172,57 @@ fn differences(a: &Results, b: &Results) -> Vec<String> {
     different.map(|(what, a, b)| format!("{what} `{a}` and `{b}`")).collect()
 }
 
-fn rows(load: &Load, base: (&str, &Results), other: (&str, &Results), tolerance: f64) -> Vec<Row> {
+fn rows(load: &Load, base: (&str, &Results), other: (&str, &Results), limits: &LimitArgs) -> Vec<Row> {
     let pairs: Vec<(&Run, &Run)> = base.1.runs_of(base.0, load).zip(other.1.runs_of(other.0, load)).collect();
-    let row = |measure, more_is_better: bool, value: &dyn Fn(&Run) -> Option<f64>| {
-        let values: Vec<(f64, f64)> =
-            pairs.iter().filter_map(|(a, b)| Some((value(a)?, value(b)?))).collect();
-        if values.is_empty() {
-            return None;
-        }
-        let ratios: Vec<f64> = values.iter().map(|(was, is)| is / was).collect();
-        let (low, high) =
-            (ratios.iter().copied().fold(f64::MAX, f64::min), ratios.iter().copied().fold(0.0, f64::max));
-        let ratio = median(ratios.iter().copied());
-        let regressed = is_worse(&ratios, more_is_better, tolerance);
-        Some(Row {
-            load: load.label(),
-            base: base.0.to_owned(),
-            other: other.0.to_owned(),
-            measure,
-            was: median(values.iter().map(|(was, _)| *was)),
-            is: median(values.iter().map(|(_, is)| *is)),
-            ratio,
-            ratio_min: low,
-            ratio_max: high,
-            regressed,
-        })
+    let values = |value: &dyn Fn(&Run) -> Option<f64>| -> Vec<(f64, f64)> {
+        pairs.iter().filter_map(|(a, b)| Some((value(a)?, value(b)?))).collect()
     };
-    let latency = |of: fn(&super::result::Latency) -> f64| move |run: &Run| run.main_latency().map(of);
-    [
-        row("IOPS", true, &|run| Some(run.iops)),
-        row("p50 us", false, &latency(|l| l.p50_us)),
-        row("p99 us", false, &latency(|l| l.p99_us)).map(|row| Row { regressed: false, ..row }),
-        row("server CPU us/IO", false, &Run::server_cpu_us_per_io),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+    let row = |measure: String, values: &[(f64, f64)], ratios: &[f64], regressed| Row {
+        load: load.label(),
+        base: base.0.to_owned(),
+        other: other.0.to_owned(),
+        measure,
+        was: median(values.iter().map(|(was, _)| *was)),
+        is: median(values.iter().map(|(_, is)| *is)),
+        ratio: (!ratios.is_empty()).then(|| median(ratios.iter().copied())),
+        ratio_min: ratios.iter().copied().reduce(f64::min),
+        ratio_max: ratios.iter().copied().reduce(f64::max),
+        regressed,
+    };
+    let compared = |measure: String, more_is_better, tolerance, value: &dyn Fn(&Run) -> Option<f64>| {
+        let values: Vec<_> = values(value).into_iter().filter(|(was, _)| *was > 0.0).collect();
+        let ratios: Vec<f64> = values.iter().map(|(was, is)| is / was).collect();
+        let regressed = !ratios.is_empty() && is_worse(&ratios, more_is_better, tolerance);
+        (!ratios.is_empty()).then(|| row(measure, &values, &ratios, regressed))
+    };
+    let mut all = vec![compared("IOPS".into(), true, limits.tolerance, &|run| Some(run.iops))];
+    let directions = Direction::of(load);
+    for direction in directions {
+        let named = |name: &str| match directions.len() {
+            1 => name.to_owned(),
+            _ => format!("{}, {name}", direction.name()),
+        };
+        let latency = |of: fn(&Latency) -> f64| move |run: &Run| run.latency(*direction).map(of);
+        all.push(compared(named("p50 us"), false, limits.tolerance, &latency(|l| l.p50_us)));
+        all.push(compared(named("p99 us"), false, limits.tail_tolerance, &latency(|l| l.p99_us)));
+    }
+    if load.rate.is_some() {
+        let values = values(&|run| Some(unserved_percent(run)));
+        let rise = median(values.iter().map(|(was, is)| is - was));
+        all.push(Some(row("unserved %".into(), &values, &[], rise > UNSERVED_RISE_MAX)));
+    }
+    all.push(compared("server CPU us/IO".into(), false, limits.tolerance, &Run::server_cpu_us_per_io));
+    all.into_iter().flatten().collect()
+}
+
+/// Percent of an open loop's IOs that may go unserved beyond those of the base: as many as a stall at the end of a
+/// measurement leaves. It is a difference and no ratio, since a base that keeps up leaves none.
+const UNSERVED_RISE_MAX: f64 = 1.0;
+
+/// Of an open loop: percent of the IOs that should have begun and never did.
+fn unserved_percent(run: &Run) -> f64 {
+    let served: u64 = [&run.reads, &run.writes].into_iter().flatten().map(|latency| latency.ios).sum();
+    run.unserved as f64 * 100.0 / (run.unserved + served).max(1) as f64
 }
 
 /// Twice the standard error of a median, in median absolute deviations over the root of the number of rounds: of a
@@ -243,11 +262,11 @@ fn table(rows: &[Row]) -> Table {
             row.load.clone(),
             row.base.clone(),
             row.other.clone(),
-            row.measure.to_owned(),
+            row.measure.clone(),
             format!("{:.1}", row.was),
             format!("{:.1}", row.is),
-            format!("{:.3}", row.ratio),
-            format!("{:.3} to {:.3}", row.ratio_min, row.ratio_max),
+            shown(row.ratio, 3),
+            format!("{} to {}", shown(row.ratio_min, 3), shown(row.ratio_max, 3)),
             if row.regressed { "REGRESSION".to_owned() } else { String::new() },
         ]);
     }
@@ -297,7 +316,7 @@ mod tests {
     }
 
     fn limits(across: bool) -> LimitArgs {
-        LimitArgs { tolerance: 5.0, across }
+        LimitArgs { tolerance: 5.0, tail_tolerance: 25.0, across }
     }
 
     fn regressed(was: &[f64], is: &[f64]) -> bool {
@@ -325,6 +344,47 @@ mod tests {
         assert!(is_worse(&[1.2, 0.4, 1.2], false, 5.0), "of what should be small");
     }
 
+    /// A result of the fixture, whose load is mixed.
+    fn mixed() -> Results {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/result-1.json");
+        let mut results = Results::read(&path).expect("a fixture");
+        results.runs.retain(|run| run.subject == "a");
+        results
+    }
+
+    /// What regressed when the runs were changed so.
+    fn regressions(base: &Results, change: fn(&mut Run)) -> Vec<String> {
+        let mut other = base.clone();
+        other.runs.iter_mut().for_each(change);
+        let rows = between(base, &other, &limits(false)).expect("comparable");
+        rows.into_iter().filter(|row| row.regressed).map(|row| row.measure).collect()
+    }
+
+    #[test]
+    fn of_a_mixed_load_both_directions_are_judged_and_their_tails() {
+        assert_eq!(
+            regressions(&mixed(), |run| run.writes.as_mut().expect("mixed").p50_us *= 1.1),
+            ["writes, p50 us"]
+        );
+        assert_eq!(
+            regressions(&mixed(), |run| run.reads.as_mut().expect("mixed").p50_us *= 1.1),
+            ["reads, p50 us"]
+        );
+        assert_eq!(
+            regressions(&mixed(), |run| run.writes.as_mut().expect("mixed").p99_us *= 1.3),
+            ["writes, p99 us"]
+        );
+        assert!(regressions(&mixed(), |run| run.writes.as_mut().expect("mixed").p99_us *= 1.2).is_empty());
+    }
+
+    #[test]
+    fn an_open_loop_that_serves_fewer_of_its_ios_regressed() {
+        let mut base = mixed();
+        base.runs.iter_mut().for_each(|run| run.load.rate = Some(1000.0));
+        assert_eq!(regressions(&base, |run| run.unserved = 5000), ["unserved %"]);
+        assert!(regressions(&base, |run| run.unserved = 50).is_empty());
+    }
+
     #[test]
     fn different_environments_are_compared_only_when_that_is_said() {
         let (a, mut b) = (results("a", &[1.0]), results("a", &[1.0]));
@@ -341,8 +401,8 @@ mod tests {
     fn subjects_of_one_file_are_paired_round_by_round() {
         let mut both = results("a", &[100.0, 50.0]);
         both.runs.extend(results("b", &[80.0, 40.0]).runs);
-        let rows = within(&both, 5.0).expect("two subjects");
-        assert_eq!((rows.len(), rows[0].ratio, rows[0].regressed), (1, 0.8, true));
-        assert!(within(&results("a", &[1.0]), 5.0).is_err());
+        let rows = within(&both, &limits(false)).expect("two subjects");
+        assert_eq!((rows.len(), rows[0].ratio, rows[0].regressed), (1, Some(0.8), true));
+        assert!(within(&results("a", &[1.0]), &limits(false)).is_err());
     }
 }

@@ -4,7 +4,7 @@
 
 use super::load::Load;
 use super::plot::{Axis, Bar, COLOURS, Scale, Series, bars, escaped, lines, short};
-use super::result::{Results, Run};
+use super::result::{Direction, Results, Run};
 use super::summary::{self, Row, shown};
 use std::fmt::Write;
 
@@ -63,7 +63,10 @@ pub fn page(results: &Results) -> String {
     }
     let _ = write!(page, "<h2>Latency by percentile</h2>\n{key}<div class=\"plots\">");
     for load in results.loads() {
-        page += &figure(&load.label(), &percentiles(results, load, &subjects));
+        for direction in Direction::of(load) {
+            let caption = of_direction(load.label(), load, *direction);
+            page += &figure(&caption, &percentiles(results, load, *direction, &subjects));
+        }
     }
     page += "</div>\n";
     if results.runs.iter().any(|run| !run.timeline.is_empty()) {
@@ -99,6 +102,11 @@ fn figure(caption: &str, svg: &str) -> String {
     format!("<figure><figcaption>{}</figcaption>{svg}</figure>\n", escaped(caption))
 }
 
+/// A caption that names the direction where a load has both.
+fn of_direction(caption: String, load: &Load, direction: Direction) -> String {
+    if Direction::of(load).len() > 1 { format!("{caption}: {}", direction.name()) } else { caption }
+}
+
 fn colour(subjects: &[&str], name: &str) -> usize {
     subjects.iter().position(|other| *other == name).unwrap_or(0)
 }
@@ -125,16 +133,18 @@ fn html_table(header: &[&str], text: usize, rows: &[Vec<String>]) -> String {
 fn medians(rows: &[Row], subjects: &[&str]) -> String {
     let first = subjects.first().copied().unwrap_or_default();
     let by = format!("x {first}");
+    let waits = ["p50", "p99", "p99.9", "max"].map(|name| summary::wait_header(rows, name));
+    let [p50, p99, p999, max] = waits.each_ref().map(String::as_str);
     let header = [
         "load",
         "subject",
         "rounds",
         "IOPS",
         "MB/s",
-        "p50 us",
-        "p99 us",
-        "p99.9 us",
-        "max us",
+        p50,
+        p99,
+        p999,
+        max,
         &by,
         "client us/IO",
         "server us/IO",
@@ -149,10 +159,10 @@ fn medians(rows: &[Row], subjects: &[&str]) -> String {
             row.rounds.to_string(),
             format!("{:.0}", row.iops),
             format!("{:.1}", row.bytes_s / 1e6),
-            shown(row.p50_us, 0),
-            shown(row.p99_us, 0),
-            shown(row.p999_us, 0),
-            shown(row.max_us, 0),
+            row.shown(|wait| wait.p50_us),
+            row.shown(|wait| wait.p99_us),
+            row.shown(|wait| wait.p999_us),
+            row.shown(|wait| wait.max_us),
             shown(base, 2),
             shown(row.client_us_per_io, 1),
             shown(row.server_us_per_io, 1),
@@ -214,11 +224,15 @@ fn against_depth(pattern: &str, loads: &[Load], rows: &[Row], subjects: &[&str])
         &x,
         &axis("IOs a second", Scale::Linear),
     );
-    let mut latencies = line(&|row| row.p50_us, ", p50", false);
-    latencies.extend(line(&|row| row.p99_us, ", p99", true));
-    let latency = lines("latency against depth", &latencies, &x, &axis("latency, us", Scale::Log10));
-    figure(&format!("{pattern}: IOs a second"), &iops)
-        + &figure(&format!("{pattern}: latency, p50 solid, p99 dashed"), &latency)
+    let mut figures = figure(&format!("{pattern}: IOs a second"), &iops);
+    for direction in Direction::of(&loads[0]) {
+        let mut latencies = line(&|row| Some(row.wait(*direction)?.p50_us), ", p50", false);
+        latencies.extend(line(&|row| Some(row.wait(*direction)?.p99_us), ", p99", true));
+        let latency = lines("latency against depth", &latencies, &x, &axis("latency, us", Scale::Log10));
+        let caption = format!("{pattern}: latency, p50 solid, p99 dashed");
+        figures += &figure(&of_direction(caption, &loads[0], *direction), &latency);
+    }
+    figures
 }
 
 fn bar_name(row: &Row, rows: &[Row]) -> String {
@@ -269,9 +283,9 @@ fn by_round(
 }
 
 /// The wait that so many of all IOs stay under; the scale stretches the tail.
-fn percentiles(results: &Results, load: &Load, subjects: &[&str]) -> String {
+fn percentiles(results: &Results, load: &Load, direction: Direction, subjects: &[&str]) -> String {
     let series = by_round(results, load, subjects, |run| {
-        let latency = run.main_latency()?;
+        let latency = run.latency(direction)?;
         // Beyond one in all IOs there is nothing to tell.
         let known = 1.0 - 1.0 / latency.ios.max(2) as f64;
         let curve = latency.curve.iter().filter(|(part, _)| *part <= known);
@@ -316,6 +330,17 @@ mod tests {
         let curves = page(&results);
         assert!(curves.contains("against depth</h2>") && curves.ends_with("</html>\n"));
         assert!(!curves.contains("NaN"));
+    }
+
+    #[test]
+    fn a_mixed_load_has_plots_of_reads_and_of_writes() {
+        let page = full();
+        for (caption, count) in [("QD32: reads<", 1), ("QD32: writes<", 1), ("p99 dashed: writes<", 1)] {
+            assert_eq!(page.matches(caption).count(), count, "{caption}");
+        }
+        let mut results = results();
+        results.runs.iter_mut().for_each(|run| run.load.read_percent = 100);
+        assert!(!super::page(&results).contains(": reads<"));
     }
 
     /// A page with curves, bars, percentiles and time lines of two subjects.

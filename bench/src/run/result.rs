@@ -81,6 +81,34 @@ pub struct Run {
     pub processes: Vec<ProcessUse>,
 }
 
+/// What an IO does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// It fetches.
+    Reads,
+    /// It stores.
+    Writes,
+}
+
+impl Direction {
+    /// Those of a load.
+    pub fn of(load: &Load) -> &'static [Self] {
+        match load.read_percent {
+            100 => &[Self::Reads],
+            0 => &[Self::Writes],
+            _ => &[Self::Reads, Self::Writes],
+        }
+    }
+
+    /// As tables have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Reads => "reads",
+            Self::Writes => "writes",
+        }
+    }
+}
+
 /// Latencies in microseconds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Latency {
@@ -170,6 +198,14 @@ impl Run {
     pub fn server_cpu_us_per_io(&self) -> Option<f64> {
         let servers = self.processes.get(1..).filter(|servers| !servers.is_empty())?;
         Some(servers.iter().map(|one| one.cpu_us_per_io).sum())
+    }
+
+    /// The latencies of one direction; absent where there was no such IO.
+    pub fn latency(&self, direction: Direction) -> Option<&Latency> {
+        match direction {
+            Direction::Reads => self.reads.as_ref(),
+            Direction::Writes => self.writes.as_ref(),
+        }
     }
 
     /// The latencies of whichever there are more of.

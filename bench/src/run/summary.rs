@@ -3,7 +3,7 @@
 //! Invariant: every table, page and goal is made from these rows.
 
 use super::load::Load;
-use super::result::{Latency, Results, Run};
+use super::result::{Direction, Latency, Results, Run};
 use crate::report::median;
 use crate::steal::DISTURBED;
 use comfy_table::{CellAlignment, Table};
@@ -31,6 +31,10 @@ pub struct Row {
     pub p999_us: Option<f64>,
     /// The longest.
     pub max_us: Option<f64>,
+    /// Of the reads; absent where there was none.
+    pub reads: Option<Wait>,
+    /// Of the writes.
+    pub writes: Option<Wait>,
     /// CPU of the client.
     pub client_us_per_io: Option<f64>,
     /// CPU of the servers; absent where nobody serves.
@@ -39,6 +43,41 @@ pub struct Row {
     pub unserved: f64,
     /// The part of all processors' time that the host took meanwhile.
     pub stolen: Option<f64>,
+}
+
+/// The medians of the rounds' latencies, in microseconds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Wait {
+    /// The median.
+    pub p50_us: f64,
+    /// 99 of 100 are below.
+    pub p99_us: f64,
+    /// 999 of 1,000 are below.
+    pub p999_us: f64,
+    /// The longest.
+    pub max_us: f64,
+}
+
+impl Row {
+    /// The latencies of one direction.
+    pub fn wait(&self, direction: Direction) -> Option<&Wait> {
+        match direction {
+            Direction::Reads => self.reads.as_ref(),
+            Direction::Writes => self.writes.as_ref(),
+        }
+    }
+
+    /// A latency for a table; of a mixed load that of reads, a stroke, and that of writes.
+    pub fn shown(&self, of: fn(&Wait) -> f64) -> String {
+        let one = |direction: &Direction| shown(self.wait(*direction).map(of), 0);
+        Direction::of(&self.load).iter().map(one).collect::<Vec<_>>().join(" / ")
+    }
+}
+
+/// How columns of latencies are called: tables with mixed loads say what is on which side of the stroke.
+pub fn wait_header(rows: &[Row], name: &str) -> String {
+    let mixed = rows.iter().any(|row| Direction::of(&row.load).len() > 1);
+    if mixed { format!("{name} us, read / write") } else { format!("{name} us") }
 }
 
 /// A row for each load and subject, in the order measured.
@@ -72,11 +111,24 @@ fn row(runs: &[&Run]) -> Row {
         p99_us: latency(|l| l.p99_us),
         p999_us: latency(|l| l.p999_us),
         max_us: latency(|l| l.max_us),
+        reads: wait(runs, Direction::Reads),
+        writes: wait(runs, Direction::Writes),
         client_us_per_io: maybe(&|run| run.processes.first().map(|client| client.cpu_us_per_io)),
         server_us_per_io: maybe(&Run::server_cpu_us_per_io),
         unserved: of(|run| run.unserved as f64),
         stolen: maybe(&|run| run.stolen),
     }
+}
+
+fn wait(runs: &[&Run], direction: Direction) -> Option<Wait> {
+    let latencies: Vec<&Latency> = runs.iter().filter_map(|run| run.latency(direction)).collect();
+    let of = |value: fn(&Latency) -> f64| median(latencies.iter().map(|latency| value(latency)));
+    (!latencies.is_empty()).then(|| Wait {
+        p50_us: of(|l| l.p50_us),
+        p99_us: of(|l| l.p99_us),
+        p999_us: of(|l| l.p999_us),
+        max_us: of(|l| l.max_us),
+    })
 }
 
 /// The row of a subject under a load.
@@ -93,8 +145,8 @@ pub fn shown(value: Option<f64>, digits: usize) -> String {
 pub fn table(rows: &[Row], bases: &[&str], preset: &str) -> Table {
     let mut table = Table::new();
     table.load_preset(preset);
-    let mut header: Vec<String> =
-        ["load", "subject", "IOPS", "MB/s", "p50 us", "p99 us", "p99.9 us"].map(str::to_owned).into();
+    let mut header: Vec<String> = ["load", "subject", "IOPS", "MB/s"].map(str::to_owned).into();
+    header.extend(["p50", "p99", "p99.9"].map(|name| wait_header(rows, name)));
     let of = |base: &str| rows.iter().filter(|row| row.subject == base).count();
     let measured = |base: &&&str| (1..rows.len()).contains(&of(base));
     let bases: Vec<&str> = bases.iter().filter(measured).copied().collect();
@@ -112,9 +164,9 @@ pub fn table(rows: &[Row], bases: &[&str], preset: &str) -> Table {
             row.subject.clone(),
             format!("{:.0}", row.iops),
             format!("{:.1}", row.bytes_s / 1e6),
-            shown(row.p50_us, 0),
-            shown(row.p99_us, 0),
-            shown(row.p999_us, 0),
+            row.shown(|wait| wait.p50_us),
+            row.shown(|wait| wait.p99_us),
+            row.shown(|wait| wait.p999_us),
         ];
         cells.extend(bases.iter().map(|base| shown(ratio(base), 2)));
         cells.extend([shown(row.client_us_per_io, 1), shown(row.server_us_per_io, 1)]);
@@ -228,6 +280,22 @@ mod tests {
         let text = table(&rows, &["a"], presets::ASCII_MARKDOWN).to_string();
         assert!(text.contains("x a") && text.contains("0.50") && text.contains("1.00"), "{text}");
         assert!(!text.contains("unserved"));
+    }
+
+    #[test]
+    fn a_mixed_load_shows_reads_and_writes_beside_each_other() {
+        let mut results = results();
+        for run in &mut results.runs {
+            run.reads.as_mut().expect("reads").p50_us = 11.0;
+            run.writes.as_mut().expect("writes").p50_us = 222.0;
+        }
+        let text = table(&rows(&results), &["a"], presets::ASCII_MARKDOWN).to_string();
+        assert!(text.contains("11 / 222") && text.contains("p50 us, read / write"), "{text}");
+        for run in &mut results.runs {
+            (run.load.read_percent, run.reads) = (0, None);
+        }
+        let text = table(&rows(&results), &["a"], presets::ASCII_MARKDOWN).to_string();
+        assert!(text.contains(" 222 ") && !text.contains(" / "), "{text}");
     }
 
     #[test]
