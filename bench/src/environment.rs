@@ -3,6 +3,7 @@
 //! Deliberately absent: host names, user names and paths, since results are published.
 
 use serde::{Deserialize, Serialize};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -24,7 +25,7 @@ pub struct Environment {
     pub cpus: usize,
     /// Memory of the machine in MiB.
     pub memory_mib: u64,
-    /// Type and device of the scratch files' file system.
+    /// Type and device of the file system that the first measured file, or else what is kept, lies on.
     pub file_system: String,
     /// Version of fio.
     pub fio: String,
@@ -81,46 +82,81 @@ pub fn session() -> String {
     boot.chars().take(18).collect()
 }
 
-/// What `ashlar tune check` finds wanting, by this same program.
-pub fn tuning() -> Vec<String> {
-    let output = std::env::current_exe()
-        .ok()
-        .and_then(|bin| Command::new(bin).args(["tune", "check", "-o", "json"]).output().ok());
-    let json: serde_json::Value =
-        output.and_then(|output| serde_json::from_slice(&output.stdout).ok()).unwrap_or_default();
-    let findings = json["findings"].as_array().cloned().unwrap_or_default();
+/// What a measured file lies on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileFacts {
+    /// The subject's name.
+    pub subject: String,
+    /// Type and device of its file system, or `block device`.
+    pub file_system: String,
+    /// The disk with its queue, as the kernel describes it; empty where the file system names none, as overlays do.
+    pub disk: String,
+}
+
+impl FileFacts {
+    /// Of a file or device.
+    pub fn read(subject: &str, path: &Path) -> Self {
+        let is_device = std::fs::metadata(path).is_ok_and(|file| file.file_type().is_block_device());
+        let file_system = if is_device { "block device".to_owned() } else { file_system(path) };
+        let disk = disk_of(path).map(|disk| disk_line(&disk)).unwrap_or_default();
+        Self { subject: subject.to_owned(), file_system, disk }
+    }
+
+    /// For people.
+    pub fn line(&self) -> String {
+        format!("{}: {}, {}", self.subject, self.file_system, self.disk).trim_end_matches(", ").to_owned()
+    }
+}
+
+/// What `ashlar tune check` finds wanting, by this same program; `None` when that failed.
+pub fn tuning() -> Option<Vec<String>> {
+    let bin = std::env::current_exe().ok()?;
+    let output = Command::new(bin).args(["tune", "check", "-o", "json"]).output().ok()?;
+    wanting(&output.stdout)
+}
+
+/// The bad ones of `tune check`'s findings; `None` if this is not its document. Its exit code tells of findings, too.
+fn wanting(document: &[u8]) -> Option<Vec<String>> {
+    let json: serde_json::Value = serde_json::from_slice(document).ok()?;
+    let findings = json["findings"].as_array()?;
     let bad = findings.iter().filter(|finding| finding["state"] == "bad");
     let word = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
-    bad.map(|finding| {
-        format!(
-            "{}: {}, wanted {}",
-            word(&finding["tuner"]),
-            word(&finding["found"]),
-            word(&finding["wanted"])
-        )
-    })
-    .collect()
+    let line = |finding: &serde_json::Value| {
+        let [tuner, found, wanted] = ["tuner", "found", "wanted"].map(|key| word(&finding[key]));
+        format!("{tuner}: {found}, wanted {wanted}")
+    };
+    Some(bad.map(line).collect())
 }
 
 /// Each disk's size, kind and queue, a line a disk.
 pub fn disks() -> Vec<String> {
-    let read = |disk: &Path, file: &str| {
-        std::fs::read_to_string(disk.join(file)).unwrap_or_default().trim().to_owned()
-    };
     let disks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten().map(|entry| entry.path());
-    let real = disks.filter(|disk| disk.join("device").exists());
-    let line = |disk: PathBuf| {
-        let name = disk.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let sectors: u64 = read(&disk, "size").parse().unwrap_or(0);
-        let model = read(&disk, "device/model");
-        let model = if model.is_empty() { model } else { format!("{model}, ") };
-        let queue = ["rotational", "scheduler", "write_cache", "nr_requests", "io_poll"];
-        let facts = queue.map(|file| format!("{file} {}", read(&disk, &format!("queue/{file}"))));
-        format!("{name}: {model}{} GiB, {}", sectors >> 21, facts.join(", "))
-    };
-    let mut lines: Vec<_> = real.map(line).collect();
+    let mut lines: Vec<_> =
+        disks.filter(|disk| disk.join("device").exists()).map(|disk| disk_line(&disk)).collect();
     lines.sort();
     lines
+}
+
+/// A disk, given by its folder in `/sys`.
+fn disk_line(disk: &Path) -> String {
+    let read = |file: &str| std::fs::read_to_string(disk.join(file)).unwrap_or_default().trim().to_owned();
+    let name = disk.file_name().unwrap_or_default().to_string_lossy();
+    let sectors: u64 = read("size").parse().unwrap_or(0);
+    let model = read("device/model");
+    let model = if model.is_empty() { model } else { format!("{model}, ") };
+    let queue = ["rotational", "scheduler", "write_cache", "nr_requests", "io_poll"];
+    let facts = queue.map(|file| format!("{file} {}", read(&format!("queue/{file}"))));
+    format!("{name}: {model}{} GiB, {}", sectors >> 21, facts.join(", "))
+}
+
+/// The folder in `/sys` of the disk below a file, or of the disk that the path names.
+fn disk_of(path: &Path) -> Option<PathBuf> {
+    let file = std::fs::metadata(path).ok()?;
+    let number = if file.file_type().is_block_device() { file.rdev() } else { file.dev() };
+    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+    let device = std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+    // A partition has no queue of its own.
+    if device.join("partition").exists() { device.parent().map(Path::to_owned) } else { Some(device) }
 }
 
 /// The value of the first line that starts with `key`, or the first line when `key` is empty.
@@ -160,6 +196,30 @@ mod tests {
         assert_eq!(utc(0), "1970-01-01T00:00:00Z");
         assert_eq!(utc(951_827_696), "2000-02-29T12:34:56Z");
         assert_eq!(utc(1_798_761_599), "2026-12-31T23:59:59Z");
+    }
+
+    #[test]
+    fn a_check_that_failed_is_told_from_one_that_found_nothing() {
+        assert_eq!(wanting(b""), None);
+        assert_eq!(wanting(b"{}"), None);
+        assert_eq!(wanting(br#"{"findings": []}"#), Some(Vec::new()));
+        let found = br#"{"findings": [{"state": "bad", "tuner": "wbt", "found": "75", "wanted": "0"}, {"state": "good"}]}"#;
+        assert_eq!(wanting(found), Some(vec!["wbt: 75, wanted 0".to_owned()]));
+    }
+
+    #[test]
+    fn a_measured_file_is_described_by_what_it_lies_on() {
+        let disks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+        let node = |name: &std::ffi::OsStr| Path::new("/dev").join(name);
+        for disk in disks.map(|entry| entry.file_name()).filter(|name| node(name).exists()) {
+            let facts = FileFacts::read("raw", &node(&disk));
+            assert_eq!(facts.file_system, "block device");
+            assert!(facts.disk.starts_with(&format!("{}: ", disk.to_string_lossy())), "{facts:?}");
+            assert!(facts.line().starts_with("raw: block device, "), "{}", facts.line());
+        }
+        let facts = FileFacts::read("raw", Path::new("/proc/version"));
+        assert_eq!((facts.file_system.as_str(), facts.disk.as_str()), ("proc on proc", ""));
+        assert_eq!(facts.line(), "raw: proc on proc");
     }
 
     #[test]

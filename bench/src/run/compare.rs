@@ -156,6 +156,7 @@ fn between(base: &Results, other: &Results, limits: &LimitArgs) -> anyhow::Resul
 /// How two environments differ, in words.
 fn differences(a: &Results, b: &Results) -> Vec<String> {
     let (x, y) = (&a.environment, &b.environment);
+    let tuning = |of: &Results| of.tuning.as_ref().map_or("unknown".to_owned(), |wanting| wanting.join(", "));
     let facts = [
         ("kernel", x.kernel.clone(), y.kernel.clone()),
         ("processor", x.cpu.clone(), y.cpu.clone()),
@@ -165,7 +166,7 @@ fn differences(a: &Results, b: &Results) -> Vec<String> {
         ("debug build", x.debug_build.to_string(), y.debug_build.to_string()),
         ("boot of the machine", a.session.clone(), b.session.clone()),
         ("disk", a.disk.join(", "), b.disk.join(", ")),
-        ("tuning", a.tuning.join(", "), b.tuning.join(", ")),
+        ("tuning", tuning(a), tuning(b)),
         ("client", a.client.clone(), b.client.clone()),
     ];
     let different = facts.into_iter().filter(|(_, a, b)| a != b);
@@ -306,8 +307,9 @@ mod tests {
             environment,
             revision: String::new(),
             session: "s".into(),
-            tuning: Vec::new(),
+            tuning: Some(Vec::new()),
             disk: Vec::new(),
+            files: Vec::new(),
             client: "ashlar".into(),
             seconds: 1.0,
             warm_up: 1.0,

@@ -6,6 +6,7 @@ use super::load::Load;
 use super::plot::{Axis, Bar, COLOURS, Scale, Series, bars, escaped, lines, short};
 use super::result::{Direction, Results, Run};
 use super::summary::{self, Row, shown};
+use crate::environment::FileFacts;
 use std::fmt::Write;
 
 const STYLE: &str = "
@@ -82,9 +83,14 @@ pub fn page(results: &Results) -> String {
     page += "</figure>\n<h2>Processes</h2>\n";
     page += &processes(results);
     page += "<h2>Environment</h2>\n<ul>";
-    let tuning = results.tuning.iter().map(|line| format!("not tuned: {line}"));
+    let unknown = || vec!["it is not known what `ashlar tune check` finds wanting".to_owned()];
+    let tuning = results
+        .tuning
+        .as_ref()
+        .map_or_else(unknown, |wanting| wanting.iter().map(|line| format!("not tuned: {line}")).collect());
+    let files = results.files.iter().map(FileFacts::line);
     let revision = (!results.revision.is_empty()).then(|| format!("source {}", results.revision));
-    for line in results.disk.iter().cloned().chain(revision).chain(tuning) {
+    for line in files.chain(results.disk.iter().cloned()).chain(revision).chain(tuning) {
         let _ = write!(page, "<li>{}</li>", escaped(&line));
     }
     page + "</ul>\n</html>\n"

@@ -18,7 +18,7 @@ pub mod target;
 
 use crate::cluster::SETTLE_LIMIT;
 use crate::dev::DevFile;
-use crate::environment::{self, Environment};
+use crate::environment::{self, Environment, FileFacts};
 use crate::fio::Fio;
 use crate::{Output, parse_bytes, process, report};
 use anyhow::{Context, ensure};
@@ -293,8 +293,9 @@ fn settle(subjects: &[Subject]) {
 
 /// Writes the result, and for each subject and load a distribution and a log of its moments.
 fn keep(plan: &Plan<'_>, measured: Vec<Measured>, args: &KeepArgs) -> anyhow::Result<Results> {
-    let scratch = args.save.parent().filter(|folder| folder.is_dir()).unwrap_or(Path::new("."));
-    let environment = Environment::read(scratch, String::new(), String::new());
+    let folder = args.save.parent().filter(|folder| folder.is_dir()).unwrap_or(Path::new("."));
+    let place = files(plan.subjects).next().map_or(folder, |(_, path)| path);
+    let environment = Environment::read(place, String::new(), String::new());
     let loads = plan.loads.len();
     for subject in plan.subjects {
         for load in plan.loads {
@@ -320,6 +321,14 @@ fn keep(plan: &Plan<'_>, measured: Vec<Measured>, args: &KeepArgs) -> anyhow::Re
     Ok(results)
 }
 
+/// The subjects that are files, and where they lie.
+fn files(subjects: &[Subject]) -> impl Iterator<Item = (&str, &Path)> {
+    subjects.iter().filter_map(|subject| match &subject.target {
+        Target::File(path) => Some((subject.name.as_str(), path.as_path())),
+        _ => None,
+    })
+}
+
 /// What was measured, with where and under what.
 pub fn results(plan: &Plan<'_>, environment: Environment, runs: Vec<result::Run>) -> Results {
     if environment.debug_build {
@@ -332,6 +341,7 @@ pub fn results(plan: &Plan<'_>, environment: Environment, runs: Vec<result::Run>
         session: environment::session(),
         tuning: environment::tuning(),
         disk: environment::disks(),
+        files: files(plan.subjects).map(|(name, path)| FileFacts::read(name, path)).collect(),
         client: plan.client.name(),
         seconds: plan.seconds,
         warm_up: plan.warm_up,
@@ -460,6 +470,9 @@ mod tests {
         assert!(std::fs::read_to_string(dir.path().join("page.md"))?.contains("| zipfrw 60 % reads"));
         assert!(std::fs::read_to_string(dir.path().join("made/report.html"))?.contains("</html>"));
         assert_eq!(Results::read(&args.keep.save)?.runs.len(), results.runs.len());
+        let subjects: Vec<_> = results.files.iter().map(|facts| facts.subject.as_str()).collect();
+        assert_eq!(subjects, ["raw"], "a server is no file");
+        assert_eq!(results.environment.file_system, results.files[0].file_system);
         assert!(dir.path().join("result.raw.hgrm").is_file());
         let log = std::fs::read(dir.path().join("result.raw.hlog"))?;
         let raw = results.runs.iter().filter(|run| run.subject == "raw");

@@ -2,7 +2,7 @@
 //!
 //! Deliberately absent: paths, host names and addresses, since results are published.
 
-use crate::environment::Environment;
+use crate::environment::{Environment, FileFacts};
 use crate::run::load::Load;
 use crate::steal::DISTURBED;
 use anyhow::{Context, ensure};
@@ -30,10 +30,13 @@ pub struct Results {
     pub revision: String,
     /// A name for the boot of the machine, so that runs of one session can be told.
     pub session: String,
-    /// What `ashlar tune check` finds wanting on this machine.
-    pub tuning: Vec<String>,
+    /// What `ashlar tune check` finds wanting on this machine; absent when it could not tell.
+    pub tuning: Option<Vec<String>>,
     /// The disk, as the kernel describes its queue.
     pub disk: Vec<String>,
+    /// What each measured file lies on.
+    #[serde(default)]
+    pub files: Vec<FileFacts>,
     /// Who did the IO: `ashlar`, or fio with its version.
     pub client: String,
     /// Seconds of each measurement, after the warm-up.
