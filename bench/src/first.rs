@@ -124,6 +124,7 @@ mod tests {
         Row {
             subject: subject.into(),
             load: Load::random_4k(reads, depth, 1 << 30),
+            synced: None,
             rounds: 3,
             iops,
             bytes_s: iops * 4096.0,

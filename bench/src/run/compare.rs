@@ -1,14 +1,17 @@
-//! `ashlar bench compare` and `ashlar bench ci`: ratios of runs that were made in turns.
+//! `ashlar bench compare` and `ashlar bench ci`: ratios of runs, round by round.
 //!
-//! A machine drifts by tens of percent within minutes, so that only rounds that ran one after the
-//! other are compared, and what counts is the median of their ratios. Results of different
-//! environments are refused unless that is asked for, and then said.
+//! A machine drifts by tens of percent within minutes. Subjects of one file ran in turns, so that each round is
+//! compared with its neighbour. Two files did not: there each round is first divided by that of a subject that both
+//! have and that did not change, such as the raw disk, and without one it is said that drift counts as change. What
+//! counts is the median of the rounds' ratios. Results of different environments are refused unless that is asked for,
+//! and then said; so is what only one file has.
 
 use super::load::Load;
 use super::measure::Client;
 use super::result::{Direction, Latency, Results, Run};
-use super::summary::shown;
-use super::{CommonArgs, TargetArgs, measure, show};
+use super::summary::{label, shown};
+use super::{CommonArgs, KeepArgs, TargetArgs, measure, parse_seconds, print, write_pages};
+use crate::environment::FileFacts;
 use crate::report::median;
 use crate::{EXIT_CHECK_FAILED, Output};
 use anyhow::{bail, ensure};
@@ -46,8 +49,20 @@ pub struct CiArgs {
     baseline: PathBuf,
     #[command(flatten)]
     limits: LimitArgs,
+    /// Seconds of each measurement [default: as the baseline].
+    #[arg(long, value_parser = parse_seconds)]
+    seconds: Option<f64>,
+    /// Seconds before it, not recorded [default: as the baseline].
+    #[arg(long, value_parser = parse_seconds)]
+    warm_up: Option<f64>,
+    /// How often each target is measured [default: as the baseline].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+    /// Write every byte once before measuring; a file that is missing is made.
+    #[arg(long)]
+    prepare: bool,
     #[command(flatten)]
-    common: CommonArgs,
+    keep: KeepArgs,
 }
 
 /// When a difference is a regression.
@@ -59,7 +74,11 @@ pub struct LimitArgs {
     /// Percent that the 99th percentile of latency may rise; it varies more than the median.
     #[arg(long, default_value_t = 25.0, value_name = "PERCENT")]
     tail_tolerance: f64,
-    /// Compare also when machine, kernel, boot or build differ.
+    /// Of two runs: the subject of both that did not change, by which each round of the others is divided
+    /// [default: the first file that both measured].
+    #[arg(long, value_name = "NAME")]
+    reference: Option<String>,
+    /// Compare also when machine, kernel, boot, build or time of measurement differ.
     #[arg(long)]
     across: bool,
 }
@@ -71,6 +90,8 @@ struct Row {
     base: String,
     other: String,
     measure: String,
+    /// By whose change the ratios are divided.
+    reference: Option<String>,
     /// Medians.
     was: f64,
     is: f64,
@@ -105,12 +126,30 @@ pub fn ci(args: &CiArgs) -> anyhow::Result<ExitCode> {
         "the baseline was measured by {}: compare with `bench compare`",
         base.client
     );
+    let subjects = args.targets.subjects()?;
+    let names: Vec<&str> = subjects.iter().map(|subject| subject.name.as_str()).collect();
+    let different = only_in_one(("the baseline", &base.subjects()), ("the command line", &names));
+    ensure!(different.is_empty(), "{}", different.join("; "));
     let loads: Vec<Load> = base.loads().into_iter().cloned().collect();
-    let new = measure(&args.targets.subjects()?, &loads, &args.common, &Client::Own)?;
-    if args.common.keep.output == Output::Text {
-        show(&new, &args.common.keep, "ashlar bench ci")?;
+    let new = measure(&subjects, &loads, &args.like(&base), &Client::Own)?;
+    write_pages(&new, &args.keep, "ashlar bench ci")?;
+    if args.keep.output == Output::Text {
+        print(&new, &args.keep)?;
     }
-    finish(&between(&base, &new, &args.limits)?, args.common.keep.output)
+    finish(&between(&base, &new, &args.limits)?, args.keep.output)
+}
+
+impl CiArgs {
+    /// How to measure: as the baseline was, unless the command line says otherwise.
+    fn like(&self, base: &Results) -> CommonArgs {
+        CommonArgs {
+            seconds: self.seconds.unwrap_or(base.seconds),
+            warm_up: self.warm_up.unwrap_or(base.warm_up),
+            rounds: self.rounds.unwrap_or_else(|| base.rounds()),
+            prepare: self.prepare,
+            keep: self.keep.clone(),
+        }
+    }
 }
 
 /// Every other subject of a file beside its first.
@@ -121,7 +160,7 @@ fn within(results: &Results, limits: &LimitArgs) -> anyhow::Result<Vec<Row>> {
     let mut all = Vec::new();
     for load in results.loads() {
         for other in others {
-            all.extend(rows(load, (first, results), (other, results), limits));
+            all.extend(rows(load, (first, results), (other, results), None, limits));
         }
     }
     Ok(all)
@@ -130,32 +169,101 @@ fn within(results: &Results, limits: &LimitArgs) -> anyhow::Result<Vec<Row>> {
 /// The subjects of the same name of two files.
 fn between(base: &Results, other: &Results, limits: &LimitArgs) -> anyhow::Result<Vec<Row>> {
     let loads: Vec<&Load> = base.loads().into_iter().filter(|load| other.loads().contains(load)).collect();
-    let labels =
-        |results: &Results| results.loads().into_iter().map(Load::label).collect::<Vec<_>>().join(", ");
-    ensure!(!loads.is_empty(), "the workloads differ: {} and {}", labels(base), labels(other));
+    let mut lone = lone_loads("the base", base, other);
+    ensure!(!loads.is_empty(), "the workloads differ: {}", lone.join("; "));
+    lone.extend(lone_loads("the other", other, base));
+    let both: Vec<&str> =
+        base.subjects().into_iter().filter(|name| other.subjects().contains(name)).collect();
+    ensure!(!both.is_empty(), "no subject is in both: {:?} and {:?}", base.subjects(), other.subjects());
+    lone.extend(only_in_one(("the base", &base.subjects()), ("the other", &other.subjects())));
+    lone.iter().for_each(|line| eprintln!("note: not compared: {line}"));
     let different = differences(base, other);
     if !different.is_empty() && !limits.across {
         bail!(
-            "these were measured in different environments: {}; measure again on one machine, or say --across",
+            "these were measured differently: {}; measure again, alike and on one machine, or say --across",
             different.join("; ")
         );
     }
     for difference in &different {
-        eprintln!("WARNING, compared across environments: {difference}");
+        eprintln!("WARNING, compared although measured differently: {difference}");
+    }
+    let reference = reference(base, other, &both, limits.reference.as_deref())?;
+    match reference {
+        Some(name) => eprintln!(
+            "note: these runs did not alternate: each ratio is divided by the change of {name} in the same round"
+        ),
+        None => eprintln!(
+            "note: these runs did not alternate and share no reference, such as a file: what the machine drifted by \
+             meanwhile counts as change"
+        ),
     }
     let mut all = Vec::new();
     for load in loads {
-        for name in base.subjects().into_iter().filter(|name| other.subjects().contains(name)) {
-            all.extend(rows(load, (name, base), (name, other), limits));
+        for name in &both {
+            let count = |results: &Results| results.runs_of(name, load).count();
+            if count(base) != count(other) {
+                let (what, was, is) = (label(load), count(base), count(other));
+                eprintln!("note: {name}, {what}: {was} rounds in the base and {is} in the other");
+            }
+            all.extend(rows(load, (name, base), (name, other), reference, limits));
         }
     }
-    ensure!(!all.is_empty(), "no subject is in both: {:?} and {:?}", base.subjects(), other.subjects());
+    ensure!(!all.is_empty(), "no subject was measured under the same load in both");
     Ok(all)
+}
+
+/// The names that only one of two lists has.
+fn only_in_one(a: (&str, &[&str]), b: (&str, &[&str])) -> Vec<String> {
+    let lone = |(here, names): (&str, &[&str]), others: &[&str]| -> Vec<String> {
+        let lone = names.iter().filter(|name| !others.contains(name));
+        lone.map(|name| format!("subject {name} is only in {here}")).collect()
+    };
+    [lone(a, b.1), lone(b, a.1)].concat()
+}
+
+/// The loads that only the first has, and in what the most similar one of the second differs.
+fn lone_loads(here: &str, results: &Results, others: &Results) -> Vec<String> {
+    let lone = results.loads().into_iter().filter(|load| !others.loads().contains(load));
+    let line = |load: &Load| {
+        let different = others.loads().into_iter().map(|other| different_fields(load, other));
+        let least = different.min_by_key(Vec::len).unwrap_or_default();
+        format!("{} is only in {here}, and the nearest differs in {}", label(load), least.join(", "))
+    };
+    lone.map(line).collect()
+}
+
+/// The fields in which two loads differ, with both values.
+fn different_fields(a: &Load, b: &Load) -> Vec<String> {
+    let fields = |load| serde_json::to_value(load).unwrap_or_default();
+    let (a, b) = (fields(a), fields(b));
+    let different = a.as_object().into_iter().flatten().filter(|(name, value)| b[name.as_str()] != **value);
+    different.map(|(name, value)| format!("{name} ({value} and {})", b[name.as_str()])).collect()
+}
+
+/// The subject by which others are divided: the named one, or the first file that both measured.
+fn reference<'a>(
+    base: &Results,
+    other: &Results,
+    both: &[&'a str],
+    named: Option<&str>,
+) -> anyhow::Result<Option<&'a str>> {
+    let found = both.iter().copied().find(|name| match named {
+        Some(named) => *name == named,
+        None => base.is_file(name) && other.is_file(name),
+    });
+    ensure!(found.is_some() || named.is_none(), "the reference {} is not in both", named.unwrap_or_default());
+    // Alone there is nothing that it could be divided by.
+    Ok(found.filter(|_| both.len() > 1))
 }
 
 /// How two environments differ, in words.
 fn differences(a: &Results, b: &Results) -> Vec<String> {
     let (x, y) = (&a.environment, &b.environment);
+    // Of the files that both tell of.
+    let files = |of: &Results, other: &Results| {
+        let both = |file: &&FileFacts| other.files.iter().any(|one| one.subject == file.subject);
+        of.files.iter().filter(both).map(FileFacts::line).collect::<Vec<_>>().join("; ")
+    };
     let tuning = |of: &Results| of.tuning.as_ref().map_or("unknown".to_owned(), |wanting| wanting.join(", "));
     let facts = [
         ("kernel", x.kernel.clone(), y.kernel.clone()),
@@ -168,33 +276,59 @@ fn differences(a: &Results, b: &Results) -> Vec<String> {
         ("disk", a.disk.join(", "), b.disk.join(", ")),
         ("tuning", tuning(a), tuning(b)),
         ("client", a.client.clone(), b.client.clone()),
+        ("seconds", a.seconds.to_string(), b.seconds.to_string()),
+        ("warm-up", a.warm_up.to_string(), b.warm_up.to_string()),
+        ("measured files", files(a, b), files(b, a)),
     ];
     let different = facts.into_iter().filter(|(_, a, b)| a != b);
     different.map(|(what, a, b)| format!("{what} `{a}` and `{b}`")).collect()
 }
 
-fn rows(load: &Load, base: (&str, &Results), other: (&str, &Results), limits: &LimitArgs) -> Vec<Row> {
+/// What one subject did under a load, beside another or itself. A reference is divided by, and itself not judged.
+fn rows(
+    load: &Load,
+    base: (&str, &Results),
+    other: (&str, &Results),
+    reference: Option<&str>,
+    limits: &LimitArgs,
+) -> Vec<Row> {
     let pairs: Vec<(&Run, &Run)> = base.1.runs_of(base.0, load).zip(other.1.runs_of(other.0, load)).collect();
-    let values = |value: &dyn Fn(&Run) -> Option<f64>| -> Vec<(f64, f64)> {
-        pairs.iter().filter_map(|(a, b)| Some((value(a)?, value(b)?))).collect()
+    if pairs.is_empty() {
+        return Vec::new();
+    }
+    let is_reference = reference == Some(other.0);
+    let reference = reference.filter(|_| !is_reference);
+    // By how much the reference changed between the rounds of two runs; 1 where it has no such value.
+    let drift = |(was, is): (&Run, &Run), value: &dyn Fn(&Run) -> Option<f64>| {
+        let of = |results: &Results, round| {
+            let mut runs = results.runs_of(reference?, load);
+            value(runs.find(|run| run.round == round)?).filter(|value| *value > 0.0)
+        };
+        of(base.1, was.round).zip(of(other.1, is.round)).map_or(1.0, |(was, is)| is / was)
     };
     let row = |measure: String, values: &[(f64, f64)], ratios: &[f64], regressed| Row {
-        load: load.label(),
+        load: label(load),
         base: base.0.to_owned(),
         other: other.0.to_owned(),
         measure,
+        reference: reference.map(str::to_owned),
         was: median(values.iter().map(|(was, _)| *was)),
         is: median(values.iter().map(|(_, is)| *is)),
         ratio: (!ratios.is_empty()).then(|| median(ratios.iter().copied())),
         ratio_min: ratios.iter().copied().reduce(f64::min),
         ratio_max: ratios.iter().copied().reduce(f64::max),
-        regressed,
+        regressed: regressed && !is_reference,
     };
     let compared = |measure: String, more_is_better, tolerance, value: &dyn Fn(&Run) -> Option<f64>| {
-        let values: Vec<_> = values(value).into_iter().filter(|(was, _)| *was > 0.0).collect();
-        let ratios: Vec<f64> = values.iter().map(|(was, is)| is / was).collect();
-        let regressed = !ratios.is_empty() && is_worse(&ratios, more_is_better, tolerance);
-        (!ratios.is_empty()).then(|| row(measure, &values, &ratios, regressed))
+        let (mut values, mut ratios) = (Vec::new(), Vec::new());
+        for (a, b) in &pairs {
+            if let (Some(was), Some(is)) = (value(a).filter(|was| *was > 0.0), value(b)) {
+                values.push((was, is));
+                ratios.push(is / was / drift((a, b), value));
+            }
+        }
+        (!ratios.is_empty())
+            .then(|| row(measure, &values, &ratios, is_worse(&ratios, more_is_better, tolerance)))
     };
     let mut all = vec![compared("IOPS".into(), true, limits.tolerance, &|run| Some(run.iops))];
     let directions = Direction::of(load);
@@ -208,7 +342,7 @@ fn rows(load: &Load, base: (&str, &Results), other: (&str, &Results), limits: &L
         all.push(compared(named("p99 us"), false, limits.tail_tolerance, &latency(|l| l.p99_us)));
     }
     if load.rate.is_some() {
-        let values = values(&|run| Some(unserved_percent(run)));
+        let values: Vec<_> = pairs.iter().map(|(a, b)| (unserved_percent(a), unserved_percent(b))).collect();
         let rise = median(values.iter().map(|(was, is)| is - was));
         all.push(Some(row("unserved %".into(), &values, &[], rise > UNSERVED_RISE_MAX)));
     }
@@ -282,6 +416,14 @@ mod tests {
     use super::*;
     use crate::environment::Environment;
     use crate::run::result::SCHEMA;
+    use anyhow::Context;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        ci: CiArgs,
+    }
 
     fn results(name: &str, iops: &[f64]) -> Results {
         let load = Load::random_4k(100, 1, 1 << 20);
@@ -314,11 +456,13 @@ mod tests {
             seconds: 1.0,
             warm_up: 1.0,
             runs: iops.iter().enumerate().map(run).collect(),
+            steady: Vec::new(),
+            transient: Vec::new(),
         }
     }
 
     fn limits(across: bool) -> LimitArgs {
-        LimitArgs { tolerance: 5.0, tail_tolerance: 25.0, across }
+        LimitArgs { tolerance: 5.0, tail_tolerance: 25.0, reference: None, across }
     }
 
     fn regressed(was: &[f64], is: &[f64]) -> bool {
@@ -395,8 +539,83 @@ mod tests {
         assert!(error.to_string().contains("kernel") && error.to_string().contains("2.4"), "{error}");
         assert!(between(&a, &b, &limits(true)).is_ok());
         b.runs[0].load.depth = 2;
-        assert!(between(&a, &b, &limits(true)).is_err(), "another workload is never compared");
+        b.runs[0].load.seed = 7;
+        let error = between(&a, &b, &limits(true)).expect_err("another workload is never compared");
+        assert!(error.to_string().contains("differs in depth (1 and 2), seed (1 and 7)"), "{error}");
         assert!(between(&a, &results("b", &[1.0]), &limits(false)).is_err(), "no subject in both");
+    }
+
+    #[test]
+    fn runs_of_other_lengths_are_compared_only_when_that_is_said() {
+        for change in [|other: &mut Results| other.seconds = 9.0, |other: &mut Results| other.warm_up = 9.0] {
+            let mut other = results("a", &[1.0]);
+            change(&mut other);
+            assert!(between(&results("a", &[1.0]), &other, &limits(false)).is_err());
+        }
+    }
+
+    fn file(subject: &str) -> FileFacts {
+        FileFacts { subject: subject.into(), file_system: "ext4 on x".into(), disk: String::new() }
+    }
+
+    #[test]
+    fn drift_of_a_file_that_both_runs_measured_is_no_regression() {
+        let run = |raw: &[f64], volume: &[f64], files: &[FileFacts]| {
+            let mut both = results("raw", raw);
+            both.runs.extend(results("vol", volume).runs);
+            both.files = files.to_vec();
+            both
+        };
+        let regressed = |files: &[FileFacts], volume: &[f64], reference: Option<&str>| {
+            let (base, other) = (run(&[100.0; 3], &[50.0; 3], files), run(&[80.0; 3], volume, files));
+            let limits = LimitArgs { reference: reference.map(str::to_owned), ..limits(false) };
+            let rows = between(&base, &other, &limits).expect("comparable");
+            rows.into_iter().filter(|row| row.regressed).map(|row| row.other).collect::<Vec<_>>()
+        };
+        let raw = &[file("raw")];
+        assert!(regressed(raw, &[40.0; 3], None).is_empty(), "the whole machine is slower");
+        assert_eq!(regressed(raw, &[30.0; 3], None), ["vol"]);
+        assert_eq!(regressed(raw, &[35.0, 36.0, 35.0], None), ["vol"], "12 % beyond the drift");
+        assert_eq!(regressed(&[], &[40.0; 3], None), ["raw", "vol"], "no reference");
+        assert!(regressed(&[], &[40.0; 3], Some("raw")).is_empty());
+        let limits = LimitArgs { reference: Some("x".into()), ..limits(false) };
+        let base = results("a", &[1.0]);
+        assert!(between(&base, &base, &limits).is_err(), "no such reference");
+    }
+
+    #[test]
+    fn what_only_one_side_has_is_told_by_name() {
+        let lone = only_in_one(("A", &["raw", "vol"]), ("B", &["vol", "nbd"]));
+        assert_eq!(lone, ["subject raw is only in A", "subject nbd is only in B"]);
+        let (mut more, less) = (results("a", &[1.0]), results("a", &[1.0]));
+        let mut deep = more.runs.clone();
+        deep[0].load.depth = 32;
+        more.runs.extend(deep);
+        let lone = lone_loads("A", &more, &less);
+        assert_eq!(lone, ["randread 4K QD32 is only in A, and the nearest differs in depth (32 and 1)"]);
+        assert!(lone_loads("B", &less, &more).is_empty());
+    }
+
+    #[test]
+    fn ci_measures_as_the_baseline_was_measured_unless_told_otherwise() {
+        let line = |line: &str| Line::parse_from(line.split(' ')).ci;
+        let base = Results { seconds: 3.0, warm_up: 0.5, ..results("a", &[1.0, 1.0, 1.0]) };
+        let like = line("x file:/x --baseline b.json").like(&base);
+        assert_eq!((like.seconds, like.warm_up, like.rounds), (3.0, 0.5, 3));
+        let other = line("x file:/x --baseline b.json --seconds 2 --rounds 7").like(&base);
+        assert_eq!((other.seconds, other.warm_up, other.rounds), (2.0, 0.5, 7));
+    }
+
+    #[test]
+    fn ci_refuses_other_subjects_than_the_baseline_has_before_it_measures() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let baseline = dir.path().join("base.json");
+        results("vol", &[1.0]).write(&baseline)?;
+        let line = format!("x raw=file:/nonexistent --baseline {}", baseline.display());
+        let error = ci(&Line::parse_from(line.split(' ')).ci).err().context("other subjects")?;
+        assert!(error.to_string().contains("vol is only in the baseline"), "{error}");
+        assert!(error.to_string().contains("raw is only in the command line"), "{error}");
+        Ok(())
     }
 
     #[test]

@@ -50,6 +50,9 @@ pub fn page(results: &Results) -> String {
     let key = key(&subjects);
     page += "<h2>Medians of the rounds</h2>\n";
     page += &medians(&rows, &subjects);
+    for note in summary::notes(results) {
+        let _ = writeln!(page, "<p>Note: {}</p>", escaped(&note));
+    }
     let groups = by_depth(&rows);
     if groups.iter().any(|(_, loads)| loads.len() > 1) {
         let _ = write!(page, "<h2>IOs a second and latency against depth</h2>\n{key}<div class=\"plots\">");
@@ -65,7 +68,7 @@ pub fn page(results: &Results) -> String {
     let _ = write!(page, "<h2>Latency by percentile</h2>\n{key}<div class=\"plots\">");
     for load in results.loads() {
         for direction in Direction::of(load) {
-            let caption = of_direction(load.label(), load, *direction);
+            let caption = of_direction(summary::label(load), load, *direction);
             page += &figure(&caption, &percentiles(results, load, *direction, &subjects));
         }
     }
@@ -73,7 +76,7 @@ pub fn page(results: &Results) -> String {
     if results.runs.iter().any(|run| !run.timeline.is_empty()) {
         let _ = write!(page, "<h2>Time line, a line for each round</h2>\n{key}<div class=\"plots\">");
         for load in results.loads() {
-            page += &figure(&load.label(), &timeline(results, load, &subjects));
+            page += &figure(&summary::label(load), &timeline(results, load, &subjects));
         }
         page += "</div>\n";
     }
@@ -160,8 +163,8 @@ fn medians(rows: &[Row], subjects: &[&str]) -> String {
     let cells = |row: &Row| {
         let base = summary::find(rows, first, &row.load).map(|base| row.iops / base.iops);
         vec![
-            row.load.label(),
-            row.subject.clone(),
+            summary::label(&row.load),
+            row.name(),
             row.rounds.to_string(),
             format!("{:.0}", row.iops),
             format!("{:.1}", row.bytes_s / 1e6),
@@ -243,7 +246,7 @@ fn against_depth(pattern: &str, loads: &[Load], rows: &[Row], subjects: &[&str])
 
 fn bar_name(row: &Row, rows: &[Row]) -> String {
     let lone = rows.iter().all(|other| other.load == row.load);
-    if lone { row.subject.clone() } else { format!("{}, {}", row.load.label(), row.subject) }
+    if lone { row.subject.clone() } else { format!("{}, {}", summary::label(&row.load), row.subject) }
 }
 
 fn iops_bars(rows: &[Row], subjects: &[&str]) -> String {

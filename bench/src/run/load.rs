@@ -228,7 +228,7 @@ impl Ios {
         let random = SmallRng::seed_from_u64(mixed(load.seed).wrapping_add(stream));
         // Multiples of the golden ratio, modulo 1, lie far from each other however many there are.
         let part = u64::from(round).wrapping_mul(GOLDEN);
-        let next = (u128::from(part) * u128::from(bytes) >> 64) as u64;
+        let next = ((u128::from(part) * u128::from(bytes)) >> 64) as u64;
         let sizes = load.sizes.0.iter().map(|(size, share)| Size::new(*size, *share, bytes));
         let sizes = sizes.collect::<anyhow::Result<Vec<_>>>()?;
         let shares = sizes.iter().map(|size| size.share).sum();
@@ -270,9 +270,9 @@ pub(super) const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// Spreads a change of any bit over all (the last step of splitmix64).
 pub(super) fn mixed(value: u64) -> u64 {
-    let value = (value ^ value >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let value = (value ^ value >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-    value ^ value >> 31
+    let value = (value ^ (value >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let value = (value ^ (value >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    value ^ (value >> 31)
 }
 
 /// Near the golden part of the places, and without a common divisor: its multiples meet every place once.
@@ -283,7 +283,7 @@ fn stride(places: u64) -> u64 {
         }
         a
     };
-    let from = (u128::from(GOLDEN) * u128::from(places) >> 64) as u64;
+    let from = ((u128::from(GOLDEN) * u128::from(places)) >> 64) as u64;
     (from.max(1)..).find(|stride| divisor(*stride, places) == 1).unwrap_or(1)
 }
 

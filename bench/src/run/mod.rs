@@ -27,6 +27,7 @@ use comfy_table::presets;
 use load::{Load, Order, Sizes};
 use measure::{Client, Measured, Plan, SETTLE_MAX, Subject, prepare};
 use result::{Results, SCHEMA};
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -77,15 +78,34 @@ pub struct TargetArgs {
     /// Several are measured in turns, A B, B A, A B.
     #[arg(value_name = "TARGET", required = true)]
     targets: Vec<String>,
-    /// Processes of the servers, whose CPU time is counted.
-    #[arg(long, value_name = "PID")]
-    pid: Vec<i32>,
-    /// A dev cluster, whose processes are counted.
+    /// Processes of the servers, whose CPU time is counted: of the target NAME, or of all that are served and not of --dev.
+    #[arg(long, value_name = "[NAME=]PID", value_parser = ServerPid::parse)]
+    pid: Vec<ServerPid>,
+    /// A dev cluster, whose processes are counted for dev:... and its own ashlar://...
     #[arg(long, value_name = "DIR")]
     dev: Option<PathBuf>,
     /// The MDS, for ashlar://VOLUME.
     #[arg(long, value_name = "HOST:PORT", env = "ASHLAR_MDS")]
     mds: Option<String>,
+}
+
+/// A process of a server.
+#[derive(Clone, Debug)]
+struct ServerPid {
+    /// The target that it serves; absent when that is not said.
+    subject: Option<String>,
+    pid: i32,
+}
+
+impl ServerPid {
+    fn parse(text: &str) -> Result<Self, String> {
+        let (subject, pid) = match text.rsplit_once('=') {
+            Some((name, pid)) => (Some(name.to_owned()), pid),
+            None => (None, text),
+        };
+        let pid = pid.parse().map_err(|_| format!("`{pid}` is no process: write PID or NAME=PID"))?;
+        Ok(Self { subject, pid })
+    }
 }
 
 /// The workload, as the command line has it.
@@ -100,9 +120,9 @@ pub struct LoadArgs {
     /// Bytes of an IO, or sizes with their shares, as in 4K:70,64K:30.
     #[arg(long, default_value = "4K", value_name = "SIZES", value_parser = parse_sizes)]
     block: Sizes,
-    /// IOs in flight at most, for each job.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
-    depth: u32,
+    /// IOs in flight at most, for each job [default: 1, or 128 with --rate].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
+    depth: Option<u32>,
     /// Connections, each with a thread of its own.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     jobs: u32,
@@ -126,6 +146,9 @@ pub struct LoadArgs {
     seed: u64,
 }
 
+/// IOs in flight at most of an open loop whose depth is not given: enough that a stall does not use them up at once.
+pub(crate) const OPEN_DEPTH: u32 = 128;
+
 /// What all commands that measure take.
 #[derive(Args, Debug)]
 pub struct CommonArgs {
@@ -146,7 +169,7 @@ pub struct CommonArgs {
 }
 
 /// Where results go.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct KeepArgs {
     /// Where the result goes; beside it, the distributions as .hgrm and .hlog files.
     #[arg(long, value_name = "FILE", default_value = "result.json")]
@@ -205,7 +228,7 @@ impl LoadArgs {
             order: self.order,
             read_percent: self.read,
             sizes: self.block.clone(),
-            depth: self.depth,
+            depth: self.depth.unwrap_or(if self.rate.is_some() { OPEN_DEPTH } else { 1 }),
             jobs: self.jobs,
             rate: self.rate,
             dsync: self.dsync,
@@ -221,13 +244,9 @@ impl TargetArgs {
     /// The subjects that the command line names.
     fn subjects(&self) -> anyhow::Result<Vec<Subject>> {
         let dev = self.dev.as_deref().map(DevFile::read).transpose()?;
-        let mut pids = self.pid.clone();
-        pids.extend(dev.iter().flat_map(DevFile::pids));
-        let gone = pids.iter().find(|pid| !process::is_alive(**pid));
-        ensure!(gone.is_none(), "there is no process {}", gone.copied().unwrap_or(0));
         let mut subjects: Vec<Subject> = Vec::new();
         for text in &self.targets {
-            let subject = subject(text, dev.as_ref(), self.mds.as_deref(), &pids)?;
+            let subject = subject(text, dev.as_ref(), self.mds.as_deref())?;
             let name = &subject.name;
             ensure!(
                 subjects.iter().all(|other| other.name != *name),
@@ -235,19 +254,52 @@ impl TargetArgs {
             );
             subjects.push(subject);
         }
+        give_pids(&mut subjects, &self.pid)?;
+        for subject in &mut subjects {
+            let gone = subject.pids.iter().find(|pid| !process::is_alive(**pid));
+            ensure!(gone.is_none(), "there is no process {}", gone.copied().unwrap_or(0));
+            subject.flushes = !subject.pids.is_empty();
+        }
         Ok(subjects)
     }
 }
 
-fn subject(text: &str, dev: Option<&DevFile>, mds: Option<&str>, pids: &[i32]) -> anyhow::Result<Subject> {
+/// A subject with those processes that --dev tells of.
+fn subject(text: &str, dev: Option<&DevFile>, mds: Option<&str>) -> anyhow::Result<Subject> {
     let named =
         text.split_once('=').filter(|(name, _)| name.chars().all(|c| c.is_alphanumeric() || c == '-'));
-    let target = Target::parse(named.map_or(text, |(_, rest)| rest), dev, mds)?;
+    let address = named.map_or(text, |(_, rest)| rest);
+    let target = Target::parse(address, dev, mds)?;
     let name = named.map_or(target.kind(), |(name, _)| name).to_owned();
-    // Nobody serves a file.
-    let pids = if matches!(target, Target::File(_)) { Vec::new() } else { pids.to_vec() };
-    let flushes = !pids.is_empty();
-    Ok(Subject { name, target, pids, flushes })
+    let of_dev = |dev: &&DevFile| match &target {
+        Target::Volume { mds, .. } => mds.as_ref() == Some(&dev.mds.endpoint),
+        _ => address.starts_with("dev:"),
+    };
+    let pids = dev.filter(of_dev).map(DevFile::pids).unwrap_or_default();
+    Ok(Subject { name, target, pids, flushes: false })
+}
+
+/// Gives each process of --pid to the subject that it names, or else to all that are served and have none by --dev.
+fn give_pids(subjects: &mut [Subject], pids: &[ServerPid]) -> anyhow::Result<()> {
+    let served = |subject: &Subject| !matches!(subject.target, Target::File(_));
+    let of_dev: Vec<bool> = subjects.iter().map(|subject| !subject.pids.is_empty()).collect();
+    for one in pids {
+        let mut taken = false;
+        for (subject, of_dev) in subjects.iter_mut().zip(&of_dev) {
+            let meant = one.subject.as_ref().map_or(!of_dev, |name| *name == subject.name);
+            if meant && served(subject) {
+                taken = true;
+                if !subject.pids.contains(&one.pid) {
+                    subject.pids.push(one.pid);
+                }
+            }
+        }
+        match &one.subject {
+            Some(name) => ensure!(taken, "--pid {name}={}: no target that is served has that name", one.pid),
+            None => ensure!(taken, "--pid {0}: whom does it serve? Say NAME={0}", one.pid),
+        }
+    }
+    Ok(())
 }
 
 /// Prepares, measures and keeps.
@@ -264,16 +316,49 @@ fn measure(
         subjects.iter().try_for_each(|subject| prepare(subject, bytes))?;
         settle(subjects);
     }
-    for subject in subjects {
-        if let Target::File(path) = &subject.target
-            && has_holes(path)
-        {
-            eprintln!("note: {} has holes, whose reads cost no disk: --prepare fills them", subject.name);
-        }
+    for (name, _) in files(subjects).filter(|(_, path)| has_holes(path)) {
+        eprintln!("note: {name} has holes, whose reads cost no disk: --prepare fills them");
+    }
+    if is_dsync_idle(subjects, loads) {
+        eprintln!("note: --dsync has no effect: no target is a file that is written");
     }
     let CommonArgs { seconds, warm_up, rounds, .. } = *args;
     let plan = Plan { client, subjects, loads, seconds, warm_up, rounds, settle_max: SETTLE_MAX };
-    keep(&plan, plan.measure()?, &args.keep)
+    let mut results = nothing_yet(&plan, &args.keep);
+    for (nth, load) in loads.iter().enumerate() {
+        let plan = Plan { loads: std::slice::from_ref(load), ..plan };
+        let measured = plan.measure().map_err(|error| match nth {
+            0 => error,
+            _ => error.context(format!(
+                "{} failed; what {nth} of {} loads before it showed is kept in {}",
+                summary::label(load),
+                loads.len(),
+                args.keep.save.display()
+            )),
+        })?;
+        keep(&mut results, measured, loads.len() > 1, &args.keep)?;
+        // The plan knows only one load, and would not wait for what this one left to be done.
+        if load.read_percent < 100 && nth + 1 < loads.len() {
+            rest(subjects);
+        }
+    }
+    Ok(results)
+}
+
+/// Waits until the servers have done what the last load left them.
+fn rest(subjects: &[Subject]) {
+    let busy = subjects.iter().filter(|subject| subject.flushes);
+    let pids: BTreeSet<i32> = busy.flat_map(|subject| subject.pids.iter().copied()).collect();
+    if !pids.is_empty() {
+        process::settle(&Vec::from_iter(pids), SETTLE_MAX);
+    }
+}
+
+/// Whether syncing was asked for where there is nothing to sync: only writes of files are.
+fn is_dsync_idle(subjects: &[Subject], loads: &[Load]) -> bool {
+    let synced = |load: &&Load| load.dsync;
+    let written = loads.iter().filter(synced).any(|load| load.read_percent < 100);
+    loads.iter().any(|load| load.dsync) && !(written && files(subjects).next().is_some())
 }
 
 /// Whether a file takes up fewer blocks than it is long; a device never does.
@@ -291,34 +376,43 @@ fn settle(subjects: &[Subject]) {
     }
 }
 
-/// Writes the result, and for each subject and load a distribution and a log of its moments.
-fn keep(plan: &Plan<'_>, measured: Vec<Measured>, args: &KeepArgs) -> anyhow::Result<Results> {
+/// The results of a plan before its first measurement.
+fn nothing_yet(plan: &Plan<'_>, args: &KeepArgs) -> Results {
     let folder = args.save.parent().filter(|folder| folder.is_dir()).unwrap_or(Path::new("."));
     let place = files(plan.subjects).next().map_or(folder, |(_, path)| path);
-    let environment = Environment::read(place, String::new(), String::new());
-    let loads = plan.loads.len();
-    for subject in plan.subjects {
-        for load in plan.loads {
-            let mut sum = job::histogram();
-            let mut log = result::HLOG_HEAD.to_owned();
-            let of_both = |one: &&Measured| one.run.subject == subject.name && one.run.load == *load;
-            for one in measured.iter().filter(of_both) {
-                sum.add(&one.times)?;
-                log += one.intervals.lines();
-            }
-            let which = if loads > 1 {
-                format!(".{}", load.label().replace([' ', ',', '/'], "_"))
-            } else {
-                String::new()
-            };
-            let beside = |end: &str| args.save.with_extension(format!("{}{which}.{end}", subject.name));
-            report::write(&beside("hgrm"), &result::hgrm(&sum))?;
-            report::write(&beside("hlog"), &log)?;
-        }
+    results(plan, Environment::read(place, String::new(), String::new()), Vec::new())
+}
+
+/// Adds all rounds of some subjects under one load, and writes the results, and for each subject a distribution and a log
+/// of its moments: what was measured is kept whatever fails later. Of several loads the files' names tell which.
+fn keep(
+    results: &mut Results,
+    measured: Vec<Measured>,
+    several: bool,
+    args: &KeepArgs,
+) -> anyhow::Result<()> {
+    let mut subjects: BTreeMap<&str, Vec<&Measured>> = BTreeMap::new();
+    for one in &measured {
+        subjects.entry(&one.run.subject).or_default().push(one);
     }
-    let results = results(plan, environment, measured.into_iter().map(|one| one.run).collect());
-    results.write(&args.save)?;
-    Ok(results)
+    for (subject, rounds) in subjects {
+        let mut sum = job::histogram();
+        let mut log = result::HLOG_HEAD.to_owned();
+        for one in &rounds {
+            sum.add(&one.times)?;
+            log += one.intervals.lines();
+        }
+        let which = if several {
+            format!(".{}", rounds[0].run.load.label().replace([' ', ',', '/'], "_"))
+        } else {
+            String::new()
+        };
+        let beside = |end: &str| args.save.with_extension(format!("{subject}{which}.{end}"));
+        report::write(&beside("hgrm"), &result::hgrm(&sum))?;
+        report::write(&beside("hlog"), &log)?;
+    }
+    results.runs.extend(measured.into_iter().map(|one| one.run));
+    results.write(&args.save)
 }
 
 /// The subjects that are files, and where they lie.
@@ -346,33 +440,56 @@ pub fn results(plan: &Plan<'_>, environment: Environment, runs: Vec<result::Run>
         seconds: plan.seconds,
         warm_up: plan.warm_up,
         runs,
+        steady: Vec::new(),
+        transient: Vec::new(),
     }
 }
 
-/// Prints and plots.
+/// Prints, and writes the pages that were asked for.
 fn show(results: &Results, args: &KeepArgs, command: &str) -> anyhow::Result<()> {
-    let rows = summary::rows(results);
-    let subjects = results.subjects();
-    let table = |preset| summary::table(&rows, &subjects[..1], preset);
-    let (line, setting) = (results.environment.line(), summary::setting(results));
+    write_pages(results, args, command)?;
+    print(results, args)
+}
+
+fn write_pages(results: &Results, args: &KeepArgs, command: &str) -> anyhow::Result<()> {
     if let Some(path) = &args.html {
         report::write(path, &html::page(results))?;
     }
     if let Some(path) = &args.write_markdown {
         let written = format!("Written by `{command} --write-markdown`; do not edit figures by hand.");
         let title = path.file_stem().unwrap_or_default().to_string_lossy();
-        let table = table(presets::ASCII_MARKDOWN);
-        report::write(path, &format!("# {title}\n\n{written}\n\n{line}\n\n{setting}\n\n{table}\n"))?;
+        let (line, setting) = (results.environment.line(), summary::setting(results));
+        let table = summary::table(&summary::rows(results), &first(results), presets::ASCII_MARKDOWN);
+        let notes: String = summary::notes(results).iter().map(|note| format!("\nNote: {note}.\n")).collect();
+        report::write(path, &format!("# {title}\n\n{written}\n\n{line}\n\n{setting}\n\n{table}\n{notes}"))?;
     }
+    Ok(())
+}
+
+/// The subject whose IOPS the others' are divided by.
+fn first(results: &Results) -> Vec<&str> {
+    results.subjects().into_iter().take(1).collect()
+}
+
+fn print(results: &Results, args: &KeepArgs) -> anyhow::Result<()> {
+    let notes: String = summary::notes(results).iter().map(|note| format!("\nnote: {note}")).collect();
     match args.output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(results)?),
+        Output::Json => {
+            println!("{}", serde_json::to_string_pretty(results)?);
+            eprintln!("{}", notes.trim_start());
+        }
         Output::Text => {
-            let table = table(presets::UTF8_FULL_CONDENSED);
+            let (line, setting) = (results.environment.line(), summary::setting(results));
+            let rows = summary::rows(results);
+            let table = summary::table(&rows, &first(results), presets::UTF8_FULL_CONDENSED);
             // Of a grid, this is for the page.
             let lone = results.loads().len() == 1;
-            let processes =
-                if lone { format!("\n{}", summary::process_table(results)) } else { String::new() };
-            println!("{line}\n{setting}\n{table}{processes}\n\nkept in {}", args.save.display());
+            let processes = if lone {
+                format!("\nprocesses, in the first round:\n{}", summary::process_table(results))
+            } else {
+                String::new()
+            };
+            println!("{line}\n{setting}\n{table}{notes}{processes}\n\nkept in {}", args.save.display());
         }
     }
     Ok(())
@@ -406,7 +523,8 @@ mod tests {
 
     fn subjects_of(targets: &[String], pids: &[i32]) -> anyhow::Result<Vec<Subject>> {
         let targets = targets.to_vec();
-        TargetArgs { targets, pid: pids.to_vec(), dev: None, mds: None }.subjects()
+        let pid = pids.iter().map(|pid| ServerPid { subject: None, pid: *pid }).collect();
+        TargetArgs { targets, pid, dev: None, mds: None }.subjects()
     }
 
     fn mixed() -> Load {
@@ -547,6 +665,46 @@ mod tests {
     }
 
     #[test]
+    fn an_open_loop_has_room_for_what_waits_and_a_closed_one_is_alone() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            load: LoadArgs,
+        }
+        let load = |line: &str| <Line as clap::Parser>::parse_from(line.split(' ')).load.load();
+        assert_eq!(load("x --read 0").depth, 1);
+        assert_eq!(load("x --rate 1000").depth, 128);
+        assert_eq!(load("x --rate 1000 --depth 4").depth, 4);
+    }
+
+    #[test]
+    fn dsync_without_a_file_or_a_write_has_no_effect() -> anyhow::Result<()> {
+        let (file, nbd) = ("raw=file:/x".to_owned(), "nbd+unix:///v?socket=/s".to_owned());
+        let both = subjects_of(&[file, nbd], &[])?;
+        let load = |read_percent, dsync| vec![Load { dsync, ..Load::random_4k(read_percent, 1, 4096) }];
+        assert!(!is_dsync_idle(&both, &load(0, true)) && !is_dsync_idle(&both[1..], &load(0, false)));
+        assert!(is_dsync_idle(&both[1..], &load(0, true)) && is_dsync_idle(&both, &load(100, true)));
+        Ok(())
+    }
+
+    #[test]
+    fn what_was_measured_before_a_load_failed_is_kept() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR"))?;
+        let subjects = subjects_of(&[format!("raw=file:{}", dir.path().join("raw").display())], &[])?;
+        // The second load's IOs are larger than its part of the file.
+        let first = Load::random_4k(0, 1, 1 << 20);
+        let second = Load { jobs: 64, sizes: "128K".parse()?, ..first.clone() };
+        let args = CommonArgs { seconds: 0.2, rounds: 1, ..common(dir.path()) };
+        let error =
+            measure(&subjects, &[first.clone(), second], &args, &Client::Own).err().context("too large")?;
+        let line = format!("{error:#}");
+        assert!(line.starts_with("randwrite 128K QD1 x64 failed") && line.contains("raw: "), "{line}");
+        assert_eq!(Results::read(&args.keep.save)?.loads(), [&first]);
+        assert!(dir.path().join("result.raw.randwrite_4K_QD1.hgrm").is_file());
+        Ok(())
+    }
+
+    #[test]
     fn a_file_with_holes_is_told_from_one_that_was_written() -> anyhow::Result<()> {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR"))?;
         let file = dir.path().join("raw");
@@ -554,6 +712,39 @@ mod tests {
         assert!(has_holes(&file));
         prepare(&Subject::file("raw", &file), 1 << 20)?;
         assert!(!has_holes(&file) && !has_holes(Path::new("/dev/null")));
+        Ok(())
+    }
+
+    #[test]
+    fn processes_count_for_those_whom_they_serve() -> anyhow::Result<()> {
+        let (dir, own) = (tempfile::tempdir()?, std::process::id().cast_signed());
+        let mut child = std::process::Command::new("sleep").arg("60").spawn()?;
+        let other = child.id().cast_signed();
+        let dev = serde_json::json!({
+            "mds": {"endpoint": "127.0.0.1:1", "pid": own},
+            "targets": [{"id": 1, "pid": own, "dir": "/x"}],
+        });
+        std::fs::write(dir.path().join("dev.json"), dev.to_string())?;
+        let pids = |targets: &[&str], pid: &[String], mds: Option<&str>| -> anyhow::Result<Vec<Vec<i32>>> {
+            let pid = pid.iter().map(|text| ServerPid::parse(text).map_err(anyhow::Error::msg));
+            let (targets, pid) = (targets.iter().map(ToString::to_string), pid.collect::<Result<_, _>>()?);
+            let (targets, mds) = (targets.collect(), mds.map(str::to_owned));
+            let args = TargetArgs { targets, pid, dev: Some(dir.path().to_owned()), mds };
+            Ok(args.subjects()?.into_iter().map(|subject| subject.pids).collect())
+        };
+        let all = ["raw=file:/a", "vol=ashlar://v", "a=nbd+unix:///v?socket=/s", "b=nbd+unix:///v?socket=/t"];
+        let (none, theirs) = (vec![], vec![other]);
+        let found = pids(&all, &[other.to_string(), other.to_string()], None)?;
+        assert_eq!(found, [none.clone(), vec![own, own], theirs.clone(), theirs.clone()]);
+        let found = pids(&all, &[format!("b={other}")], None)?;
+        assert_eq!(found, [none.clone(), vec![own, own], none.clone(), theirs]);
+        assert_eq!(pids(&["ashlar://v"], &[], Some("127.0.0.1:2"))?, [none], "of another cluster");
+        for wrong in [format!("raw={other}"), format!("x={other}"), "b=x".into(), String::new()] {
+            assert!(pids(&all, std::slice::from_ref(&wrong), None).is_err(), "{wrong}");
+        }
+        assert!(pids(&all[..1], &[other.to_string()], None).is_err(), "nobody is served");
+        child.kill()?;
+        child.wait()?;
         Ok(())
     }
 
@@ -571,6 +762,7 @@ mod tests {
             );
         }
         assert!(subjects_of(&["file:/a".into(), "file:/b".into()], &[]).is_err(), "two of one name");
-        assert!(subjects_of(&["file:/a".into()], &[i32::MAX]).is_err(), "no such process");
+        let nbd = "nbd+unix:///v?socket=/nonexistent/s".to_owned();
+        assert!(subjects_of(&[nbd], &[i32::MAX]).is_err(), "no such process");
     }
 }

@@ -4,6 +4,7 @@
 
 use crate::environment::{Environment, FileFacts};
 use crate::run::load::Load;
+use crate::run::steady::Judged;
 use crate::steal::DISTURBED;
 use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
@@ -43,8 +44,14 @@ pub struct Results {
     pub seconds: f64,
     /// Seconds of the warm-up.
     pub warm_up: f64,
-    /// Every measurement, in the order in which they were made.
+    /// Every measurement that counts, in the order in which they were made.
     pub runs: Vec<Run>,
+    /// What `bench steady` judged; its `runs` are those of the last rounds only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steady: Vec<Judged>,
+    /// The rounds of `bench steady` before those.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub transient: Vec<Run>,
 }
 
 /// One measurement.
@@ -159,6 +166,9 @@ pub struct ProcessUse {
     pub switches: u64,
 }
 
+/// The name of a process that ended meanwhile.
+pub const ENDED: &str = "(ended)";
+
 const CURVE: &[f64] =
     &[0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99, 0.995, 0.9975, 0.999, 0.9995, 0.9999, 0.99999, 1.0];
 
@@ -197,9 +207,15 @@ impl Run {
         )
     }
 
-    /// Microseconds of server CPU for each IO; absent where no server was named.
+    /// Whether a server ended before the measurement did, so that nobody knows what it used.
+    pub fn lost_a_server(&self) -> bool {
+        self.processes.iter().skip(1).any(|one| one.name == ENDED)
+    }
+
+    /// Microseconds of server CPU for each IO; absent where no server was named, or one ended meanwhile.
     pub fn server_cpu_us_per_io(&self) -> Option<f64> {
-        let servers = self.processes.get(1..).filter(|servers| !servers.is_empty())?;
+        let servers =
+            self.processes.get(1..).filter(|servers| !servers.is_empty() && !self.lost_a_server())?;
         Some(servers.iter().map(|one| one.cpu_us_per_io).sum())
     }
 
@@ -238,6 +254,17 @@ impl Results {
             }
         }
         loads
+    }
+
+    /// Whether a subject is a file; unknown of results that do not tell, which then have none.
+    pub fn is_file(&self, subject: &str) -> bool {
+        self.files.iter().any(|file| file.subject == subject)
+    }
+
+    /// How often each subject was measured under a load, at most.
+    pub fn rounds(&self) -> u32 {
+        let of = |load| self.subjects().into_iter().map(move |name| self.runs_of(name, load).count()).max();
+        self.loads().into_iter().filter_map(of).max().unwrap_or(0) as u32
     }
 
     /// The runs of a subject under a load, by round.

@@ -2,13 +2,14 @@
 //!
 //! As SNIA's Solid State Storage Performance Test Specification has it: every byte is written first, then rounds are
 //! measured until, over five of them, IOPS range within 20 % of their mean, and the line of best fit falls or rises
-//! by no more than 10 % of it.
+//! by no more than 10 % of it. Figures are those of these five; the rounds before them are kept apart.
 
 use super::measure::{Client, Measured, Plan, SETTLE_MAX, prepare};
-use super::{CommonArgs, LoadArgs, TargetArgs, keep, settle, show};
-use crate::{EXIT_CHECK_FAILED, Output};
+use super::result::Results;
+use super::{KeepArgs, LoadArgs, TargetArgs, keep, nothing_yet, parse_seconds, settle, show};
+use crate::EXIT_CHECK_FAILED;
 use clap::Args;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::process::ExitCode;
 
 /// What `bench steady` takes.
@@ -27,19 +28,25 @@ pub struct SteadyArgs {
     /// Rounds at most.
     #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u32).range(5..=1000))]
     rounds_max: u32,
+    /// Seconds of each round.
+    #[arg(long, default_value_t = 10.0, value_parser = parse_seconds)]
+    seconds: f64,
+    /// Seconds before it, not recorded.
+    #[arg(long, default_value_t = 1.0, value_parser = parse_seconds)]
+    warm_up: f64,
     #[command(flatten)]
-    common: CommonArgs,
+    keep: KeepArgs,
 }
 
 /// Rounds that are looked at together.
-const WINDOW: usize = 5;
+pub const WINDOW: usize = 5;
 /// Part of the mean that IOPS may range over.
 const RANGE_MAX: f64 = 0.2;
 /// Part of the mean that the line of best fit may move by from the first round of a window to its last.
 const SLOPE_MAX: f64 = 0.1;
 
 /// What the last rounds say.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
     /// Whether both limits hold.
     pub steady: bool,
@@ -71,12 +78,15 @@ pub fn judge(iops: &[f64]) -> Option<Verdict> {
 }
 
 /// The judgement of one target.
-#[derive(Clone, Debug, Serialize)]
-struct Judged {
-    subject: String,
-    rounds: usize,
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Judged {
+    /// Its name.
+    pub subject: String,
+    /// How many there were in all.
+    pub rounds: usize,
+    /// Absent of too few rounds.
     #[serde(flatten)]
-    verdict: Option<Verdict>,
+    pub verdict: Option<Verdict>,
 }
 
 /// Runs `bench steady`.
@@ -85,57 +95,43 @@ struct Judged {
 /// See [`super::run`].
 pub fn run(args: &SteadyArgs) -> anyhow::Result<ExitCode> {
     let (subjects, load) = (args.targets.subjects()?, args.load.load());
-    let CommonArgs { seconds, warm_up, .. } = args.common;
+    let SteadyArgs { seconds, warm_up, rounds_max, .. } = *args;
     let loads = std::slice::from_ref(&load);
     let client = Client::Own;
-    let (mut measured, mut judged) = (Vec::new(), Vec::new());
-    args.common.keep.make_folders()?;
-    for subject in &subjects {
-        for _ in 0..args.passes {
-            prepare(subject, load.bytes)?;
-        }
-        settle(&subjects);
-        let one = std::slice::from_ref(subject);
-        let plan = Plan {
-            client: &client,
-            subjects: one,
-            loads,
-            seconds,
-            warm_up,
-            rounds: 1,
-            settle_max: SETTLE_MAX,
-        };
-        let (rounds, verdict) = until_steady(args.rounds_max, |round| plan.one(subject, &load, round))?;
-        eprintln!("{}", words(&subject.name, rounds.len(), verdict.as_ref()));
-        judged.push(Judged { subject: subject.name.clone(), rounds: rounds.len(), verdict });
-        measured.extend(rounds);
-    }
+    args.keep.make_folders()?;
     let plan = Plan {
         client: &client,
         subjects: &subjects,
         loads,
         seconds,
         warm_up,
-        rounds: args.rounds_max,
+        rounds: rounds_max,
         settle_max: SETTLE_MAX,
     };
-    let results = keep(&plan, measured, &args.common.keep)?;
-    match args.common.keep.output {
-        Output::Json => println!(
-            "{}",
-            serde_json::to_string_pretty(&serde_json::json!({
-                "steady": judged, "results": results,
-            }))?
-        ),
-        Output::Text => {
-            show(&results, &args.common.keep, "ashlar bench steady")?;
-            for Judged { subject, rounds, verdict } in &judged {
-                println!("{}", words(subject, *rounds, verdict.as_ref()));
-            }
+    let mut results = nothing_yet(&plan, &args.keep);
+    for subject in &subjects {
+        for _ in 0..args.passes {
+            prepare(subject, load.bytes)?;
         }
+        settle(&subjects);
+        let (rounds, verdict) = until_steady(rounds_max, |round| plan.one(subject, &load, round))?;
+        let judged = Judged { subject: subject.name.clone(), rounds: rounds.len(), verdict };
+        eprintln!("{}", judged.line());
+        let window = part(&mut results, judged, rounds);
+        keep(&mut results, window, false, &args.keep)?;
     }
-    let steady = judged.iter().all(|one| one.verdict.as_ref().is_some_and(|verdict| verdict.steady));
+    show(&results, &args.keep, "ashlar bench steady")?;
+    let is_steady = |one: &Judged| one.verdict.as_ref().is_some_and(|verdict| verdict.steady);
+    let steady = results.steady.iter().all(is_steady);
     Ok(if steady { ExitCode::SUCCESS } else { ExitCode::from(EXIT_CHECK_FAILED) })
+}
+
+/// Puts the verdict and the rounds before its window into the results; the others are left.
+fn part(results: &mut Results, judged: Judged, mut rounds: Vec<Measured>) -> Vec<Measured> {
+    let window = judged.verdict.as_ref().map_or(0, |verdict| verdict.from_round);
+    results.transient.extend(rounds.drain(..window).map(|one| one.run));
+    results.steady.push(judged);
+    rounds
 }
 
 /// Measures rounds until the last five are steady, or there are so many.
@@ -156,24 +152,44 @@ fn until_steady(
     Ok((rounds, verdict))
 }
 
-fn words(subject: &str, rounds: usize, verdict: Option<&Verdict>) -> String {
-    let Some(Verdict { steady, mean, range, slope, from_round }) = verdict else {
-        return format!("{subject}: {rounds} rounds are too few to judge");
-    };
-    format!(
-        "{subject}: {} after {rounds} rounds; rounds {} to {rounds}: mean {mean:.0} IOPS, range {:.1} % (at most 20), \
-         slope {:.1} % (at most 10)",
-        if *steady { "steady" } else { "NOT STEADY" },
-        from_round + 1,
-        range * 100.0,
-        slope * 100.0
-    )
+impl Judged {
+    /// For people.
+    pub fn line(&self) -> String {
+        let Self { subject, rounds, verdict } = self;
+        let Some(Verdict { steady, mean, range, slope, from_round }) = verdict else {
+            return format!("{subject}: {rounds} rounds are too few to judge");
+        };
+        format!(
+            "{subject}: {} after {rounds} rounds; rounds {} to {rounds}: mean {mean:.0} IOPS, range {:.1} % (at most 20), \
+             slope {:.1} % (at most 10)",
+            if *steady { "steady" } else { "NOT STEADY" },
+            from_round + 1,
+            range * 100.0,
+            slope * 100.0
+        )
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::run::load::Load;
+    use crate::run::summary;
+    use std::path::Path;
+
+    fn run(round: u32, iops: f64) -> Measured {
+        let text = include_str!("../../testdata/result-1.json");
+        let json: serde_json::Value = serde_json::from_str(text).expect("a fixture");
+        let mut one = json["runs"][0].clone();
+        one["load"] = serde_json::to_value(Load::random_4k(0, 1, 4096)).expect("plain");
+        (one["round"], one["iops"]) = (round.into(), iops.into());
+        let (run, times) = (serde_json::from_value(one).expect("a run"), crate::run::job::histogram());
+        Measured { run, times, intervals: crate::run::result::Intervals::new(round) }
+    }
+
+    fn falling(nth: u32) -> anyhow::Result<Measured> {
+        Ok(run(nth, if nth < 3 { 1000.0 / f64::from(nth + 1) } else { 100.0 }))
+    }
 
     fn steady(iops: &[f64]) -> bool {
         judge(iops).is_some_and(|verdict| verdict.steady)
@@ -200,20 +216,44 @@ mod tests {
 
     #[test]
     fn measuring_ends_with_the_first_steady_window_or_at_the_limit() -> anyhow::Result<()> {
-        let run = |iops: f64| -> Measured {
-            let text = include_str!("../../testdata/result-1.json");
-            let json: serde_json::Value = serde_json::from_str(text).expect("a fixture");
-            let mut one = json["runs"][0].clone();
-            one["load"] = serde_json::to_value(Load::random_4k(0, 1, 4096)).expect("plain");
-            one["iops"] = iops.into();
-            let (run, times) = (serde_json::from_value(one).expect("a run"), crate::run::job::histogram());
-            Measured { run, times, intervals: crate::run::result::Intervals::new(0) }
-        };
-        let falling = |nth: u32| Ok(run(if nth < 3 { 1000.0 / f64::from(nth + 1) } else { 100.0 }));
         let (rounds, verdict) = until_steady(25, falling)?;
         assert_eq!((rounds.len(), verdict.map(|verdict| verdict.from_round)), (8, Some(3)));
-        let (rounds, verdict) = until_steady(6, |nth| Ok(run(f64::from(nth + 1))))?;
+        let (rounds, verdict) = until_steady(6, |nth| Ok(run(nth, f64::from(nth + 1))))?;
         assert_eq!((rounds.len(), verdict.map(|verdict| verdict.steady)), (6, Some(false)));
         Ok(())
+    }
+
+    #[test]
+    fn figures_are_those_of_the_window_and_the_rounds_before_it_are_kept_apart() -> anyhow::Result<()> {
+        let mut results =
+            Results::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/result-1.json"))?;
+        results.runs.clear();
+        let (rounds, verdict) = until_steady(25, falling)?;
+        let judged = Judged { subject: "a".into(), rounds: rounds.len(), verdict };
+        let window = part(&mut results, judged, rounds);
+        results.runs.extend(window.into_iter().map(|one| one.run));
+        let kept = tempfile::NamedTempFile::new()?;
+        results.write(kept.path())?;
+        let results = Results::read(kept.path())?;
+        assert_eq!(results.transient.iter().map(|run| run.round).collect::<Vec<_>>(), [0, 1, 2]);
+        let rows = summary::rows(&results);
+        assert_eq!((rows[0].rounds, rows[0].iops), (5, 100.0));
+        assert!(!summary::processes(&results).is_empty(), "of the first round of the window");
+        let setting = summary::setting(&results);
+        assert!(setting.contains("last 5 rounds of each") && !setting.contains("alternating"), "{setting}");
+        assert!(crate::run::html::page(&results).contains("a: steady after 8 rounds; rounds 4 to 8"));
+        Ok(())
+    }
+
+    #[test]
+    fn what_has_no_meaning_here_is_no_flag() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            _steady: SteadyArgs,
+        }
+        let line = |line: &str| <Line as clap::Parser>::try_parse_from(line.split(' ')).is_ok();
+        assert!(line("x file:/x --seconds 2 -o json --html a.html"));
+        assert!(!line("x file:/x --rounds 2") && !line("x file:/x --prepare"));
     }
 }

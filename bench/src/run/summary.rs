@@ -2,8 +2,10 @@
 //!
 //! Invariant: every table, page and goal is made from these rows.
 
+use super::OPEN_DEPTH;
 use super::load::Load;
 use super::result::{Direction, Latency, Results, Run};
+use super::steady::{Judged, WINDOW};
 use crate::report::median;
 use crate::steal::DISTURBED;
 use comfy_table::{CellAlignment, Table};
@@ -17,6 +19,8 @@ pub struct Row {
     pub subject: String,
     /// What.
     pub load: Load,
+    /// Of a file that was written: whether each write was durable when it completed.
+    pub synced: Option<bool>,
     /// How often it was measured.
     pub rounds: usize,
     /// IOs a second.
@@ -67,6 +71,15 @@ impl Row {
         }
     }
 
+    /// The subject for a table, with whether a file's writes were synced.
+    pub fn name(&self) -> String {
+        match self.synced {
+            None => self.subject.clone(),
+            Some(true) => format!("{}, dsync", self.subject),
+            Some(false) => format!("{}, not synced", self.subject),
+        }
+    }
+
     /// A latency for a table; of a mixed load that of reads, a stroke, and that of writes.
     pub fn shown(&self, of: fn(&Wait) -> f64) -> String {
         let one = |direction: &Direction| shown(self.wait(*direction).map(of), 0);
@@ -80,6 +93,14 @@ pub fn wait_header(rows: &[Row], name: &str) -> String {
     if mixed { format!("{name} us, read / write") } else { format!("{name} us") }
 }
 
+/// A load in a few words; of an open loop with the depth, where that is not the usual one.
+pub fn label(load: &Load) -> String {
+    match load.rate {
+        Some(_) if load.depth != OPEN_DEPTH => format!("{} QD{}", load.label(), load.depth),
+        _ => load.label(),
+    }
+}
+
 /// A row for each load and subject, in the order measured.
 pub fn rows(results: &Results) -> Vec<Row> {
     let mut rows = Vec::new();
@@ -87,7 +108,8 @@ pub fn rows(results: &Results) -> Vec<Row> {
         for subject in results.subjects() {
             let runs: Vec<&Run> = results.runs_of(subject, load).collect();
             if !runs.is_empty() {
-                rows.push(row(&runs));
+                let synced = (load.read_percent < 100 && results.is_file(subject)).then_some(load.dsync);
+                rows.push(Row { synced, ..row(&runs) });
             }
         }
     }
@@ -104,6 +126,7 @@ fn row(runs: &[&Run]) -> Row {
     Row {
         subject: runs[0].subject.clone(),
         load: runs[0].load.clone(),
+        synced: None,
         rounds: runs.len(),
         iops: of(|run| run.iops),
         bytes_s: of(|run| run.bytes_s),
@@ -160,8 +183,8 @@ pub fn table(rows: &[Row], bases: &[&str], preset: &str) -> Table {
     for row in rows {
         let ratio = |base: &&str| find(rows, base, &row.load).map(|base| row.iops / base.iops);
         let mut cells = vec![
-            row.load.label(),
-            row.subject.clone(),
+            label(&row.load),
+            row.name(),
             format!("{:.0}", row.iops),
             format!("{:.1}", row.bytes_s / 1e6),
             row.shown(|wait| wait.p50_us),
@@ -184,16 +207,21 @@ pub fn table(rows: &[Row], bases: &[&str], preset: &str) -> Table {
 pub const PROCESS_HEADER: [&str; 8] =
     ["load", "subject", "process", "CPU s", "us/IO", "RSS MiB", "switches/IO", "enters/IO"];
 
-/// What each process used in the first round: the client, whose calls of io_uring_enter are counted, then the servers.
+/// What each process used in the first round that counts: the client, whose calls of io_uring_enter are counted, then the servers.
 pub fn processes(results: &Results) -> Vec<Vec<String>> {
     let mut rows = Vec::new();
-    for run in results.runs.iter().filter(|run| run.round == 0) {
+    let mut seen: Vec<(&str, &Load)> = Vec::new();
+    for run in &results.runs {
+        if seen.contains(&(&run.subject, &run.load)) {
+            continue;
+        }
+        seen.push((&run.subject, &run.load));
         let ios =
             [&run.reads, &run.writes].into_iter().flatten().map(|latency| latency.ios).sum::<u64>().max(1);
         for (nth, one) in run.processes.iter().enumerate() {
             let enters = (nth == 0 && run.enters > 0).then(|| run.enters as f64 / ios as f64);
             rows.push(vec![
-                run.load.label(),
+                label(&run.load),
                 run.subject.clone(),
                 one.name.clone(),
                 format!("{:.2}", one.cpu_s),
@@ -223,7 +251,12 @@ pub fn process_table(results: &Results) -> Table {
 
 /// How it was measured, in a sentence.
 pub fn setting(results: &Results) -> String {
-    let rounds = results.runs.iter().map(|run| run.round + 1).max().unwrap_or(0);
+    let rounds = match results.runs.iter().map(|run| run.round + 1).max().unwrap_or(0) {
+        _ if !results.steady.is_empty() => {
+            format!("medians of the last {WINDOW} rounds of each target, one target after the other")
+        }
+        rounds => format!("medians of {rounds} alternating round(s)"),
+    };
     let mib = results.runs.iter().map(|run| run.load.bytes >> 20).max().unwrap_or(0);
     let client = match results.client.as_str() {
         "ashlar" => "the client of ashlar bench".to_owned(),
@@ -237,7 +270,41 @@ pub fn setting(results: &Results) -> String {
             DISTURBED * 100.0
         ),
     };
-    format!("{seconds}, medians of {rounds} alternating round(s), over {mib} MiB, by {client}.{again}")
+    format!("{seconds}, {rounds}, over {mib} MiB, by {client}.{again}")
+}
+
+/// What a reader must know of these figures, a sentence each.
+pub fn notes(results: &Results) -> Vec<String> {
+    let mut notes: Vec<String> = results.steady.iter().map(Judged::line).collect();
+    let served = results.subjects().into_iter().any(|subject| !results.is_file(subject));
+    for subject in results.subjects() {
+        let loose = |run: &Run| run.load.read_percent < 100 && !run.load.dsync;
+        if served && results.is_file(subject) && results.runs.iter().any(loose) {
+            notes.push(format!(
+                "writes of {subject} were not synced, while a served target may answer only for what is durable: \
+                 --dsync compares like with like"
+            ));
+        }
+        let runs = || results.runs.iter().filter(|run| run.subject == subject);
+        let lost = runs().filter(|run| run.lost_a_server()).count();
+        if lost > 0 {
+            notes.push(format!(
+                "a server of {subject} ended before {lost} of its measurements did: they tell no CPU time of servers"
+            ));
+        }
+        for load in results.loads() {
+            let unserved = results.runs_of(subject, load).map(|run| run.unserved).max().unwrap_or(0);
+            if unserved > 0 {
+                notes.push(format!(
+                    "{subject}, {}: up to {unserved} IOs of a round never began, since all {} in flight were waited \
+                     for: raise --depth, or lower --rate to what it can serve",
+                    label(load),
+                    load.depth * load.jobs
+                ));
+            }
+        }
+    }
+    notes
 }
 
 /// How many rounds were measured again, each as often as it was.
@@ -253,6 +320,8 @@ fn repeated(results: &Results) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::environment::FileFacts;
+    use crate::run::result::{ENDED, ProcessUse};
     use comfy_table::presets;
 
     fn results() -> Results {
@@ -296,6 +365,67 @@ mod tests {
         }
         let text = table(&rows(&results), &["a"], presets::ASCII_MARKDOWN).to_string();
         assert!(text.contains(" 222 ") && !text.contains(" / "), "{text}");
+    }
+
+    #[test]
+    fn a_server_that_ended_makes_no_subject_look_cheaper() {
+        let mut results = results();
+        let server = |name: &str| ProcessUse {
+            name: name.into(),
+            cpu_s: 1.0,
+            cpu_us_per_io: 5.0,
+            rss_bytes: 0,
+            switches: 0,
+        };
+        for run in results.runs.iter_mut().filter(|run| run.subject == "b") {
+            run.processes.truncate(1);
+            run.processes.extend([server("target-1"), server("target-2")]);
+        }
+        let cpu = |results: &Results| rows(results)[1].server_us_per_io;
+        assert_eq!((cpu(&results), notes(&results).len()), (Some(10.0), 0));
+        let last = results.runs.iter_mut().rfind(|run| run.subject == "b").expect("two rounds");
+        last.processes[1] = ProcessUse { cpu_s: 0.0, cpu_us_per_io: 0.0, ..server(ENDED) };
+        assert_eq!(cpu(&results), Some(10.0), "of the round that is whole");
+        let notes = notes(&results);
+        assert!(notes.len() == 1 && notes[0].contains("a server of b ended before 1 of"), "{notes:?}");
+    }
+
+    #[test]
+    fn an_open_loop_that_ran_out_of_depth_is_told_with_its_depth() {
+        let mut results = results();
+        results.runs.iter_mut().for_each(|run| (run.load.rate, run.load.depth) = (Some(500.0), OPEN_DEPTH));
+        assert_eq!(
+            (label(&results.runs[0].load), notes(&results).len()),
+            ("randrw 70 % reads 4K 500/s".into(), 0)
+        );
+        results.runs.iter_mut().for_each(|run| run.load.depth = 4);
+        results.runs.iter_mut().filter(|run| run.subject == "b").for_each(|run| run.unserved = 9);
+        assert_eq!(label(&results.runs[0].load), "randrw 70 % reads 4K 500/s QD4");
+        let notes = notes(&results);
+        assert!(
+            notes.len() == 1 && notes[0].contains("all 4 in flight") && notes[0].starts_with("b, "),
+            "{notes:?}"
+        );
+    }
+
+    #[test]
+    fn tables_say_whether_a_file_was_synced_and_a_note_when_not() {
+        let mut results = results();
+        let facts = |subject: &str| FileFacts {
+            subject: subject.into(),
+            file_system: String::new(),
+            disk: String::new(),
+        };
+        let shown = |results: &Results| table(&rows(results), &["a"], presets::ASCII_MARKDOWN).to_string();
+        assert!(!shown(&results).contains("sync"), "old results do not tell who is a file");
+        results.files = vec![facts("a")];
+        assert!(shown(&results).contains("| a, not synced |") && !shown(&results).contains("b, "));
+        assert!(notes(&results).iter().any(|note| note.contains("--dsync")));
+        results.runs.iter_mut().for_each(|run| run.load.dsync = true);
+        assert!(shown(&results).contains("| a, dsync "));
+        assert!(notes(&results).is_empty());
+        results.runs.iter_mut().for_each(|run| (run.load.dsync, run.load.read_percent) = (false, 100));
+        assert!(notes(&results).is_empty() && !shown(&results).contains("sync"));
     }
 
     #[test]
