@@ -66,14 +66,20 @@ impl Fio {
             .map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' })
             .collect();
         let path = self.dir.join(format!("{name}.fio"));
+        // Each round, and the warm-up, has IOs of its own.
+        let seeded = |nth: u64| Load { seed: load.seed.wrapping_add(nth), ..load.clone() };
         if !times.warm_up.is_zero() {
             // A run of its own, so that the CPU time of the servers is that of the measured IOs only.
-            let job = job_file(&subject.target, load, Some(times.warm_up))?;
+            let warm_up = seeded(u64::from(round) << 32 | 1 << 31);
+            let job = job_file(&subject.target, &warm_up, Some(times.warm_up))?;
             self.run(&self.dir.join("warm-up.fio"), &job, &subject.target)?;
         }
         let before = (used(&subject.pids), children_cpu_s(), Ticks::now());
-        let text =
-            self.run(&path, &job_file(&subject.target, load, Some(times.measured))?, &subject.target)?;
+        let text = self.run(
+            &path,
+            &job_file(&subject.target, &seeded(round.into()), Some(times.measured))?,
+            &subject.target,
+        )?;
         let after = (used(&subject.pids), children_cpu_s(), Ticks::now());
         let outcome = parse(&text)?;
         let json = path.with_extension(format!("{}.json", round + 1));
@@ -175,6 +181,29 @@ fn children_cpu_s() -> f64 {
     seconds(usage.user_time()) + seconds(usage.system_time())
 }
 
+/// Whether fio can do these loads.
+///
+/// # Errors
+/// It cannot do one as we mean it.
+pub fn check(subjects: &[Subject], loads: &[Load]) -> anyhow::Result<()> {
+    for subject in subjects {
+        loads.iter().try_for_each(|load| job_file(&subject.target, load, None).map(drop))?;
+    }
+    Ok(())
+}
+
+/// Shares as percentages, which are all that fio takes: of 1 at least each, and 100 in all.
+fn percents(sizes: &[(u64, f64)]) -> Vec<i64> {
+    let sum: f64 = sizes.iter().map(|(_, share)| share).sum();
+    let mut parts: Vec<i64> =
+        sizes.iter().map(|(_, share)| ((share / sum * 100.0).round() as i64).max(1)).collect();
+    let rest = 100 - parts.iter().sum::<i64>();
+    if let Some(largest) = parts.iter_mut().max() {
+        *largest += rest;
+    }
+    parts
+}
+
 /// A job file for a load, over so much time, or over every byte once.
 ///
 /// # Errors
@@ -235,10 +264,8 @@ pub fn job_file(target: &Target, load: &Load, time: Option<Duration>) -> anyhow:
     match load.sizes.0.as_slice() {
         [(bytes, _)] => line("bs", &bytes.to_string()),
         sizes => {
-            let sum: f64 = sizes.iter().map(|(_, share)| share).sum();
-            let parts: Vec<String> =
-                sizes.iter().map(|(bytes, share)| format!("{bytes}/{:.0}", share / sum * 100.0)).collect();
-            line("bssplit", &parts.join(":"));
+            let parts = sizes.iter().zip(percents(sizes)).map(|((bytes, _), part)| format!("{bytes}/{part}"));
+            line("bssplit", &parts.collect::<Vec<_>>().join(":"));
         }
     }
     match load.order {
@@ -427,6 +454,13 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }
+    }
+
+    #[test]
+    fn shares_are_whole_percents_none_of_them_0() {
+        assert_eq!(percents(&[(4096, 3.0), (65_536, 1.0)]), [75, 25]);
+        assert_eq!(percents(&[(4096, 1000.0), (8192, 1.0), (65_536, 1.0)]), [98, 1, 1]);
+        assert_eq!(percents(&[(4096, 1.0), (8192, 1.0), (65_536, 1.0)]).iter().sum::<i64>(), 100);
     }
 
     #[test]

@@ -65,14 +65,19 @@ pub struct CiArgs {
     keep: KeepArgs,
 }
 
+fn parse_percent(text: &str) -> Result<f64, String> {
+    let percent = text.parse().ok().filter(|percent: &f64| percent.is_finite() && *percent >= 0.0);
+    percent.ok_or_else(|| format!("`{text}` is no percentage from 0 on"))
+}
+
 /// When a difference is a regression.
 #[derive(Args, Debug)]
 pub struct LimitArgs {
     /// Percent that IOPS may fall, or median latency rise; spread of the rounds beyond that is allowed for.
-    #[arg(long, default_value_t = 5.0, value_name = "PERCENT")]
+    #[arg(long, default_value_t = 5.0, value_name = "PERCENT", value_parser = parse_percent)]
     tolerance: f64,
     /// Percent that the 99th percentile of latency may rise; it varies more than the median.
-    #[arg(long, default_value_t = 25.0, value_name = "PERCENT")]
+    #[arg(long, default_value_t = 25.0, value_name = "PERCENT", value_parser = parse_percent)]
     tail_tolerance: f64,
     /// Of two runs: the subject of both that did not change, by which each round of the others is divided
     /// [default: the first file that both measured].
@@ -356,8 +361,8 @@ const UNSERVED_RISE_MAX: f64 = 1.0;
 
 /// Of an open loop: percent of the IOs that should have begun and never did.
 fn unserved_percent(run: &Run) -> f64 {
-    let served: u64 = [&run.reads, &run.writes].into_iter().flatten().map(|latency| latency.ios).sum();
-    run.unserved as f64 * 100.0 / (run.unserved + served).max(1) as f64
+    let ios: u64 = [&run.reads, &run.writes].into_iter().flatten().map(|latency| latency.ios).sum();
+    run.unserved as f64 * 100.0 / ios.max(run.unserved).max(1) as f64
 }
 
 /// Twice the standard error of a median, in median absolute deviations over the root of the number of rounds: of a
@@ -604,6 +609,24 @@ mod tests {
         assert_eq!((like.seconds, like.warm_up, like.rounds), (3.0, 0.5, 3));
         let other = line("x file:/x --baseline b.json --seconds 2 --rounds 7").like(&base);
         assert_eq!((other.seconds, other.warm_up, other.rounds), (2.0, 0.5, 7));
+    }
+
+    #[test]
+    fn what_is_no_tolerance_and_what_is_no_result_are_refused() -> anyhow::Result<()> {
+        for text in ["nan", "inf", "-1", "x", ""] {
+            assert!(parse_percent(text).is_err(), "{text}");
+        }
+        assert_eq!(parse_percent("0.5"), Ok(0.5));
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("r.json");
+        for change in [|r: &mut Results| r.runs.clear(), |r: &mut Results| r.runs[0].load.sizes.0.clear()] {
+            let mut damaged = results("a", &[1.0]);
+            change(&mut damaged);
+            damaged.write(&path)?;
+            let error = Results::read(&path).err().context("it is damaged")?;
+            assert!(error.to_string().contains("r.json is damaged"), "{error:#}");
+        }
+        Ok(())
     }
 
     #[test]

@@ -16,6 +16,7 @@ use protocol::types::{Span, Time};
 use reactor::ring::{Ring, RingConfig};
 use reactor::{Addr, BufMut, Reactor};
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
@@ -101,6 +102,15 @@ pub fn connect(ring: &mut Ring, target: &Target, load: &Load, job: u32) -> anyho
     })
 }
 
+/// How much a target holds.
+///
+/// # Errors
+/// It cannot be reached, or not with the load's depth.
+pub fn bytes_of(target: &Target, load: &Load) -> anyhow::Result<u64> {
+    let mut ring = ring(load.depth, false)?;
+    Ok(connect(&mut ring, target, load, 0)?.bytes())
+}
+
 /// How long a client that polls does so before it sleeps.
 const POLL_US: u32 = 200;
 
@@ -123,7 +133,7 @@ pub struct Times {
     pub measured: Duration,
 }
 
-/// Runs one job on this thread.
+/// Runs one job on this thread, until another has failed at the latest.
 ///
 /// # Errors
 /// An IO failed, what was read is not what was written, or the connection was lost.
@@ -133,12 +143,18 @@ pub fn run(
     job: u32,
     round: u32,
     times: Times,
+    failed: &AtomicBool,
     tell: &Sender<Tick>,
 ) -> anyhow::Result<()> {
-    let mut ring = ring(load.depth, load.poll)?;
-    let driver = connect(&mut ring, target, load, job)?;
-    let mut job = Job::new(ring, driver, load, job, round, times)?;
-    job.drive(matches!(target, Target::File(_)), tell)
+    let drive = || {
+        let mut ring = ring(load.depth, load.poll)?;
+        let driver = connect(&mut ring, target, load, job)?;
+        let mut job = Job::new(ring, driver, load, job, round, times)?;
+        job.drive(matches!(target, Target::File(_)), failed, tell)
+    };
+    let result = drive();
+    failed.fetch_or(result.is_err(), Ordering::Relaxed);
+    result
 }
 
 /// Fails when IOs are under way and none has ended for too long.
@@ -213,7 +229,7 @@ impl Job {
         })
     }
 
-    fn drive(&mut self, eager: bool, tell: &Sender<Tick>) -> anyhow::Result<()> {
+    fn drive(&mut self, eager: bool, failed: &AtomicBool, tell: &Sender<Tick>) -> anyhow::Result<()> {
         let (mut done, mut told, mut heard) = (Vec::new(), self.start, self.start);
         let mut ended: VecDeque<Done> = VecDeque::new();
         let depth = self.flying.len();
@@ -221,6 +237,9 @@ impl Job {
             let now = self.ring.now();
             if now >= self.end && self.spare.len() == depth {
                 break;
+            }
+            if failed.load(Ordering::Relaxed) {
+                return Ok(());
             }
             self.issue(now, depth);
             // See `tune probe`: a disk should not wait until all that ended is looked at.
@@ -531,7 +550,11 @@ mod tests {
     fn driven(fake: Fake, load: &Load, eager: bool) -> anyhow::Result<Tick> {
         let (tell, ticks) = mpsc::channel();
         let driver = Box::new(fake);
-        Job::new(ring(load.depth, false)?, driver, load, 0, 0, TIMES)?.drive(eager, &tell)?;
+        Job::new(ring(load.depth, false)?, driver, load, 0, 0, TIMES)?.drive(
+            eager,
+            &AtomicBool::new(false),
+            &tell,
+        )?;
         drop(tell);
         let mut sum = Tick::new(Phase::After);
         for tick in ticks {
@@ -563,7 +586,11 @@ mod tests {
         // No warm-up: they begin in the window.
         let (tell, ticks) = mpsc::channel();
         let (load, times) = (Load::random_4k(100, 4, 1 << 20), Times { warm_up: Duration::ZERO, ..TIMES });
-        Job::new(ring(4, false)?, Box::new(fake), &load, 0, 0, times)?.drive(false, &tell)?;
+        Job::new(ring(4, false)?, Box::new(fake), &load, 0, 0, times)?.drive(
+            false,
+            &AtomicBool::new(false),
+            &tell,
+        )?;
         drop(tell);
         let (mut ios, mut times) = (0, histogram());
         for tick in ticks {
@@ -573,6 +600,15 @@ mod tests {
         assert_eq!((ios, times.len()), (0, 4));
         assert!(times.min() >= 200_000_000, "{}", times.min());
         Ok(())
+    }
+
+    #[test]
+    fn a_job_ends_when_another_has_failed() -> anyhow::Result<()> {
+        let (tell, _ticks) = mpsc::channel();
+        let (load, times) =
+            (Load::random_4k(100, 1, 1 << 20), Times { measured: Duration::from_secs(3600), ..TIMES });
+        let mut job = Job::new(ring(1, false)?, Box::new(Fake::new(1 << 20)), &load, 0, 0, times)?;
+        job.drive(false, &AtomicBool::new(true), &tell)
     }
 
     #[test]

@@ -55,9 +55,11 @@ impl FromStr for Sizes {
 }
 
 impl Sizes {
+    /// Whether there are IOs of these sizes.
+    ///
     /// # Errors
     /// None, one that no IO can have, or shares that are none.
-    fn check(&self) -> anyhow::Result<()> {
+    pub fn check(&self) -> anyhow::Result<()> {
         ensure!(!self.0.is_empty(), "there is no size");
         for (bytes, share) in &self.0 {
             let fits = bytes.is_multiple_of(BLOCK_BYTES) && (BLOCK_BYTES..=IO_BYTES_MAX).contains(bytes);

@@ -13,6 +13,7 @@ use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use reactor::Reactor;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -273,11 +274,13 @@ fn by_us(subject: &Subject, load: &Load, times: Times, round: u32) -> anyhow::Re
         std::iter::once(std::process::id().cast_signed()).chain(subject.pids.iter().copied()).collect();
     let (tell, ticks) = mpsc::channel();
     let mut watch = Watch::new(&format!("{} #{}", subject.name, round + 1), round, times);
+    let failed = AtomicBool::new(false);
     let (before, after) = std::thread::scope(|scope| {
+        let failed = &failed;
         let jobs: Vec<_> = (0..load.jobs)
             .map(|job| {
                 let tell = tell.clone();
-                scope.spawn(move || job::run(&subject.target, load, job, round, times, &tell))
+                scope.spawn(move || job::run(&subject.target, load, job, round, times, failed, &tell))
             })
             .collect();
         drop(tell);

@@ -20,7 +20,7 @@ use crate::cluster::SETTLE_LIMIT;
 use crate::dev::DevFile;
 use crate::environment::{self, Environment, FileFacts};
 use crate::fio::Fio;
-use crate::{Output, parse_bytes, process, report};
+use crate::{Output, fio, parse_bytes, process, report};
 use anyhow::{Context, ensure};
 use clap::Args;
 use comfy_table::presets;
@@ -302,6 +302,27 @@ fn give_pids(subjects: &mut [Subject], pids: &[ServerPid]) -> anyhow::Result<()>
     Ok(())
 }
 
+/// The loads over no more than the smallest of the targets holds: over different ranges they cannot be compared.
+fn within(loads: &[Load], subjects: &[Subject], prepares: bool) -> anyhow::Result<Vec<Load>> {
+    let mut loads = loads.to_vec();
+    let Some(deepest) = loads.iter().max_by_key(|load| load.depth).cloned() else { return Ok(loads) };
+    for subject in subjects {
+        let is_made = |path: &Path| prepares && std::fs::metadata(path).map_or(true, |file| file.is_file());
+        let bytes = match &subject.target {
+            // Made as long as it must be.
+            Target::File(path) if is_made(path) => continue,
+            // Spoken by fio alone, which says so.
+            Target::Rbd(_) => continue,
+            target => job::bytes_of(target, &deepest).with_context(|| subject.name.clone())?,
+        };
+        let smaller = loads.iter_mut().filter(|load| load.bytes > bytes);
+        if smaller.map(|load| load.bytes = bytes).count() > 0 {
+            eprintln!("note: {} holds {} MiB, so all are measured over no more", subject.name, bytes >> 20);
+        }
+    }
+    Ok(loads)
+}
+
 /// Prepares, measures and keeps.
 fn measure(
     subjects: &[Subject],
@@ -310,6 +331,10 @@ fn measure(
     client: &Client,
 ) -> anyhow::Result<Results> {
     loads.iter().try_for_each(Load::check)?;
+    let loads = &within(loads, subjects, args.prepare)?;
+    if let Client::Fio(_) = client {
+        fio::check(subjects, loads)?;
+    }
     args.keep.make_folders()?;
     if args.prepare {
         let bytes = loads.iter().map(|load| load.bytes).max().unwrap_or(0);

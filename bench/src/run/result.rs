@@ -16,8 +16,10 @@ use std::path::Path;
 use std::time::Duration;
 
 /// The schema's name and version. A change of meaning counts it up.
-pub const SCHEMA: &str = "ashlar-bench-result/2";
-/// The one before it, which had one load for all runs; still read.
+pub const SCHEMA: &str = "ashlar-bench-result/3";
+/// The one before it, in which an IO belonged to the measurement in which it ended; still read.
+const SCHEMA_2: &str = "ashlar-bench-result/2";
+/// The one before that, which had one load for all runs; still read.
 const SCHEMA_1: &str = "ashlar-bench-result/1";
 
 /// One file: all rounds of all subjects of one command.
@@ -283,11 +285,25 @@ impl Results {
         let json = if json["schema"] == SCHEMA_1 { from_schema_1(json) } else { json };
         let found = json["schema"].as_str().unwrap_or("none");
         ensure!(
-            found == SCHEMA,
+            [SCHEMA, SCHEMA_2].contains(&found),
             "{} has schema `{found}`, not {SCHEMA}; measure again with this version",
             path.display()
         );
-        serde_json::from_value(json).with_context(|| format!("{} is damaged", path.display()))
+        let damaged = || format!("{} is damaged", path.display());
+        let results: Self = serde_json::from_value(json).with_context(damaged)?;
+        results.check().with_context(damaged)?;
+        Ok(results)
+    }
+
+    /// # Errors
+    /// There is no measurement, or one of something that cannot be done.
+    fn check(&self) -> anyhow::Result<()> {
+        ensure!(!self.runs.is_empty(), "no measurement is in it");
+        for run in &self.runs {
+            run.load.sizes.check()?;
+            ensure!(run.iops.is_finite() && run.iops >= 0.0, "{} IOs a second", run.iops);
+        }
+        Ok(())
     }
 
     /// Writes a file.

@@ -19,6 +19,8 @@ const HOST_NQN: &str = "nqn.2026-01.io.ashlar:bench";
 const NSID: u32 = 1;
 /// Entries of the admin queue.
 const ADMIN_ENTRIES: u16 = 32;
+/// Most entries of our IO queue.
+const IO_ENTRIES_MAX: u16 = 256;
 /// Which structure Identify is to tell.
 const CNS_NAMESPACE: u32 = 0;
 const CNS_CONTROLLER: u32 = 1;
@@ -192,7 +194,7 @@ fn attach(ring: &mut Ring, addr: &Addr, nqn: &str, depth: u32) -> anyhow::Result
     let connect = Sqe::connect(0, 0, ADMIN_ENTRIES, 0);
     let (cntlid, _) = admin.call(ring, connect, &connect_data(host_id, u16::MAX, nqn, HOST_NQN))?;
     admin.enable(ring)?;
-    let entries = (admin.property(ring, property::CAP, true)? as u16).saturating_add(1);
+    let entries = (admin.property(ring, property::CAP, true)? as u16).saturating_add(1).min(IO_ENTRIES_MAX);
     ensure!(depth < entries.into(), "its queues take {} commands, {depth} are too many", entries - 1);
     let controller = admin.identify(ring, CNS_CONTROLLER)?;
     let namespace = admin.identify(ring, CNS_NAMESPACE)?;
@@ -202,7 +204,7 @@ fn attach(ring: &mut Ring, addr: &Addr, nqn: &str, depth: u32) -> anyhow::Result
     ensure!((512..=4096).contains(&block_bytes), "blocks of {block_bytes} bytes");
     let blocks = u64::from_le_bytes(namespace[..8].try_into()?);
     let mut queue = Queue::open(ring, addr, 1)?;
-    let mut connect = Sqe::connect(0, 1, entries.min(256), 0);
+    let mut connect = Sqe::connect(0, 1, entries, 0);
     connect.0[46] = NO_SQ_FLOW_CONTROL;
     queue.call(ring, connect, &connect_data(host_id, cntlid as u16, nqn, HOST_NQN))?;
     Ok(NvmeDriver {
