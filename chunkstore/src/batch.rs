@@ -109,6 +109,13 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<Head> {
     (fits && crc_with_hole(header, CRC_AT) == head.crc).then_some(head)
 }
 
+/// Header blocks of the batch of this LSN, as the first of them claims, whether or not its CRC holds.
+pub(crate) fn claimed_blocks(bytes: &[u8], lsn: u64) -> Option<u32> {
+    let mut get = Get(bytes.get(..HEAD_BYTES)?);
+    let (magic, _, blocks, _) = (get.u64()?, get.u16()?, get.u16()?, get.u32()?);
+    (magic == MAGIC && get.u64()? == lsn).then_some(u32::from(blocks).min(HEADER_BLOCKS_MAX))
+}
+
 /// A record as it lies in a batch.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) struct Logged {

@@ -43,7 +43,7 @@ pub(crate) struct BatchPlace {
 
 /// Blocks at the end of each segment kept for the empty batches of starts, one block each: a start
 /// that finds the log full must still be able to flush, and flushing begins after that batch.
-const START_BLOCKS: u32 = 8;
+pub(crate) const START_BLOCKS: u32 = 8;
 
 /// Segment of a batch that was lost.
 pub(crate) const NOWHERE: u32 = u32::MAX;

@@ -185,6 +185,8 @@ pub fn recover<P: Payload, M: Media + ?Sized>(
         // The next batch opens a new segment, so that the damaged ones can be recycled.
         if !store.log.free.is_empty() {
             store.log.block = store.log.segment_blocks;
+        } else if let Some(last) = store.log.uses.back() {
+            store.log.epoch = last.epoch;
         }
     }
     store.stats.torn_tails = u64::from(report.torn_batches > 0);

@@ -12,11 +12,13 @@
 //! | no header N, later batches          | >= N   | damage: a hole; go on after it                 |
 //! | no header N, no later batch         | >= N   | damage: the end is lost                        |
 //! | no header N                         | < N    | the end; what follows is torn, erased          |
+//!
+//! A block that cannot be read is no torn write: where batch N may lie in it, N counts as durable (D >= N).
 
 use crate::api::{BATCH_BLOCKS_MAX, FileId, IoError, Layout, Media};
 use crate::batch::{self, HEADER_BLOCKS_MAX, Head, Logged};
 use crate::checkpoint::Checkpoint;
-use crate::log::{BatchPlace, NOWHERE, SegmentUse};
+use crate::log::{BatchPlace, NOWHERE, START_BLOCKS, SegmentUse};
 use protocol::types::{BLOCK_BYTES, block_crc};
 
 /// A batch that was found.
@@ -54,51 +56,69 @@ struct Reader<'m, M: ?Sized> {
     layout: Layout,
     disk_tag: u64,
     at: Option<u32>,
-    image: Vec<u8>,
+    image: Image,
+}
+
+/// Part of a segment from its first block on. Blocks that could not be read are zeroes.
+#[derive(Default)]
+struct Image {
+    bytes: Vec<u8>,
+    unreadable: Vec<u32>,
+}
+
+impl Image {
+    /// Fills what there is memory for, block by block if need be.
+    fn read<M: Media + ?Sized>(&mut self, media: &mut M, file: FileId) {
+        self.unreadable.clear();
+        if media.read(file, 0, &mut self.bytes).is_ok() {
+            return;
+        }
+        for (nth, block) in self.bytes.chunks_mut(BLOCK_BYTES).enumerate() {
+            if media.read(file, (nth * BLOCK_BYTES) as u64, block).is_err() {
+                block.fill(0);
+                self.unreadable.push(nth as u32);
+            }
+        }
+    }
+    /// Blocks from `block` on that cannot be read and may hold the header of this batch.
+    fn hidden(&self, block: u32, lsn: u64) -> impl Iterator<Item = u32> {
+        let rest = self.bytes.get(block as usize * BLOCK_BYTES..).unwrap_or_default();
+        // Of a header whose first block is there the others matter too.
+        let blocks = batch::claimed_blocks(rest, lsn).unwrap_or(1);
+        self.unreadable.iter().copied().filter(move |at| (block..block + blocks).contains(at))
+    }
 }
 
 impl<M: Media + ?Sized> Reader<'_, M> {
-    /// The bytes of a segment; a missing one is empty.
-    fn segment(&mut self, segment: u32) -> Result<&[u8], IoError> {
+    /// A segment; a missing one is empty.
+    fn segment(&mut self, segment: u32) -> Result<&Image, IoError> {
         if self.at != Some(segment) {
             self.at = None;
             let file = FileId::Log(segment);
             let exists = segment < self.layout.log_segments && self.media.len(file)?.is_some();
-            self.image.clear();
+            self.image.bytes.clear();
             if exists {
-                self.image.resize(self.layout.segment_bytes as usize, 0);
-                if self.media.read(file, 0, &mut self.image).is_err() {
-                    self.read_piecewise(file);
-                }
+                self.image.bytes.resize(self.layout.segment_bytes as usize, 0);
             }
+            self.image.read(self.media, file);
             self.at = Some(segment);
         }
         Ok(&self.image)
     }
-    /// Blocks that cannot be read are left as zeroes: their checksums will not fit.
-    fn read_piecewise(&mut self, file: FileId) {
-        for (nth, block) in self.image.chunks_mut(BLOCK_BYTES).enumerate() {
-            if self.media.read(file, (nth * BLOCK_BYTES) as u64, block).is_err() {
-                block.fill(0);
-            }
-        }
-    }
     fn head(&mut self, segment: u32, block: u32) -> Result<Option<Head>, IoError> {
         let tag = self.disk_tag;
-        let bytes = self.segment(segment)?;
-        Ok(head_at(bytes, segment, block, tag))
+        let image = self.segment(segment)?;
+        Ok(head_at(&image.bytes, segment, block, tag))
     }
     /// The first blocks of a segment without reading all of it.
-    fn front(&mut self, segment: u32, blocks: u32) -> Result<Vec<u8>, IoError> {
+    fn front(&mut self, segment: u32, blocks: u32) -> Result<Image, IoError> {
         let file = FileId::Log(segment);
-        if self.media.len(file)?.is_none() {
-            return Ok(Vec::new());
+        let mut image = Image::default();
+        if self.media.len(file)?.is_some() {
+            image.bytes.resize(blocks.min(self.layout.segment_blocks()) as usize * BLOCK_BYTES, 0);
+            image.read(self.media, file);
         }
-        let mut bytes = vec![0; (blocks.min(self.layout.segment_blocks()) as usize) * BLOCK_BYTES];
-        if self.media.read(file, 0, &mut bytes).is_err() {
-            bytes.fill(0);
-        }
-        Ok(bytes)
+        Ok(image)
     }
 }
 
@@ -128,7 +148,8 @@ pub(crate) fn walk<M: Media + ?Sized>(
     layout: &Layout,
     from: &Checkpoint,
 ) -> Result<Walk, IoError> {
-    let mut reader = Reader { media, layout: *layout, disk_tag: from.disk_tag, at: None, image: Vec::new() };
+    let mut reader =
+        Reader { media, layout: *layout, disk_tag: from.disk_tag, at: None, image: Image::default() };
     let mut walk = Walk { last_lsn: from.replay_lsn - 1, epoch: from.replay_epoch, ..Walk::default() };
     let mut place = Place {
         segment: from.replay_segment,
@@ -143,19 +164,33 @@ pub(crate) fn walk<M: Media + ?Sized>(
     loop {
         let head = reader.head(place.segment, place.block)?.filter(|h| expected(h, &place));
         let Some(head) = head else {
-            if let Some(next) = next_segment(&mut reader, &place)? {
+            let hidden = reader.segment(place.segment)?.hidden(place.block, place.lsn);
+            let mut hidden: Vec<_> = hidden.map(|block| (place.segment, block)).collect();
+            if let Some(next) = next_segment(&mut reader, &walk, &place, &mut hidden)? {
                 walk.enter(next);
                 place = next;
                 continue;
             }
             let later = later(&mut reader, &place, place.lsn)?;
-            match resume(&mut walk, &place, &later, from.durable_lsn) {
+            let unreadable = hidden.iter().map(|(s, b)| format!("log segment {s} block {b} cannot be read"));
+            walk.damages.extend(unreadable);
+            let known = match () {
+                () if hidden.is_empty() => from.durable_lsn,
+                () if !later.is_empty() => from.durable_lsn.max(place.lsn),
+                // The end. Nobody knows how many batches there were, and if the block can be read the next time they
+                // come back: what is written from now on must have other LSNs, and another epoch.
+                () => {
+                    walk.epoch += 1;
+                    from.durable_lsn.max(place.lsn + u64::from(layout.segment_blocks()))
+                }
+            };
+            match resume(&mut walk, &place, &later, known) {
                 Some(next) => place = next,
                 None => return Ok(walk),
             }
             continue;
         };
-        let Some(found) = open(reader.segment(place.segment)?, head) else {
+        let Some(found) = open(&reader.segment(place.segment)?.bytes, head) else {
             walk.damages.push(format!("log batch {} is whole but makes no sense", head.lsn));
             walk.holes.push((head.lsn, head.lsn));
             walk.accept_place(&head);
@@ -165,7 +200,10 @@ pub(crate) fn walk<M: Media + ?Sized>(
         if !found.bad.is_empty() {
             let later = later(&mut reader, &place, place.lsn + 1)?;
             let durable = later.iter().map(|h| h.durable_lsn).max().unwrap_or(0).max(from.durable_lsn);
-            if durable < head.lsn {
+            let payload = place.block + u32::from(head.header_blocks);
+            let unreadable = &reader.segment(place.segment)?.unreadable;
+            let torn = !found.bad.iter().any(|bad| unreadable.contains(&(payload + bad)));
+            if torn && durable < head.lsn {
                 walk.torn.push((place.segment, place.block));
                 walk.torn.extend(later.iter().map(|h| (h.segment, h.block)));
                 walk.finish(&place);
@@ -218,15 +256,26 @@ impl Walk {
     }
 }
 
-/// The start of another segment, if the expected batch is there.
+/// The start of another segment, if the expected batch is there. If it is nowhere, `hidden` gets the
+/// unreadable blocks in which it may be.
 fn next_segment<M: Media + ?Sized>(
     reader: &mut Reader<'_, M>,
+    walk: &Walk,
     place: &Place,
+    hidden: &mut Vec<(u32, u32)>,
 ) -> Result<Option<Place>, IoError> {
+    // While the largest batch has a place in this segment no other is begun, but after a start that found damage.
+    let most = place.block + BATCH_BLOCKS_MAX + HEADER_BLOCKS_MAX + START_BLOCKS;
+    let may_end = most > reader.layout.segment_blocks() || !walk.damages.is_empty();
     for segment in (0..reader.layout.log_segments).filter(|s| *s != place.segment) {
         let front = reader.front(segment, HEADER_BLOCKS_MAX)?;
         // The payload may reach beyond the front, so the head alone is looked at.
-        let Some(head) = batch::decode(&front) else { continue };
+        let Some(head) = batch::decode(&front.bytes) else {
+            if may_end && walk.uses.iter().all(|u| u.segment != segment) {
+                hidden.extend(front.hidden(0, place.lsn).map(|block| (segment, block)));
+            }
+            continue;
+        };
         let next = Place { segment, epoch: place.epoch + 1, block: 0, ..*place };
         if expected(&head, &next)
             && head.segment == segment
@@ -251,7 +300,7 @@ fn later<M: Media + ?Sized>(
         out.extend((from..blocks).filter_map(|block| head_at(bytes, segment, block, tag)));
     };
     let mut heads = Vec::new();
-    scan(reader.segment(place.segment)?, place.segment, place.block, &mut heads);
+    scan(&reader.segment(place.segment)?.bytes, place.segment, place.block, &mut heads);
     heads.retain(|h| h.epoch == place.epoch);
     // Of other segments, those in use later; what can be in flight at once lies within their first part.
     let window =
@@ -259,7 +308,7 @@ fn later<M: Media + ?Sized>(
     for segment in (0..reader.layout.log_segments).filter(|s| *s != place.segment) {
         let front = reader.front(segment, window)?;
         let mut found = Vec::new();
-        scan(&front, segment, 0, &mut found);
+        scan(&front.bytes, segment, 0, &mut found);
         heads.extend(found.into_iter().filter(|h| h.epoch > place.epoch));
     }
     // There are fewer batches than blocks, so what claims to be further ahead is nonsense.

@@ -464,3 +464,109 @@ fn a_sector_of_a_table_that_cannot_be_read_takes_no_other_page_with_it() {
         assert_eq!(rig.store.stats().table_pages_lost, lost);
     }
 }
+
+/// A log that has just gone on in its second segment; the entries that were written, none of them attested by a seal.
+fn two_segments(layout: &Layout) -> (Rig, u64) {
+    let mut rig = Rig::new(layout);
+    rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
+    rig.settle();
+    let mut index = 0;
+    loop {
+        index += 1;
+        write(&mut rig, index, 1, 100 + index);
+        rig.drain();
+        let second = |op: &Op<Buf>| matches!(op, Op::Write { file: FileId::Log(1), dsync: true, .. });
+        let found = rig.ops.iter().any(second);
+        rig.settle();
+        if found {
+            return (rig, index);
+        }
+    }
+}
+
+/// Once the damage is behind it, the log goes on, and nothing that was lost comes back.
+fn goes_on_after_damage(mut rig: Rig, layout: &Layout, last: u64, name: &str) {
+    write(&mut rig, last + 1, 2, 900);
+    rig.write_log();
+    let broken = std::mem::take(&mut rig.disk.broken);
+    let (_, found, report) = Rig::open(rig.disk.clone(), layout);
+    let kept = found[0].entries.len() as u64;
+    assert!(found[0].health == Health::Damaged && !report.damages.is_empty(), "{name}: {report:?}");
+    rig.disk.broken = broken;
+    let (mut rig, found, _) = Rig::open(rig.disk, layout);
+    assert_eq!(found[0].health, Health::Damaged, "{name}");
+    let sound = found[0].entries.len() as u64;
+    assert!(kept >= sound && sound == last + 1, "{name}: {kept} {sound}");
+    rig.store.commit(CS, LogIndex(last + 1));
+    rig.pass(6000);
+    rig.disk.broken.clear();
+    let (_, found, report) = Rig::open(rig.disk, layout);
+    assert_eq!((found[0].health, report.damages), (Health::Damaged, vec![]), "{name}: only a peer heals it");
+}
+
+#[test]
+fn a_newest_segment_whose_front_cannot_be_read_is_damage_and_no_torn_tail() {
+    let layout = small_layout();
+    for more in 0..3 {
+        let (mut rig, mut index) = two_segments(&layout);
+        let kept = index - 1;
+        for _ in 0..more {
+            index += 1;
+            write(&mut rig, index, 1, 100 + index);
+            rig.settle();
+        }
+        rig.disk.broken.insert((FileId::Log(1), 0));
+        let (rig, found, report) = reopen(rig);
+        let name = format!("{more} batches after the first");
+        assert_eq!((found[0].entries.len() as u64, found[0].health), (kept, Health::Damaged), "{name}");
+        assert!(report.damages[0].contains("cannot be read"), "{name}: {report:?}");
+        if more == 0 {
+            goes_on_after_damage(rig, &layout, kept, &name);
+        }
+    }
+}
+
+#[test]
+fn a_block_that_cannot_be_read_hides_nothing_else_of_a_segments_front() {
+    let (mut rig, mut index) = two_segments(&small_layout());
+    for _ in 0..2 {
+        index += 1;
+        write(&mut rig, index, 1, 100 + index);
+        rig.settle();
+    }
+    // The payload of the segment's second batch.
+    rig.disk.broken.insert((FileId::Log(1), 3));
+    let (_, found, _) = reopen(rig);
+    assert_eq!((found[0].entries.len() as u64, found[0].health), (index - 2, Health::Damaged));
+}
+
+#[test]
+fn a_last_batch_that_cannot_be_read_is_damage_and_no_torn_tail() {
+    for part in 0..2 {
+        let (mut rig, places) = three_entries();
+        rig.disk.broken.insert((FileId::Log(0), places[2] + part));
+        let (rig, found, _) = reopen(rig);
+        assert_eq!((found[0].entries.len(), found[0].health), (2, Health::Damaged));
+        if part == 0 {
+            goes_on_after_damage(rig, &small_layout(), 2, "the header");
+        }
+    }
+}
+
+#[test]
+fn a_free_segment_that_cannot_be_read_is_no_damage_where_the_next_batch_has_room() {
+    let layout = Layout { segment_bytes: 600 * 4096, ..small_layout() };
+    for stop in [false, true] {
+        let mut rig = Rig::new(&layout);
+        rig.store.stage(Record::Create { copyset: CS, members: Members::default() }, None, &[]);
+        write(&mut rig, 1, 1, 101);
+        rig.settle();
+        if stop {
+            rig.store.stop();
+            rig.settle();
+        }
+        rig.disk.broken.insert((FileId::Log(1), 0));
+        let (_, found, report) = Rig::open(rig.disk, &layout);
+        assert_eq!((found[0].health, report.damages), (Health::Whole, vec![]));
+    }
+}
