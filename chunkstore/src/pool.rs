@@ -14,6 +14,12 @@ pub(crate) struct Slot {
     pub pages: Pages,
 }
 
+/// The LSN and a count. Of the LSN the upper 20 bits are left out: every number is a generation, and two uses of a
+/// slot would be taken for each other only with a multiple of 2^44 batches between them.
+fn generation(durable_lsn: u64, count: u64) -> u64 {
+    (durable_lsn << 20) | (count & 0xf_ffff)
+}
+
 /// All slots of a shard.
 #[derive(Default)]
 pub(crate) struct Pool {
@@ -67,7 +73,7 @@ impl Pool {
     pub(crate) fn take(&mut self, chunk: ChunkId, copyset: CopysetId, durable_lsn: u64) -> Option<u32> {
         let number = self.free.pop_first()?;
         self.count += 1;
-        let generation = (durable_lsn << 20) | (self.count & 0xf_ffff);
+        let generation = generation(durable_lsn, self.count);
         self.put(number, Slot { chunk, copyset, generation, pages: Pages::NONE });
         Some(number)
     }

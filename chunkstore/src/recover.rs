@@ -103,7 +103,7 @@ pub fn format<M: Media + ?Sized>(
         segments_ready: layout.format_segments,
         ..Checkpoint::default()
     };
-    let (image, bytes) = (first.encode(), checkpoint::file_bytes(layout));
+    let (image, bytes) = (first.encode(layout), checkpoint::file_bytes(layout));
     for side in [Side::A, Side::B] {
         let file = FileId::Checkpoint(side);
         media.create(file, bytes).map_err(at(file))?;

@@ -530,7 +530,7 @@ impl<P: Payload> Store<P> {
         self.log.close();
         self.round.needs_lsn = self.log.staged();
         self.round.retired = std::mem::take(&mut self.pool.retired);
-        self.round.image = self.checkpoint_image().encode();
+        self.round.image = self.checkpoint_image().encode(&self.layout);
         self.round.phase = Phase::Sync;
         self.round.last_ready = (self.log.ready, self.pool.ready);
         let files = std::mem::take(&mut self.round.dirty_files);
