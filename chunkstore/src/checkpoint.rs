@@ -216,42 +216,46 @@ fn bytes_of([copysets, slots, fences]: [usize; 3]) -> usize {
     HEAD_BYTES + copysets * COPYSET_BYTES + slots * SLOT_BYTES + fences * FENCE_BYTES
 }
 
-/// Reads one side: `Ok(Err(why))` when it holds no good checkpoint.
+/// That a side was never used.
+pub(crate) const NEVER_WRITTEN: &str = "never written";
+
+/// Reads one side; why not, when it holds no good checkpoint.
 pub(crate) fn read<M: Media + ?Sized>(
     media: &mut M,
     side: Side,
     disk_tag: u64,
     layout: &Layout,
-) -> Result<Result<Checkpoint, &'static str>, IoError> {
+) -> Result<Checkpoint, String> {
     let file = FileId::Checkpoint(side);
-    let Some(len) = media.len(file)? else { return Ok(Err("there is no such file")) };
+    let unread = |error: IoError| format!("it cannot be read ({error})");
+    let Some(len) = media.len(file).map_err(unread)? else { return Err("there is no such file".into()) };
     let mut head = vec![0; BLOCK_BYTES];
-    media.read(file, 0, &mut head)?;
+    media.read(file, 0, &mut head).map_err(unread)?;
     let mut get = Get(&head);
     let (magic, version) = (get.u64(), get.u32());
     if magic != Some(MAGIC) {
-        return Ok(Err("never written"));
+        return Err(NEVER_WRITTEN.into());
     }
     if !version.is_some_and(|version| (VERSION_MIN..=VERSION).contains(&version)) {
-        return Ok(Err("its format version is not known to this program"));
+        return Err("its format version is not known to this program".into());
     }
     let mut get = Get(&head[76..]);
     let counts = [get.u32(), get.u32(), get.u32()].map(|c| c.unwrap_or(0) as usize);
     let bytes = bytes_of(counts).next_multiple_of(BLOCK_BYTES) as u64;
     if bytes > len {
-        return Ok(Err("it is cut short"));
+        return Err("it is cut short".into());
     }
     let mut all = vec![0; bytes as usize];
-    media.read(file, 0, &mut all)?;
+    media.read(file, 0, &mut all).map_err(unread)?;
     let crc = u32::from_le_bytes([all[12], all[13], all[14], all[15]]);
     if crc != crc_with_hole(&all, CRC_AT) {
-        return Ok(Err("its checksum is wrong"));
+        return Err("its checksum is wrong".into());
     }
-    Ok(match Checkpoint::decode(&all) {
-        Some(it) if it.disk_tag != disk_tag => Err("it belongs to another disk"),
+    match Checkpoint::decode(&all) {
+        Some(it) if it.disk_tag != disk_tag => Err("it belongs to another disk".into()),
         Some(it) if it.fits(layout) => Ok(it),
-        _ => Err("it makes no sense"),
-    })
+        _ => Err("it makes no sense".into()),
+    }
 }
 
 #[cfg(test)]

@@ -37,12 +37,12 @@ pub enum RecoverError {
     NotFormatted,
     /// The superblock fails its checksum or makes no sense.
     #[error("the superblock is damaged or foreign: {0}")]
-    Superblock(&'static str),
+    Superblock(String),
     /// Neither checkpoint can be read.
     #[error(
         "no checkpoint can be read: {0}; format the disk anew and let its replicas be rebuilt from their peers"
     )]
-    Checkpoint(&'static str),
+    Checkpoint(String),
     /// IO failed.
     #[error("{0:?}: {1}")]
     Io(FileId, IoError),
@@ -79,9 +79,11 @@ pub fn format<M: Media + ?Sized>(
     }
     let at = |file| move |error| FormatError::Io(file, error);
     if media.len(FileId::Superblock).map_err(at(FileId::Superblock))?.is_some_and(|len| len > 0) {
-        let found = superblock::read(media, layout).map_err(at(FileId::Superblock))?;
-        if found.is_ok() {
-            return Err(FormatError::AlreadyFormatted);
+        match superblock::read(media, layout) {
+            Ok(_) => return Err(FormatError::AlreadyFormatted),
+            // It may be one.
+            Err(superblock::Bad { unread: Some(error), .. }) => return Err(at(FileId::Superblock)(error)),
+            Err(_) => {}
         }
     }
     let zeroes = vec![0; 1 << 20];
@@ -132,22 +134,21 @@ pub(crate) fn read_metadata<M: Media + ?Sized>(
         return Err(RecoverError::NotFormatted);
     }
     let (layout, identity) =
-        superblock::read(media, limits).map_err(at)?.map_err(RecoverError::Superblock)?;
-    let (mut best, mut why, mut notes) = (None::<Checkpoint>, "there is none", Vec::new());
+        superblock::read(media, limits).map_err(|bad| RecoverError::Superblock(bad.why))?;
+    let (mut best, mut why, mut notes) = (None::<Checkpoint>, Vec::new(), Vec::new());
     for side in [Side::A, Side::B] {
-        let at = |error| RecoverError::Io(FileId::Checkpoint(side), error);
-        match checkpoint::read(media, side, disk_tag(&identity), &layout).map_err(at)? {
+        match checkpoint::read(media, side, disk_tag(&identity), &layout) {
             Ok(found) if best.as_ref().is_none_or(|b| b.seq < found.seq) => best = Some(found),
             Ok(_) => {}
             Err(problem) => {
-                if problem != "never written" {
+                if problem != checkpoint::NEVER_WRITTEN {
                     notes.push(format!("checkpoint {side:?}: {problem}"));
                 }
-                why = problem;
+                why.push(format!("{side:?}: {problem}"));
             }
         }
     }
-    let best = best.ok_or(RecoverError::Checkpoint(why))?;
+    let best = best.ok_or(RecoverError::Checkpoint(why.join("; ")))?;
     Ok((layout, identity, best, notes))
 }
 
@@ -303,7 +304,7 @@ fn new_store<P: Payload>(
     }
     for (copyset, fence) in &from.fences {
         let Some(state) = store.copysets.get_mut(copyset) else {
-            return Err(RecoverError::Checkpoint("a fence is of a copyset that it does not know"));
+            return Err(RecoverError::Checkpoint("a fence is of a copyset that it does not know".into()));
         };
         state.fences.raise(*fence);
     }
@@ -312,7 +313,7 @@ fn new_store<P: Payload>(
         let slot = Slot { chunk: image.chunk, copyset: image.copyset, generation: image.generation, pages };
         let owned = store.copysets.contains_key(&image.copyset) && !store.chunks.contains_key(&image.chunk);
         if !owned || !store.pool.adopt(image.slot, slot) {
-            return Err(RecoverError::Checkpoint("its slot table contradicts itself"));
+            return Err(RecoverError::Checkpoint("its slot table contradicts itself".into()));
         }
         store.chunk(image.copyset, image.chunk).slot = Some(image.slot);
     }

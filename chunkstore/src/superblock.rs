@@ -65,22 +65,32 @@ pub(crate) fn decode(block: &[u8], limits: &Layout) -> Result<(Layout, Identity)
     }
 }
 
+/// Why no copy is good.
+pub(crate) struct Bad {
+    /// Of both copies.
+    pub why: String,
+    /// A copy could not be read: nobody knows whether it is one.
+    pub unread: Option<IoError>,
+}
+
 /// Reads the first good copy.
-pub(crate) fn read<M: Media + ?Sized>(
-    media: &mut M,
-    limits: &Layout,
-) -> Result<Result<(Layout, Identity), &'static str>, IoError> {
+pub(crate) fn read<M: Media + ?Sized>(media: &mut M, limits: &Layout) -> Result<(Layout, Identity), Bad> {
     let mut block = vec![0; BLOCK_BYTES];
-    let mut why = "not a superblock";
+    let (mut problems, mut unread) = (Vec::new(), None);
     for copy in 0..2u64 {
-        media.read(FileId::Superblock, copy * BLOCK_BYTES as u64, &mut block)?;
-        match decode(&block, limits) {
-            Ok(found) => return Ok(Ok(found)),
-            Err(problem) if problem != "not a superblock" => why = problem,
-            Err(_) => {}
-        }
+        let problem = match media.read(FileId::Superblock, copy * BLOCK_BYTES as u64, &mut block) {
+            Ok(()) => match decode(&block, limits) {
+                Ok(found) => return Ok(found),
+                Err(problem) => problem.to_string(),
+            },
+            Err(error) => {
+                unread = Some(error);
+                format!("it cannot be read ({error})")
+            }
+        };
+        problems.push(format!("copy {copy}: {problem}"));
     }
-    Ok(Err(why))
+    Err(Bad { why: problems.join("; "), unread })
 }
 
 #[cfg(test)]

@@ -570,3 +570,30 @@ fn a_free_segment_that_cannot_be_read_is_no_damage_where_the_next_batch_has_room
         assert_eq!((found[0].health, report.damages), (Health::Whole, vec![]));
     }
 }
+
+#[test]
+fn one_of_two_twins_that_cannot_be_read_is_as_good_as_a_wrong_checksum() {
+    let mut rig = flushed();
+    rig.store.stop();
+    rig.settle();
+    let open = |broken: &[(FileId, u64)]| {
+        let mut disk = rig.disk.clone();
+        disk.broken.extend(broken);
+        recover::<Buf, _>(&mut disk, &small_layout()).map(|(_, found, _)| found[0].entries.len())
+    };
+    let (a, b) = (FileId::Checkpoint(Side::A), FileId::Checkpoint(Side::B));
+    let superblock = [(FileId::Superblock, 0), (FileId::Superblock, 1)];
+    for one in superblock.into_iter().chain([(a, 0), (b, 0)]) {
+        assert_eq!(open(&[one]), Ok(3), "{one:?}");
+    }
+    let why = |broken: &[(FileId, u64)]| open(broken).expect_err("both are bad").to_string();
+    let both = why(&superblock);
+    assert!(both.contains("copy 0: it cannot") && both.contains("copy 1: it cannot"), "{both}");
+    let both = why(&[(a, 0), (b, 0)]);
+    assert!(both.contains("A: it cannot be read (errno 5); B: it cannot"), "{both}");
+    // A disk that may be formatted is not formatted again.
+    let mut disk = rig.disk.clone();
+    disk.broken.extend(superblock);
+    let refused = format(&mut disk, &small_layout(), &identity());
+    assert_eq!(refused, Err(FormatError::Io(FileId::Superblock, IoError { errno: 5 })));
+}
