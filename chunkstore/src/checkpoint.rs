@@ -38,6 +38,8 @@ pub(crate) struct Checkpoint {
     pub replay_lsn: u64,
     pub segments_ready: u32,
     pub slots_ready: u32,
+    /// The log lost records, and a Create may be among them.
+    pub may_lack_replicas: bool,
     pub copysets: Vec<CopysetImage>,
     pub slots: Vec<SlotImage>,
     /// Those of entries up to the floors at least; a replay that raises one again changes nothing.
@@ -110,6 +112,7 @@ impl Checkpoint {
         out.u32(self.copysets.len() as u32);
         out.u32(self.slots.len() as u32);
         out.u32(self.fences.len() as u32);
+        out.u32(self.may_lack_replicas.into());
         out.zeroes(HEAD_BYTES - out.len());
         self.copysets.iter().for_each(|c| put_copyset(&mut out, c));
         self.slots.iter().for_each(|s| put_slot(&mut out, s));
@@ -143,6 +146,7 @@ impl Checkpoint {
         it.segments_ready = get.u32()?;
         it.slots_ready = get.u32()?;
         let (copysets, slots, fences) = (get.u32()?, get.u32()?, get.u32()?);
+        it.may_lack_replicas = get.u32()? != 0;
         let mut get = Get(&bytes[HEAD_BYTES..]);
         for _ in 0..copysets {
             it.copysets.push(get_copyset(&mut get)?);

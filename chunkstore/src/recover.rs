@@ -27,6 +27,8 @@ pub struct RecoveryReport {
     pub torn_batches: u64,
     /// What was damaged, in words with places.
     pub damages: Vec<String>,
+    /// Replicas whose records are in the log after a hole, but not their Create.
+    pub unknown: Vec<CopysetId>,
 }
 
 /// Why a disk cannot be used.
@@ -167,9 +169,16 @@ pub fn recover<P: Payload, M: Media + ?Sized>(
         batches: log.batches.len() as u64,
         torn_batches: log.torn.len() as u64,
         damages: log.damages.clone(),
+        unknown: Vec::new(),
     };
     let mut store = new_store(&layout, identity, &from, &log)?;
     let replay = Replay::run(&mut store, &from, &log);
+    if !log.holes.is_empty() {
+        store.may_lack_replicas = true;
+        report.unknown = replay.unknown.iter().copied().collect();
+        let lost = report.unknown.iter().map(|id| format!("copyset {id}: its replica is lost"));
+        report.damages.extend(lost);
+    }
     replay.end(&mut store, &mut report);
     for state in store.copysets.values_mut() {
         // A hint never promises more than what is there.
@@ -267,6 +276,7 @@ fn new_store<P: Payload>(
         next_ticket: 0,
         log,
         recovered: read.last_lsn,
+        may_lack_replicas: from.may_lack_replicas,
         copysets: BTreeMap::new(),
         chunks: Map::default(),
         dirty: BTreeSet::new(),
@@ -326,11 +336,13 @@ type Entries<P> = BTreeMap<u64, (EntryMeta<P>, bool)>;
 /// Replay of the log over a store.
 struct Replay<P> {
     entries: BTreeMap<CopysetId, Entries<P>>,
+    /// Have records and no Create. Without a hole these were removed before the checkpoint was written.
+    unknown: BTreeSet<CopysetId>,
 }
 
 impl<P: Payload> Replay<P> {
     fn run(store: &mut Store<P>, from: &Checkpoint, log: &Walk) -> Self {
-        let mut it = Self { entries: BTreeMap::new() };
+        let mut it = Self { entries: BTreeMap::new(), unknown: BTreeSet::new() };
         for found in &log.batches {
             for logged in &found.records {
                 it.record(store, from.covers_lsn, found, logged);
@@ -351,6 +363,17 @@ impl<P: Payload> Replay<P> {
             Record::Create { .. } if lsn < covers || born.is_some() => return,
             Record::Create { .. } => {
                 self.entries.remove(&copyset);
+                self.unknown.remove(&copyset);
+            }
+            Record::Remove { .. } if born.is_none() => {
+                self.unknown.remove(&copyset);
+                return;
+            }
+            _ if born.is_none() => {
+                if lsn >= covers {
+                    self.unknown.insert(copyset);
+                }
+                return;
             }
             _ if born.is_none_or(|born| lsn < born) => return,
             _ => {}

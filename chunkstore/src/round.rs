@@ -571,6 +571,7 @@ impl<P: Payload> Store<P> {
             replay_lsn: start.first_lsn,
             segments_ready: self.log.ready,
             slots_ready: self.pool.ready,
+            may_lack_replicas: self.may_lack_replicas,
             copysets: self.copysets.keys().map(|id| self.copyset_image(*id)).collect(),
             slots: slots.collect(),
             fences: fences.collect(),

@@ -191,6 +191,8 @@ pub struct Store<P> {
     pub(crate) log: Log<P>,
     /// LSN up to which the log was read at recovery.
     pub(crate) recovered: u64,
+    /// The log lost records, and a Create may be among them.
+    pub(crate) may_lack_replicas: bool,
     pub(crate) copysets: BTreeMap<CopysetId, Copyset<P>>,
     pub(crate) chunks: Map<ChunkId, Chunk<P>>,
     /// Chunks with an overlay.
@@ -227,6 +229,16 @@ impl<P: Payload> Store<P> {
     /// Sizes and limits in force.
     pub fn layout(&self) -> Layout {
         self.layout
+    }
+    /// Whether a replica may be missing because the log lost its Create. One that should be here and is not may then
+    /// have voted and acknowledged: it is to be made as [`Health::Damaged`]. True over restarts until
+    /// [`Store::all_replicas_made`].
+    pub fn may_lack_replicas(&self) -> bool {
+        self.may_lack_replicas
+    }
+    /// Every replica that should be here is, or is staged.
+    pub fn all_replicas_made(&mut self) {
+        self.may_lack_replicas = false;
     }
     /// Appends a record to the batch being filled; `crcs`: one CRC-32C (`block_crc`) a payload block.
     /// The blocks are the first ones of `payload`.

@@ -597,3 +597,40 @@ fn one_of_two_twins_that_cannot_be_read_is_as_good_as_a_wrong_checksum() {
     let refused = format(&mut disk, &small_layout(), &identity());
     assert_eq!(refused, Err(FormatError::Io(FileId::Superblock, IoError { errno: 5 })));
 }
+
+#[test]
+fn a_hole_that_may_have_held_a_create_is_known_until_the_replica_is_made_again() {
+    let mut rig = rig();
+    let lost = CopysetId(2);
+    let create = Record::Create { copyset: lost, members: Members::default() };
+    rig.store.stage(create, None, &[]);
+    rig.drain();
+    let place = rig.ops.iter().find_map(|op| match op {
+        Op::Write { file: FileId::Log(0), offset, .. } => Some(offset / 4096),
+        _ => None,
+    });
+    rig.settle();
+    for index in 1..=3 {
+        let entry = Entry { term: Term(1), index: LogIndex(index), body: Body::Noop };
+        rig.store.stage(Record::Entry { copyset: lost, entry }, None, &[]);
+        rig.settle();
+    }
+    assert!(!rig.store.may_lack_replicas());
+    rig.disk.flip(FileId::Log(0), place.expect("a batch"), 8);
+    let (mut rig, found, report) = reopen(rig);
+    assert_eq!((found.len(), &report.unknown[..]), (1, &[lost][..]));
+    assert!(rig.store.may_lack_replicas());
+    // A checkpoint behind the damage: the log does not tell of it any more.
+    rig.pass(6000);
+    let (mut rig, found, report) = reopen(rig);
+    assert_eq!((found.len(), report.damages), (1, vec![]));
+    assert!(rig.store.may_lack_replicas());
+    rig.store.stage(create, None, &[]);
+    rig.store.stage(Record::Health { copyset: lost, health: Health::Damaged }, None, &[]);
+    rig.store.all_replicas_made();
+    rig.store.stop();
+    rig.settle();
+    let (rig, found, _) = reopen(rig);
+    assert!(!rig.store.may_lack_replicas());
+    assert_eq!((found[1].id, found[1].health), (lost, Health::Damaged));
+}

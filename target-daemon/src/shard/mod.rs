@@ -300,22 +300,41 @@ impl Shard {
         }
         self.map = map.clone();
         self.freed.retain(|volume| map.volumes.contains_key(volume));
+        // The map is kept on disk as soon as it comes, so the first one after a start names every replica that this log
+        // may have lost. A copyset that is new in a later one cannot have been here and is made whole, even if all of
+        // its shards once lost records: three damaged replicas would wait for each other for good. That is left for
+        // copysets which all three lost at once, and for these nobody knows what was acknowledged.
+        let suspect = self.store.may_lack_replicas();
+        let health = if suspect { Health::Damaged } else { Health::Whole };
         for (id, entry) in &map.copysets {
             let mine = entry.members.contains(&self.settings.me);
             // Later members come by order of the MDS, without a vote until they have caught up.
             if mine && entry.epoch == 0 && !self.hosted.contains_key(id) && !self.failed {
-                self.create(*id, &entry.members);
+                if suspect {
+                    tracing::warn!(
+                        copyset = id.0,
+                        "its replica may have been lost with the log; made as damaged"
+                    );
+                }
+                self.create(*id, &entry.members, health);
             }
+        }
+        if suspect && !self.failed {
+            self.store.all_replicas_made();
         }
     }
 
     /// A new replica, empty; without members it has no vote and waits for a leader.
-    fn create(&mut self, id: CopysetId, members: &[ShardAddr]) {
+    fn create(&mut self, id: CopysetId, members: &[ShardAddr], health: Health) {
         let Some(members) = Members::new(members, &[]) else {
             tracing::error!(copyset = id.0, "the map names a target twice in a copyset; it is not created");
             return;
         };
         self.store.stage(chunkstore::Record::Create { copyset: id, members }, None, &[]);
+        if health == Health::Damaged {
+            let health = chunkstore::Health::Damaged;
+            self.store.stage(chunkstore::Record::Health { copyset: id, health }, None, &[]);
+        }
         self.store.seal();
         let recovered = Recovered {
             hard: Default::default(),
@@ -323,7 +342,7 @@ impl Shard {
             members,
             entries: Vec::new(),
             applied: LogIndex(0),
-            health: Health::Whole,
+            health,
         };
         self.host(id, recovered);
     }

@@ -13,7 +13,7 @@
 //! with a vote) and its own log does not know better than the MDS.
 
 use super::{Shard, Work};
-use copyset::{Lag, Refused, Role};
+use copyset::{Health, Lag, Refused, Role};
 use protocol::raft::Members;
 use protocol::types::{CopysetId, LogIndex, ShardAddr, TargetId, Time};
 
@@ -108,7 +108,7 @@ impl Shard {
     fn host_learner(&mut self, id: CopysetId) {
         if !self.hosted.contains_key(&id) {
             tracing::info!(copyset = id.0, "a new replica is held here, to be filled");
-            self.create(id, &[]);
+            self.create(id, &[], Health::Whole);
         }
     }
 
