@@ -94,6 +94,9 @@ impl Node {
         let mut disk = Disk::default();
         let identity = Identity { target, ..Identity::default() };
         chunkstore::format(&mut disk, &layout(), &identity).unwrap();
+        Self::open(disk, target, now)
+    }
+    fn open(mut disk: Disk, target: u32, now: Time) -> Self {
         let (store, recovered, _) = chunkstore::recover(&mut disk, &layout()).unwrap();
         let settings = Settings {
             me: at(target),
@@ -659,4 +662,21 @@ fn a_leader_that_cannot_read_an_entry_back_leaves_the_lead_to_one_that_can() {
     assert_eq!(cluster.replica(3).last_index(), behind, "nobody is left behind");
     cluster.elect(3);
     assert_eq!(cluster.read(3, 1), [7; BLOCK_BYTES]);
+}
+
+#[test]
+fn a_replica_whose_create_a_damaged_log_lost_is_made_again_without_a_vote() {
+    let mut cluster = Cluster::of_one_host();
+    cluster.pass(200);
+    let now = cluster.now;
+    let mut disk = cluster.nodes.remove(&3).unwrap().disk;
+    // The log's first batch, which holds the Create.
+    disk.write(FileId::Log(0), 0, &[0; BLOCK_BYTES]).unwrap();
+    let mut node = Node::open(disk, 3, now);
+    assert!(node.shard.replica(ID).is_none());
+    node.shard.set_map(map(1, &[1, 2, 3], 0), now);
+    assert_eq!(node.shard.replica(ID).unwrap().health(), Health::Damaged);
+    cluster.nodes.insert(3, node);
+    cluster.pass(2000);
+    assert_eq!(cluster.replica(3).health(), Health::Whole, "it heard both others and caught up");
 }
