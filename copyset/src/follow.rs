@@ -106,13 +106,17 @@ impl Replica {
     }
 
     /// Takes the entries that are new, in place of those they conflict with. `None` when that would
-    /// undo a commit.
+    /// undo a commit, or when terms fall.
     fn take(&mut self, entries: Entries) -> Option<Range<LogIndex>> {
-        let floor = self.log.floor().0;
+        let (floor, floor_term) = self.log.floor();
+        if entries.iter().any(|e| e.index == floor && e.term != floor_term) {
+            return None;
+        }
         let new = |e: &Entry| e.index > floor && self.log.term_at(e.index) != Some(e.term);
         let Some(first) = entries.iter().position(new) else { return Some(NOTHING) };
         let from = entries[first].index;
-        if from <= self.commit {
+        let falls = |before: Term| entries[first].term < before;
+        if from <= self.commit || self.log.term_at(from.prev()).is_none_or(falls) {
             return None;
         }
         if from <= self.log.last().0 {
@@ -191,5 +195,46 @@ impl Replica {
         let (durable, standing) = (accepted.min(self.log.stable()), self.standing());
         let asleep = self.asleep;
         self.send(from, Kind::HeartbeatReply { round, standing, accepted, durable, last, asleep });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{Config, Health, Recovered};
+    use protocol::raft::{HardState, Members, Message};
+    use protocol::types::{CopysetId, TargetId, Time};
+
+    /// Only what is committed lies before the floor, so it is not compared; what follows is.
+    #[test]
+    fn entries_whose_terms_fall_behind_the_floor_are_a_violation() {
+        let at = |target| ShardAddr { target: TargetId(target), shard: 0 };
+        let entry = |index, term| Entry { term: Term(term), index: LogIndex(index), body: Body::Noop };
+        for (entries, is_sound) in [
+            (vec![entry(10, 1), entry(11, 1)], false),
+            (vec![entry(10, 1)], false),
+            (vec![entry(10, 5), entry(11, 5)], true),
+        ] {
+            let recovered = Recovered {
+                hard: HardState { term: Term(5), vote: None },
+                floor: (LogIndex(10), Term(5)),
+                members: Members::new(&[at(1), at(2), at(3)], &[]).unwrap(),
+                entries: Vec::new(),
+                applied: LogIndex(10),
+                health: Health::Whole,
+            };
+            let config = Config::new(CopysetId(1), TargetId(1), 1);
+            let mut replica = Replica::new(config, recovered, Time(1));
+            let kind = Kind::Append {
+                round: Round { number: 1, sent_ns: 1 },
+                prev_index: LogIndex(9),
+                prev_term: Term(1),
+                commit: LogIndex(10),
+                entries: entries.into(),
+            };
+            replica.handle(at(2), Message { term: Term(5), kind }, Time(2));
+            assert_eq!(replica.violations(), u64::from(!is_sound));
+            assert_eq!(replica.last_index(), LogIndex(if is_sound { 11 } else { 10 }));
+        }
     }
 }
