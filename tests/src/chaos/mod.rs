@@ -17,7 +17,7 @@
 //! that rot on one target rot on no other. Processes, links and power may fail everywhere at once.
 //!
 //! Deliberately absent: clock jumps (no namespace has a CLOCK_REALTIME of its own, and production code
-//! uses CLOCK_MONOTONIC only; the simulator has clocks that drift and jump).
+//! uses CLOCK_BOOTTIME only; the simulator has clocks that drift and jump).
 
 mod disk;
 mod fleet;
