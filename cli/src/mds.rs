@@ -83,6 +83,8 @@ struct Told {
     copysets: usize,
     volumes: usize,
     records: usize,
+    /// Names of volumes in the bin.
+    in_bin: Vec<String>,
 }
 
 impl Told {
@@ -99,14 +101,19 @@ impl Told {
             copysets: count(|change| matches!(change, Change::Copyset(..))),
             volumes: count(|change| matches!(change, Change::Volume(..))),
             records: snapshot.changes.len(),
+            in_bin: snapshot.in_bin().map(|(_, volume)| volume.name.clone()).collect(),
         }
     }
 
     fn line(&self, verb: &str, place: &str) -> String {
-        let Self { cluster, generation, targets, copysets, volumes, records } = self;
+        let Self { cluster, generation, targets, copysets, volumes, records, in_bin } = self;
+        let bin = match in_bin.len() {
+            0 => String::new(),
+            count => format!(", {count} of them in the bin ({})", in_bin.join(", ")),
+        };
         format!(
             "{verb} {place}: cluster {cluster} at generation {generation}, {targets} targets, \
-             {copysets} copysets, {volumes} volumes, {records} records"
+             {copysets} copysets, {volumes} volumes{bin}, {records} records"
         )
     }
 }

@@ -136,7 +136,7 @@ pub struct CopysetRecord {
     /// Its replicas, as last reported by a leader; the first is the one meant to lead.
     #[serde(with = "members")]
     pub members: Vec<ShardAddr>,
-    /// Counts the changes of members; 0: as it was created. Since schema 2.
+    /// Counts the changes of members; 0: as it was created, and never restored. Since schema 2.
     #[serde(default)]
     pub epoch: u64,
     /// Term and commit index of the report that the members are from: no older one is believed. Since schema 2.

@@ -3,16 +3,21 @@
 //! docs/format-mds.md draws the file. What is put back is older than what targets saw since: their maps have
 //! higher generations, and ids may have been given out that the file does not know. So the counters go ahead
 //! by more than a cluster can have used meanwhile ([`AHEAD`]); else targets would ignore the new maps, a new
-//! volume could be given an old one's chunks, and a host an epoch that another one has already.
+//! volume could be given an old one's chunks, and a host an epoch that another one has already. Copysets may have
+//! moved, and targets have freed their replicas since: no copyset is put back at epoch 0, at which targets make
+//! replicas that vote, empty as these are. And a volume in the bin may have been taken out: it stays there for a
+//! while.
 
 use crate::election::{Candidacy, Standing, candidates};
 use crate::etcd::{Etcd, EtcdAt};
-use crate::record::{Counters, Uuid};
+use crate::record::{Counters, Uuid, VolumeRecord};
 use crate::server::StoreAt;
+use crate::service::unix_s;
 use crate::state::{Change, Policy, State};
 use crate::store::rows::{Row, change_of, decode_rows, encode_row, rows_of};
 use crate::store::{EtcdStore, RedbStore, SCHEMA, SCHEMA_OLDEST};
 use protocol::control::{Problem, ProblemKind};
+use protocol::types::VolumeId;
 use std::path::Path;
 
 const MAGIC: [u8; 8] = *b"ASHLSNAP";
@@ -26,6 +31,8 @@ pub const AHEAD: Counters = Counters {
     next_volume: 65_536,
     next_epoch: 1_000_000,
 };
+/// How long volumes that it finds in the bin stay there at least, in seconds: a day, as `volume rm` keeps them.
+pub const BIN_GRACE_S: u64 = 24 * 3600;
 /// A file larger than this is none: at full size one has 40 MiB.
 const BYTES_MAX: u64 = 1 << 30;
 
@@ -117,15 +124,32 @@ impl Snapshot {
         State::restore(Policy::default(), self.cluster, self.changes.clone()).map(drop)
     }
 
-    /// With counters that nothing given out since it was taken can have reached.
-    fn ahead(mut self) -> Self {
+    /// The volumes in the bin.
+    pub fn in_bin(&self) -> impl Iterator<Item = (VolumeId, &VolumeRecord)> {
+        self.changes.iter().filter_map(|change| match change {
+            Change::Volume(id, record) if record.purge_at_s.is_some() => Some((*id, record)),
+            _ => None,
+        })
+    }
+
+    /// As it is put back; see the module.
+    fn ahead(mut self, unix_s: u64) -> Self {
         for change in &mut self.changes {
-            if let Change::Counters(counters) = change {
-                counters.generation = counters.generation.saturating_add(AHEAD.generation);
-                counters.next_pool = counters.next_pool.saturating_add(AHEAD.next_pool);
-                counters.next_copyset = counters.next_copyset.saturating_add(AHEAD.next_copyset);
-                counters.next_volume = counters.next_volume.saturating_add(AHEAD.next_volume);
-                counters.next_epoch = counters.next_epoch.saturating_add(AHEAD.next_epoch);
+            match change {
+                Change::Counters(counters) => {
+                    counters.generation = counters.generation.saturating_add(AHEAD.generation);
+                    counters.next_pool = counters.next_pool.saturating_add(AHEAD.next_pool);
+                    counters.next_copyset = counters.next_copyset.saturating_add(AHEAD.next_copyset);
+                    counters.next_volume = counters.next_volume.saturating_add(AHEAD.next_volume);
+                    counters.next_epoch = counters.next_epoch.saturating_add(AHEAD.next_epoch);
+                }
+                // Nobody compares two epochs: what leaders report replaces the members whatever the number is.
+                Change::Copyset(_, record) => record.epoch = record.epoch.max(1),
+                Change::Volume(_, record) => {
+                    let later = |at: u64| at.max(unix_s.saturating_add(BIN_GRACE_S));
+                    record.purge_at_s = record.purge_at_s.map(later);
+                }
+                _ => {}
             }
         }
         self
@@ -151,7 +175,7 @@ pub async fn restore(file: &Path, at: &StoreAt, overwrite: bool) -> Result<Snaps
     }
     let snapshot = Snapshot::decode(&std::fs::read(file).map_err(unreadable)?)?;
     snapshot.check()?;
-    let snapshot = snapshot.ahead();
+    let snapshot = snapshot.ahead(unix_s());
     match at {
         StoreAt::Directory(dir) => {
             RedbStore::restore(dir, snapshot.cluster, &snapshot.changes, overwrite)?;

@@ -41,7 +41,7 @@ pub struct TargetEntry {
 pub struct CopysetEntry {
     /// Its replicas, as far as the MDS knows. Changes are entries of the copyset's own log.
     pub members: Vec<ShardAddr>,
-    /// Counts the changes of members; 0: as it was created.
+    /// Counts the changes of members; 0: as it was created, and never restored.
     pub epoch: u64,
 }
 
