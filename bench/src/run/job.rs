@@ -22,6 +22,8 @@ use std::time::Duration;
 
 /// How often a job tells what it did.
 const TICK: Span = Span::ms(250);
+/// How late a client may wake up at the end of an open loop and still begin what was due before it.
+const LATE: Span = Span::ms(10);
 /// Steps in which the waiting of IOs that never began is told.
 const UNSERVED_STEPS: u64 = 10_000;
 /// How long IOs may be under way without any of them ending.
@@ -235,13 +237,13 @@ impl Job {
         let depth = self.flying.len();
         loop {
             let now = self.ring.now();
+            self.issue(now, depth);
             if now >= self.end && self.spare.len() == depth {
                 break;
             }
             if failed.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            self.issue(now, depth);
             // See `tune probe`: a disk should not wait until all that ended is looked at.
             let deadline = if ended.is_empty() { self.arrival(now) } else { Some(now) };
             let deadline = deadline.unwrap_or(told + TICK).min(told + TICK);
@@ -333,12 +335,13 @@ impl Job {
 
     fn issue(&mut self, now: Time, depth: usize) {
         let mut refused = 0;
-        while now < self.end && !self.spare.is_empty() && refused < depth {
+        let until = if self.interval_ns.is_some() { self.end + LATE } else { self.end };
+        while now < until && !self.spare.is_empty() && refused < depth {
             let intended = match self.interval_ns {
                 None => now,
                 Some(interval) => {
                     let at = self.intended(self.arrivals, interval);
-                    if at > now {
+                    if at > now || at >= self.end {
                         return;
                     }
                     at
