@@ -9,8 +9,8 @@ use crate::fio::Fio;
 use crate::report::{Goal, Report};
 use crate::rival::{Rival, Server};
 use crate::run::load::Load;
-use crate::run::measure::{Client, Plan, SETTLE_MAX, Subject, prepare};
-use crate::run::results;
+use crate::run::measure::{Client, Plan, Subject, prepare};
+use crate::run::measured;
 use crate::run::summary::{self, Row, find};
 use crate::run::target::Target;
 use clap::Args;
@@ -72,17 +72,8 @@ fn measure(args: &FirstArgs, cluster: &Cluster, qemu_version: Option<String>) ->
     let loads = [100, 0].map(|reads| [1, 32].map(|depth| Load::random_4k(reads, depth, size))).concat();
     let (client, rounds) = (Client::Fio(fio), args.rounds);
     let seconds = args.seconds.into();
-    let plan = Plan {
-        client: &client,
-        subjects: &subjects,
-        loads: &loads,
-        seconds,
-        warm_up: 0.0,
-        rounds,
-        settle_max: SETTLE_MAX,
-    };
-    let runs = plan.measure()?.into_iter().map(|one| one.run).collect();
-    let results = results(&plan, environment, runs);
+    let plan = Plan::new(&client, &subjects, &loads, seconds, rounds);
+    let results = measured(&plan, environment)?;
     let rows = summary::rows(&results);
     let goals = goals(&rows, size);
     Ok(Report {

@@ -8,9 +8,9 @@ use crate::dev::DevFile;
 use crate::environment::Environment;
 use crate::report::{Goal, Report, median};
 use crate::run::load::Load;
-use crate::run::measure::{Client, Plan, SETTLE_MAX, Subject, prepare};
+use crate::run::measure::{Client, Plan, Subject, prepare};
+use crate::run::measured;
 use crate::run::result::{Results, Run};
-use crate::run::results;
 use crate::run::summary;
 use crate::run::target::Target;
 use clap::Args;
@@ -111,18 +111,9 @@ fn measure(args: &NvmeArgs, cluster: &Cluster) -> anyhow::Result<Report> {
     }
     let (client, rounds, seconds) = (Client::Own, args.rounds, args.seconds.into());
     // The first IOs find leaders and fill pools.
-    let plan = Plan {
-        client: &client,
-        subjects: &subjects,
-        loads: &loads,
-        seconds,
-        warm_up: 0.5,
-        rounds,
-        settle_max: SETTLE_MAX,
-    };
-    let runs = plan.measure()?.into_iter().map(|one| one.run).collect();
+    let plan = Plan { warm_up: 0.5, ..Plan::new(&client, &subjects, &loads, seconds, rounds) };
     let environment = Environment::read(cluster.scratch.path(), String::new(), String::new());
-    let results = results(&plan, environment, runs);
+    let results = measured(&plan, environment)?;
     let rows = summary::rows(&results);
     let costs = costs(&results);
     Ok(Report {

@@ -11,9 +11,9 @@ use crate::fio::Fio;
 use crate::report::{Goal, Report};
 use crate::rival::{Rival, Server};
 use crate::run::load::Load;
-use crate::run::measure::{Client, Plan, SETTLE_MAX, Subject, prepare, read_once};
+use crate::run::measure::{Client, Plan, Subject, prepare, read_once};
+use crate::run::measured;
 use crate::run::result::Results;
-use crate::run::results;
 use crate::run::summary::{self, Row, find};
 use crate::run::target::Target;
 use anyhow::{Context, ensure};
@@ -147,17 +147,8 @@ fn measure(args: &PeersArgs, cluster: &Cluster, also: Vec<Peer>) -> anyhow::Resu
     by_us.try_for_each(|subject| read_once(subject, size))?;
     let client = fio.map_or(Client::Own, Client::OwnOr);
     let (rounds, seconds) = (args.rounds, args.seconds.into());
-    let plan = Plan {
-        client: &client,
-        subjects: &subjects,
-        loads: &loads,
-        seconds,
-        warm_up: 0.5,
-        rounds,
-        settle_max: SETTLE_MAX,
-    };
-    let runs = plan.measure()?.into_iter().map(|one| one.run).collect();
-    let results = results(&plan, environment, runs);
+    let plan = Plan { warm_up: 0.5, ..Plan::new(&client, &subjects, &loads, seconds, rounds) };
+    let results = measured(&plan, environment)?;
     Ok(report(results, &peers, &missing))
 }
 

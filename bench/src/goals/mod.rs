@@ -12,7 +12,7 @@ mod setup;
 use crate::environment::Environment;
 use crate::report::{keep, write};
 use crate::rival::{Rival, Server};
-use crate::run::load::{IO_BYTES_MAX, Load, Order, Sizes};
+use crate::run::load::{IO_BYTES_MAX, Load, OPEN_DEPTH, Order, Sizes};
 use crate::run::measure::{Client, Plan, Subject, prepare, read_once};
 use crate::run::result::{Results, Run};
 use crate::run::{html, results, summary};
@@ -133,8 +133,6 @@ struct Bench<'a> {
 const WARM_UP_S: f64 = 0.3;
 /// Bytes of volumes in memory.
 const MEMORY_BYTES: u64 = 256 << 20;
-/// IOs that may wait of an open loop: far more than a target that keeps up ever has.
-const OPEN_DEPTH: u32 = 128;
 
 impl<'a> Bench<'a> {
     fn new(args: &'a GoalsArgs, scratch: &'a Path) -> Self {

@@ -9,7 +9,7 @@
 use super::load::Load;
 use super::measure::Client;
 use super::result::{Direction, Latency, Results, Run};
-use super::summary::{label, shown};
+use super::summary::shown;
 use super::{CommonArgs, KeepArgs, TargetArgs, measure, parse_seconds, print, write_pages};
 use crate::environment::FileFacts;
 use crate::report::median;
@@ -207,7 +207,7 @@ fn between(base: &Results, other: &Results, limits: &LimitArgs) -> anyhow::Resul
         for name in &both {
             let count = |results: &Results| results.runs_of(name, load).count();
             if count(base) != count(other) {
-                let (what, was, is) = (label(load), count(base), count(other));
+                let (what, was, is) = (load.label(), count(base), count(other));
                 eprintln!("note: {name}, {what}: {was} rounds in the base and {is} in the other");
             }
             all.extend(rows(load, (name, base), (name, other), reference, limits));
@@ -232,7 +232,7 @@ fn lone_loads(here: &str, results: &Results, others: &Results) -> Vec<String> {
     let line = |load: &Load| {
         let different = others.loads().into_iter().map(|other| different_fields(load, other));
         let least = different.min_by_key(Vec::len).unwrap_or_default();
-        format!("{} is only in {here}, and the nearest differs in {}", label(load), least.join(", "))
+        format!("{} is only in {here}, and the nearest differs in {}", load.label(), least.join(", "))
     };
     lone.map(line).collect()
 }
@@ -312,7 +312,7 @@ fn rows(
         of(base.1, was.round).zip(of(other.1, is.round)).map_or(1.0, |(was, is)| is / was)
     };
     let row = |measure: String, values: &[(f64, f64)], ratios: &[f64], regressed| Row {
-        load: label(load),
+        load: load.label(),
         base: base.0.to_owned(),
         other: other.0.to_owned(),
         measure,

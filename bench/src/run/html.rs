@@ -68,7 +68,7 @@ pub fn page(results: &Results) -> String {
     let _ = write!(page, "<h2>Latency by percentile</h2>\n{key}<div class=\"plots\">");
     for load in results.loads() {
         for direction in Direction::of(load) {
-            let caption = of_direction(summary::label(load), load, *direction);
+            let caption = of_direction(load.label(), load, *direction);
             page += &figure(&caption, &percentiles(results, load, *direction, &subjects));
         }
     }
@@ -76,7 +76,7 @@ pub fn page(results: &Results) -> String {
     if results.runs.iter().any(|run| !run.timeline.is_empty()) {
         let _ = write!(page, "<h2>Time line, a line for each round</h2>\n{key}<div class=\"plots\">");
         for load in results.loads() {
-            page += &figure(&summary::label(load), &timeline(results, load, &subjects));
+            page += &figure(&load.label(), &timeline(results, load, &subjects));
         }
         page += "</div>\n";
     }
@@ -163,7 +163,7 @@ fn medians(rows: &[Row], subjects: &[&str]) -> String {
     let cells = |row: &Row| {
         let base = summary::find(rows, first, &row.load).map(|base| row.iops / base.iops);
         vec![
-            summary::label(&row.load),
+            row.load.label(),
             row.name(),
             row.rounds.to_string(),
             format!("{:.0}", row.iops),
@@ -246,7 +246,7 @@ fn against_depth(pattern: &str, loads: &[Load], rows: &[Row], subjects: &[&str])
 
 fn bar_name(row: &Row, rows: &[Row]) -> String {
     let lone = rows.iter().all(|other| other.load == row.load);
-    if lone { row.subject.clone() } else { format!("{}, {}", summary::label(&row.load), row.subject) }
+    if lone { row.subject.clone() } else { format!("{}, {}", row.load.label(), row.subject) }
 }
 
 fn iops_bars(rows: &[Row], subjects: &[&str]) -> String {

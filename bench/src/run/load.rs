@@ -15,6 +15,8 @@ use std::str::FromStr;
 pub const BLOCK_BYTES: u64 = 4096;
 /// Bytes of the largest.
 pub const IO_BYTES_MAX: u64 = 128 << 10;
+/// IOs in flight at most of an open loop whose depth is not given: enough that a stall does not use them up at once.
+pub const OPEN_DEPTH: u32 = 128;
 /// Most IOs in flight, for each job.
 const DEPTH_MAX: u32 = 256;
 /// Most jobs.
@@ -153,9 +155,14 @@ impl Load {
         }
     }
 
-    /// The whole in a few words: `randread 4K QD32`.
+    /// The whole in a few words: `randread 4K QD32`; of an open loop with the depth where that is not the usual one.
     pub fn label(&self) -> String {
-        let pace = self.rate.map_or(format!("QD{}", self.depth), |rate| format!("{rate:.0}/s"));
+        let depth = format!("QD{}", self.depth);
+        let pace = match self.rate {
+            None => depth,
+            Some(rate) if self.depth == OPEN_DEPTH => format!("{rate:.0}/s"),
+            Some(rate) => format!("{rate:.0}/s {depth}"),
+        };
         let jobs = if self.jobs > 1 { format!(" x{}", self.jobs) } else { String::new() };
         let poll = if self.poll { " polled" } else { "" };
         format!("{} {pace}{jobs}{poll}", self.pattern())
@@ -379,7 +386,7 @@ mod tests {
         let order = Order::Sequential;
         let mixed = Load { read_percent: 70, sizes: "4K:3,64K".parse()?, jobs: 2, order, ..read.clone() };
         assert_eq!(mixed.label(), "rw 70 % reads 4K:3,64K:1 QD32 x2");
-        assert_eq!(Load { rate: Some(5000.0), read_percent: 0, ..read }.label(), "randwrite 4K 5000/s");
+        assert_eq!(Load { rate: Some(5000.0), read_percent: 0, ..read }.label(), "randwrite 4K 5000/s QD32");
         Ok(())
     }
 

@@ -98,7 +98,18 @@ pub struct Measured {
 /// How long a server may go on writing after a measurement of writes, as a rule.
 pub const SETTLE_MAX: Duration = Duration::from_secs(15);
 
-impl Plan<'_> {
+impl<'a> Plan<'a> {
+    /// One without a warm-up.
+    pub fn new(
+        client: &'a Client,
+        subjects: &'a [Subject],
+        loads: &'a [Load],
+        seconds: f64,
+        rounds: u32,
+    ) -> Self {
+        Self { client, subjects, loads, seconds, warm_up: 0.0, rounds, settle_max: SETTLE_MAX }
+    }
+
     /// Measures everything.
     ///
     /// Of several rounds, those during which the host took more than [`steal::DISTURBED`] of the processors are measured again,
@@ -124,8 +135,8 @@ impl Plan<'_> {
     /// Every subject once. Nobody always comes first: A B, B A, A B.
     ///
     /// `busy` is who was written to last, and may still have work to do, which must not be counted for another.
-    fn round<'a>(
-        &'a self,
+    fn round(
+        &self,
         load: &Load,
         round: u32,
         busy: &mut Option<&'a Subject>,

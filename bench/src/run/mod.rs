@@ -24,7 +24,7 @@ use crate::{Output, fio, parse_bytes, process, report};
 use anyhow::{Context, ensure};
 use clap::Args;
 use comfy_table::presets;
-use load::{Load, Order, Sizes};
+use load::{Load, OPEN_DEPTH, Order, Sizes};
 use measure::{Client, Measured, Plan, SETTLE_MAX, Subject, prepare};
 use result::{Results, SCHEMA};
 use std::collections::{BTreeMap, BTreeSet};
@@ -145,9 +145,6 @@ pub struct LoadArgs {
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
-
-/// IOs in flight at most of an open loop whose depth is not given: enough that a stall does not use them up at once.
-pub(crate) const OPEN_DEPTH: u32 = 128;
 
 /// What all commands that measure take.
 #[derive(Args, Debug)]
@@ -356,7 +353,7 @@ fn measure(
             0 => error,
             _ => error.context(format!(
                 "{} failed; what {nth} of {} loads before it showed is kept in {}",
-                summary::label(load),
+                load.label(),
                 loads.len(),
                 args.keep.save.display()
             )),
@@ -446,6 +443,14 @@ fn files(subjects: &[Subject]) -> impl Iterator<Item = (&str, &Path)> {
         Target::File(path) => Some((subject.name.as_str(), path.as_path())),
         _ => None,
     })
+}
+
+/// Measures a plan.
+///
+/// # Errors
+/// See [`Plan::measure`].
+pub fn measured(plan: &Plan<'_>, environment: Environment) -> anyhow::Result<Results> {
+    Ok(results(plan, environment, plan.measure()?.into_iter().map(|one| one.run).collect()))
 }
 
 /// What was measured, with where and under what.

@@ -2,7 +2,6 @@
 //!
 //! Invariant: every table, page and goal is made from these rows.
 
-use super::OPEN_DEPTH;
 use super::load::Load;
 use super::result::{Direction, Latency, Results, Run};
 use super::steady::{Judged, WINDOW};
@@ -93,14 +92,6 @@ pub fn wait_header(rows: &[Row], name: &str) -> String {
     if mixed { format!("{name} us, read / write") } else { format!("{name} us") }
 }
 
-/// A load in a few words; of an open loop with the depth, where that is not the usual one.
-pub fn label(load: &Load) -> String {
-    match load.rate {
-        Some(_) if load.depth != OPEN_DEPTH => format!("{} QD{}", load.label(), load.depth),
-        _ => load.label(),
-    }
-}
-
 /// A row for each load and subject, in the order measured.
 pub fn rows(results: &Results) -> Vec<Row> {
     let mut rows = Vec::new();
@@ -183,7 +174,7 @@ pub fn table(rows: &[Row], bases: &[&str], preset: &str) -> Table {
     for row in rows {
         let ratio = |base: &&str| find(rows, base, &row.load).map(|base| row.iops / base.iops);
         let mut cells = vec![
-            label(&row.load),
+            row.load.label(),
             row.name(),
             format!("{:.0}", row.iops),
             format!("{:.1}", row.bytes_s / 1e6),
@@ -221,7 +212,7 @@ pub fn processes(results: &Results) -> Vec<Vec<String>> {
         for (nth, one) in run.processes.iter().enumerate() {
             let enters = (nth == 0 && run.enters > 0).then(|| run.enters as f64 / ios as f64);
             rows.push(vec![
-                label(&run.load),
+                run.load.label(),
                 run.subject.clone(),
                 one.name.clone(),
                 format!("{:.2}", one.cpu_s),
@@ -298,7 +289,7 @@ pub fn notes(results: &Results) -> Vec<String> {
                 notes.push(format!(
                     "{subject}, {}: up to {unserved} IOs of a round never began, since all {} in flight were waited \
                      for: raise --depth, or lower --rate to what it can serve",
-                    label(load),
+                    load.label(),
                     load.depth * load.jobs
                 ));
             }
@@ -321,6 +312,7 @@ fn repeated(results: &Results) -> u32 {
 mod tests {
     use super::*;
     use crate::environment::FileFacts;
+    use crate::run::load::OPEN_DEPTH;
     use crate::run::result::{ENDED, ProcessUse};
     use comfy_table::presets;
 
@@ -395,12 +387,12 @@ mod tests {
         let mut results = results();
         results.runs.iter_mut().for_each(|run| (run.load.rate, run.load.depth) = (Some(500.0), OPEN_DEPTH));
         assert_eq!(
-            (label(&results.runs[0].load), notes(&results).len()),
+            (results.runs[0].load.label(), notes(&results).len()),
             ("randrw 70 % reads 4K 500/s".into(), 0)
         );
         results.runs.iter_mut().for_each(|run| run.load.depth = 4);
         results.runs.iter_mut().filter(|run| run.subject == "b").for_each(|run| run.unserved = 9);
-        assert_eq!(label(&results.runs[0].load), "randrw 70 % reads 4K 500/s QD4");
+        assert_eq!(results.runs[0].load.label(), "randrw 70 % reads 4K 500/s QD4");
         let notes = notes(&results);
         assert!(
             notes.len() == 1 && notes[0].contains("all 4 in flight") && notes[0].starts_with("b, "),
