@@ -31,6 +31,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 use target::Target;
 
 /// What `bench run` takes.
@@ -336,7 +337,7 @@ fn measure(
     if args.prepare {
         let bytes = loads.iter().map(|load| load.bytes).max().unwrap_or(0);
         subjects.iter().try_for_each(|subject| prepare(subject, bytes))?;
-        settle(subjects);
+        settle(subjects, SETTLE_LIMIT);
     }
     for (name, _) in files(subjects).filter(|(_, path)| has_holes(path)) {
         eprintln!("note: {name} has holes, whose reads cost no disk: --prepare fills them");
@@ -361,19 +362,10 @@ fn measure(
         keep(&mut results, measured, loads.len() > 1, &args.keep)?;
         // The plan knows only one load, and would not wait for what this one left to be done.
         if load.read_percent < 100 && nth + 1 < loads.len() {
-            rest(subjects);
+            settle(subjects, SETTLE_MAX);
         }
     }
     Ok(results)
-}
-
-/// Waits until the servers have done what the last load left them.
-fn rest(subjects: &[Subject]) {
-    let busy = subjects.iter().filter(|subject| subject.flushes);
-    let pids: BTreeSet<i32> = busy.flat_map(|subject| subject.pids.iter().copied()).collect();
-    if !pids.is_empty() {
-        process::settle(&Vec::from_iter(pids), SETTLE_MAX);
-    }
 }
 
 /// Whether syncing was asked for where there is nothing to sync: only writes of files are.
@@ -388,13 +380,11 @@ fn has_holes(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|file| file.is_file() && file.blocks() * 512 < file.len())
 }
 
-/// Waits until all servers have flushed what was written.
-fn settle(subjects: &[Subject]) {
-    let mut pids: Vec<i32> = subjects.iter().flat_map(|subject| subject.pids.clone()).collect();
-    pids.sort_unstable();
-    pids.dedup();
-    if !pids.is_empty() && process::settle(&pids, SETTLE_LIMIT).is_none() {
-        eprintln!("note: the servers are still busy after {SETTLE_LIMIT:?}; measuring nevertheless");
+/// Waits until all servers have done what was put off, for so long at most.
+fn settle(subjects: &[Subject], most: Duration) {
+    let pids: BTreeSet<i32> = subjects.iter().flat_map(|subject| subject.pids.iter().copied()).collect();
+    if !pids.is_empty() && process::settle(&Vec::from_iter(pids), most).is_none() {
+        eprintln!("note: the servers are still busy after {most:?}; measuring nevertheless");
     }
 }
 

@@ -8,6 +8,7 @@ use super::measure::{Client, Measured, Plan, SETTLE_MAX, prepare};
 use super::result::Results;
 use super::{KeepArgs, LoadArgs, TargetArgs, keep, nothing_yet, parse_seconds, settle, show};
 use crate::EXIT_CHECK_FAILED;
+use crate::cluster::SETTLE_LIMIT;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use std::process::ExitCode;
@@ -113,7 +114,7 @@ pub fn run(args: &SteadyArgs) -> anyhow::Result<ExitCode> {
         for _ in 0..args.passes {
             prepare(subject, load.bytes)?;
         }
-        settle(&subjects);
+        settle(&subjects, SETTLE_LIMIT);
         let (rounds, verdict) = until_steady(rounds_max, |round| plan.one(subject, &load, round))?;
         let judged = Judged { subject: subject.name.clone(), rounds: rounds.len(), verdict };
         eprintln!("{}", judged.line());
