@@ -131,6 +131,9 @@ pub fn ci(args: &CiArgs) -> anyhow::Result<ExitCode> {
         "the baseline was measured by {}: compare with `bench compare`",
         base.client
     );
+    let place = |path: &PathBuf| std::fs::canonicalize(path).ok();
+    let apart = place(&args.keep.save) != place(&args.baseline);
+    ensure!(apart, "the baseline would be written over: name another --save FILE");
     let subjects = args.targets.subjects()?;
     let names: Vec<&str> = subjects.iter().map(|subject| subject.name.as_str()).collect();
     let different = only_in_one(("the baseline", &base.subjects()), ("the command line", &names));
@@ -626,6 +629,18 @@ mod tests {
             let error = Results::read(&path).err().context("it is damaged")?;
             assert!(error.to_string().contains("r.json is damaged"), "{error:#}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn ci_does_not_write_over_its_baseline() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let baseline = dir.path().join("base.json");
+        results("raw", &[1.0]).write(&baseline)?;
+        let path = baseline.display();
+        let line = format!("x raw=file:/nonexistent --baseline {path} --save {path}");
+        let error = ci(&Line::parse_from(line.split(' ')).ci).err().context("it would be lost")?;
+        assert!(error.to_string().contains("written over"), "{error}");
         Ok(())
     }
 
