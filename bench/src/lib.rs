@@ -7,6 +7,7 @@
 //! There are two clients: fio, which knows nothing of Ashlar, and our own in [`run`], on the reactor, which speaks
 //! NVMe/TCP and the native protocol, has an open loop, and counts what fio cannot.
 
+pub mod bare;
 pub mod ceph;
 pub mod cluster;
 pub mod dev;
@@ -52,6 +53,8 @@ pub enum BenchCommand {
     Peers(peers::PeersArgs),
     /// Every target of the project that this machine can show, in one run.
     Goals(goals::GoalsArgs),
+    /// A server that does nothing but IO: what any server in front of a file costs here.
+    Bare(bare::BareArgs),
     /// Single steps of the data path, by the criterion benches of the source tree.
     Micro(micro::MicroArgs),
     /// What more cores and targets would give, from what `bench micro` and `bench goals` measured.
@@ -111,6 +114,7 @@ pub fn run(command: BenchCommand) -> anyhow::Result<ExitCode> {
         BenchCommand::Steady(args) => run::steady::run(&args),
         BenchCommand::Peers(args) => peers::run(&args),
         BenchCommand::Goals(args) => goals::run(&args),
+        BenchCommand::Bare(args) => bare::run(&args),
         BenchCommand::Micro(args) => micro::run(&args),
         BenchCommand::Model(args) => model::run(&args),
         BenchCommand::Compare(args) => run::compare::run(&args),

@@ -2,7 +2,7 @@
 //!
 //! Invariants: what was not measured is not met, and says why; a ratio is of medians under one load.
 
-use super::name::{MEMORY, MEMORY_2, ONE_NBD, ONE_NVME, RAW, THREE};
+use super::name::{BARE_MEMORY, BARE_TCP, BARE_UNIX, MEMORY, MEMORY_2, ONE_NBD, ONE_NVME, RAW, THREE};
 use super::probe::{AfterIdle, Memory};
 use super::{MEMORY_BYTES, OPEN_DEPTH, both_shards, polled, read, stream, write_4k};
 use crate::rival::Server;
@@ -63,6 +63,8 @@ pub struct Line {
     pub found: String,
     /// The same as a number.
     pub value: Option<f64>,
+    /// What a server finds that does nothing but IO, where that can be compared: nobody does better here.
+    pub bare: Option<String>,
     /// What became of it.
     pub verdict: Verdict,
 }
@@ -114,6 +116,10 @@ const FLAT: f64 = 0.05;
 /// From so many processors on, two shards and two connections do not share one.
 const CPUS_FOR_SHARDS: usize = 4;
 
+fn shown(value: f64, unit: &str) -> String {
+    if value.abs() < 100.0 { format!("{value:.2}{unit}") } else { format!("{value:.0}{unit}") }
+}
+
 /// Every target, in the order of the project's table.
 pub fn lines(rows: &[Row], facts: &Facts, size: u64) -> Vec<Line> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
@@ -152,19 +158,30 @@ impl Judge<'_> {
     }
 
     fn line(&self, measure: &str, limit: Limit, unit: &str, value: Option<f64>) -> Line {
-        let digits =
-            |value: f64| if value.abs() < 100.0 { format!("{value:.2}") } else { format!("{value:.0}") };
         let target = match limit {
             Limit::AtLeast(limit) => format!("at least {limit}{unit}"),
             Limit::AtMost(limit) => format!("at most {limit}{unit}"),
             Limit::Below(limit) => format!("under {limit}{unit}"),
         };
         let (found, verdict) = match value {
-            Some(value) if limit.holds(value) => (digits(value) + unit, Verdict::Met),
-            Some(value) => (digits(value) + unit, Verdict::Missed),
+            Some(value) if limit.holds(value) => (shown(value, unit), Verdict::Met),
+            Some(value) => (shown(value, unit), Verdict::Missed),
             None => (self.why(measure), Verdict::NotShown),
         };
-        Line { measure: measure.into(), target, found, value, verdict }
+        Line { measure: measure.into(), target, found, value, bare: None, verdict }
+    }
+
+    /// A line of a volume, beside what a bare server finds.
+    fn beside(
+        &self,
+        measure: &str,
+        limit: Limit,
+        unit: &str,
+        (volume, bare): (&str, &str),
+        of: impl Fn(&str) -> Option<f64>,
+    ) -> Line {
+        let bare = of(bare).map(|value| shown(value, unit));
+        Line { bare, ..self.line(measure, limit, unit, of(volume)) }
     }
 
     /// Why a measure has no value: a subject in its name lacks, or the part was left out.
@@ -174,88 +191,106 @@ impl Judge<'_> {
     }
 
     fn one_replica(&self) -> Vec<Line> {
-        let (raw, size) = (RAW, self.size);
-        let times = |depth| self.times(ONE_NVME, raw, &read(depth, size));
+        let size = self.size;
+        let times = |depth| move |subject: &str| self.times(subject, RAW, &read(depth, size));
         // As SPDK was measured: its initiator polls, the raw file's client (fio) does not.
-        let polled_by_raw =
-            || Some(self.row(ONE_NVME, &polled(1, size))?.iops / self.row(raw, &read(1, size))?.iops);
-        let of_qemu = || {
-            let qemu = self.cpu_us(Server::QemuNbd.name(), &read(32, size))?;
-            Some(self.cpu_us(ONE_NBD, &read(32, size))? / qemu)
+        let polled_by_raw = |subject: &str| {
+            Some(self.row(subject, &polled(1, size))?.iops / self.row(RAW, &read(1, size))?.iops)
         };
+        let of_qemu = |subject: &str| {
+            let qemu = self.cpu_us(Server::QemuNbd.name(), &read(32, size))?;
+            Some(self.cpu_us(subject, &read(32, size))? / qemu)
+        };
+        let (nvme, nbd) = ((ONE_NVME, BARE_TCP), (ONE_NBD, BARE_UNIX));
         vec![
-            self.line(
+            self.beside(
                 "4K read QD1, 1 replica, NVMe/TCP, our initiator polling / raw by a client that sleeps",
                 Limit::AtLeast(0.9),
                 "",
-                polled_by_raw(),
+                nvme,
+                polled_by_raw,
             ),
-            self.line("4K read QD32, 1 replica, NVMe/TCP / raw", Limit::AtLeast(0.8), "", times(32)),
-            self.line("4K read QD128, 1 replica, NVMe/TCP / raw", Limit::AtLeast(0.9), "", times(128)),
-            self.line(
+            self.beside("4K read QD32, 1 replica, NVMe/TCP / raw", Limit::AtLeast(0.8), "", nvme, times(32)),
+            self.beside(
+                "4K read QD128, 1 replica, NVMe/TCP / raw",
+                Limit::AtLeast(0.9),
+                "",
+                nvme,
+                times(128),
+            ),
+            self.beside(
                 "4K read QD32, 1 replica, NVMe/TCP, CPU an IO of the target",
                 Limit::AtMost(8.0),
                 " us",
-                self.cpu_us(ONE_NVME, &read(32, size)),
+                nvme,
+                |subject| self.cpu_us(subject, &read(32, size)),
             ),
-            self.line(
+            self.beside(
                 "4K read QD32, 1 replica, NBD Unix socket / raw",
                 Limit::AtLeast(0.75),
                 "",
-                self.times(ONE_NBD, raw, &read(32, size)),
+                nbd,
+                times(32),
             ),
-            self.line(
+            self.beside(
                 "4K read QD32, 1 replica, NBD, CPU an IO of the target / qemu-nbd's",
                 Limit::AtMost(0.4),
                 "",
-                of_qemu(),
+                nbd,
+                of_qemu,
             ),
         ]
     }
 
     fn in_memory(&self) -> Vec<Line> {
-        let cpu = |depth| self.cpu_us(MEMORY, &read(depth, MEMORY_BYTES));
-        let p50 = self.row(MEMORY, &polled(1, MEMORY_BYTES)).and_then(|row| row.p50_us);
+        let both = (MEMORY, BARE_MEMORY);
+        let cpu = |depth| move |subject: &str| self.cpu_us(subject, &read(depth, MEMORY_BYTES));
+        let p50 = |subject: &str| self.row(subject, &polled(1, MEMORY_BYTES))?.p50_us;
+        let measure = |depth| format!("4K read QD{depth} from memory, 1 replica, CPU an IO");
         vec![
-            self.line("4K read QD32 from memory, 1 replica, CPU an IO", Limit::AtMost(4.5), " us", cpu(32)),
-            self.line("4K read QD128 from memory, 1 replica, CPU an IO", Limit::AtMost(3.5), " us", cpu(128)),
-            self.line(
+            self.beside(&measure(32), Limit::AtMost(4.5), " us", both, cpu(32)),
+            self.beside(&measure(128), Limit::AtMost(3.5), " us", both, cpu(128)),
+            self.beside(
                 "4K read QD1 from memory, 1 replica, our initiator polling, p50",
                 Limit::Below(25.0),
                 " us",
+                both,
                 p50,
             ),
         ]
     }
 
     fn three_replicas(&self) -> Vec<Line> {
-        let size = self.size;
-        let times = |load: &Load| self.times(THREE, RAW, load);
-        let slower = || {
+        let (size, both) = (self.size, (THREE, BARE_TCP));
+        let times = |load: Load| move |subject: &str| self.times(subject, RAW, &load);
+        let slower = |subject: &str| {
             let p50 = |subject| self.row(subject, &write_4k(1, size))?.p50_us;
-            Some(p50(THREE)? / p50(RAW)?)
+            Some(p50(subject)? / p50(RAW)?)
         };
         let sustained = || Some(self.facts.sustained?.1 / self.row(RAW, &write_4k(32, size))?.iops);
         let seconds =
             self.facts.sustained.map_or("5 minutes".into(), |(seconds, _)| format!("{seconds:.0} s"));
         vec![
-            self.line(
+            self.beside(
                 "4K read QD32, 3 replicas, NVMe/TCP / raw",
                 Limit::AtLeast(0.75),
                 "",
-                times(&read(32, size)),
+                both,
+                times(read(32, size)),
             ),
-            self.line(
+            self.beside(
                 "4K write QD1, 3 replicas on one disk, p50 / raw O_DSYNC p50",
                 Limit::AtMost(2.2),
                 "",
-                slower(),
+                both,
+                slower,
             ),
-            self.line(
+            self.beside(
                 "4K write QD32, 3 replicas, IOPS / raw random O_DSYNC",
                 Limit::AtLeast(3.0),
                 "",
-                times(&write_4k(32, size)),
+                both,
+                times(write_4k(32, size)),
             ),
             self.line(
                 &format!("the same, sustained over {seconds} (the target says 5 minutes)"),
@@ -267,13 +302,14 @@ impl Judge<'_> {
                 "128K sequential write QD8, 3 replicas / (raw / 3)",
                 Limit::AtLeast(0.45),
                 "",
-                times(&stream(0, size)).map(|part| part * 3.0),
+                times(stream(0, size))(THREE).map(|part| part * 3.0),
             ),
-            self.line(
+            self.beside(
                 "128K sequential read QD8, 3 replicas / raw",
                 Limit::AtLeast(0.8),
                 "",
-                times(&stream(100, size)),
+                both,
+                times(stream(100, size)),
             ),
         ]
     }
@@ -285,7 +321,10 @@ impl Judge<'_> {
         let times = |load: &Load, theirs: f64, raw: Option<f64>, raw_there: f64| {
             Some(self.row(THREE, load)?.iops / (theirs * raw? / raw_there))
         };
-        let cpu = |load: &Load, theirs: f64| Some(self.cpu_us(THREE, load)? / theirs);
+        let cpu = |measure, limit, load: &Load, theirs: f64| {
+            let of = |subject: &str| Some(self.cpu_us(subject, load)? / theirs);
+            self.beside(measure, Limit::AtMost(limit), "", (THREE, BARE_TCP), of)
+        };
         let (w1, w32, r32) = (write_4k(1, size), write_4k(32, size), read(32, size));
         let (raw_1, raw_32) = VITASTOR_RAW;
         let v = &VITASTOR;
@@ -303,15 +342,15 @@ impl Judge<'_> {
                 "",
                 times(&w32, v.write_32, here(32), raw_32),
             ),
-            self.line("CPU a write QD1 / Vitastor's", Limit::AtMost(0.5), "", cpu(&w1, v.write_1_cpu_us)),
-            self.line("CPU a write QD32 / Vitastor's", Limit::AtMost(0.5), "", cpu(&w32, v.write_32_cpu_us)),
+            cpu("CPU a write QD1 / Vitastor's", 0.5, &w1, v.write_1_cpu_us),
+            cpu("CPU a write QD32 / Vitastor's", 0.5, &w32, v.write_32_cpu_us),
             self.line(
                 "4K read QD32 / Vitastor's, by the raw ratio",
                 Limit::AtLeast(1.3),
                 "",
                 times(&r32, v.read_32, here(32), raw_32),
             ),
-            self.line("CPU a read QD32 / Vitastor's", Limit::AtMost(0.6), "", cpu(&r32, v.read_32_cpu_us)),
+            cpu("CPU a read QD32 / Vitastor's", 0.6, &r32, v.read_32_cpu_us),
             self.line(
                 "to the disk for a 4K write QD32, all replicas, before the flusher",
                 Limit::AtMost(14.0),
@@ -435,6 +474,7 @@ mod tests {
         let rows = [
             row(RAW, read(32, SIZE), 1000.0, 0.0),
             row(ONE_NVME, read(32, SIZE), 800.0, 8.1),
+            row(BARE_TCP, read(32, SIZE), 900.0, 6.1),
             row(THREE, read(32, SIZE), 740.0, 14.0),
             row(RAW, write_4k(32, SIZE), 100.0, 0.0),
             row(THREE, write_4k(32, SIZE), 310.0, 48.0),
@@ -451,6 +491,13 @@ mod tests {
         assert_eq!(of("4K read QD1, 1 replica"), Verdict::NotShown, "another depth");
         assert_eq!(of("CPU a write QD32"), Verdict::Met);
         assert_eq!(of("CPU a read QD32"), Verdict::Missed, "14.0 of 23 are more than 0.6");
+        let bare = |measure: &str| {
+            let line = lines.iter().find(|line| line.measure.starts_with(measure));
+            line.and_then(|line| line.bare.as_deref())
+        };
+        assert_eq!(bare("4K read QD32, 1 replica, NVMe/TCP / raw"), Some("0.90"));
+        assert_eq!(bare("4K read QD32, 1 replica, NVMe/TCP, CPU"), Some("6.10 us"));
+        assert_eq!(bare("4K read QD32, 1 replica, NBD"), None, "it was not measured over a Unix socket");
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod page;
 mod probe;
 mod setup;
 
+use crate::bare::Bare;
 use crate::environment::Environment;
 use crate::report::{keep, write};
 use crate::rival::{Rival, Server};
@@ -32,6 +33,9 @@ pub(crate) mod name {
     pub const ONE_NVME: &str = "1 replica, NVMe/TCP";
     pub const ONE_NBD: &str = "1 replica, NBD";
     pub const THREE: &str = "3 replicas, NVMe/TCP";
+    pub const BARE_TCP: &str = "bare server, TCP";
+    pub const BARE_UNIX: &str = "bare server, Unix socket";
+    pub const BARE_MEMORY: &str = "bare server, memory";
     pub const MEMORY: &str = "memory, 1 shard";
     pub const MEMORY_2: &str = "memory, 2 shards";
 }
@@ -40,7 +44,8 @@ pub(crate) mod name {
 #[derive(Debug, Args)]
 #[command(
     after_help = "It starts clusters of its own: 3 replicas, 1 replica, and 1 replica in memory with one and with two\n\
-    shards, beside a raw file and qemu-nbd on the same disk. The whole takes some ten minutes, --quick some three.\n  \
+    shards, beside a raw file, qemu-nbd and a server that does nothing but IO (`ashlar bench bare`) on the same disk.\n\
+    The whole takes some ten minutes, --quick some three.\n  \
     ashlar bench goals --quick\n  \
     ashlar bench goals --sustain 300 --write-markdown   # the page; some 25 minutes\n\n\
     Ceph is `ashlar bench peers`."
@@ -178,8 +183,11 @@ impl<'a> Bench<'a> {
     fn on_disk(&mut self) -> anyhow::Result<()> {
         let size = self.size;
         self.say("starting what is measured, and writing all that is read");
-        let raw = Subject::file(name::RAW, &self.scratch.join("raw"));
+        let raw_file = self.scratch.join("raw");
+        let raw = Subject::file(name::RAW, &raw_file);
         prepare(&raw, size)?;
+        let bare = Bare::of_file(self.scratch, &raw_file)?;
+        let (on_bare, on_bare_unix) = (bare.tcp(name::BARE_TCP), bare.unix(name::BARE_UNIX));
         let mut three = Cluster::start(self.scratch, "three", size, &[])?;
         let on_three = three.subject(name::THREE, "nvme")?;
         prepare(&on_three, size)?;
@@ -209,23 +217,28 @@ impl<'a> Bench<'a> {
         }
         if self.wants("reads") {
             self.say("reads");
-            let alone = subjects([Some(&raw), on_one.as_ref()]);
+            let alone = subjects([Some(&raw), on_one.as_ref(), Some(&on_bare)]);
             self.turns(&alone, &[read(1, size), polled(1, size), read(128, size)])?;
-            let all = [Some(&raw), on_one.as_ref(), on_nbd.as_ref(), on_qemu.as_ref(), Some(&on_three)];
-            self.turns(&subjects(all), &[read(32, size)])?;
-            self.turns(&subjects([Some(&raw), Some(&on_three)]), &[stream(100, size)])?;
+            let volumes = [on_one.as_ref(), on_nbd.as_ref(), Some(&on_three)];
+            let others = [Some(&raw), on_qemu.as_ref(), Some(&on_bare), Some(&on_bare_unix)];
+            self.turns(&[subjects(others), subjects(volumes)].concat(), &[read(32, size)])?;
+            self.turns(&subjects([&raw, &on_three, &on_bare].map(Some)), &[stream(100, size)])?;
         }
         // Nobody else shall answer from here on.
         drop(qemu);
         if let Some(one) = &mut one {
             one.stop()?;
         }
-        let both = subjects([Some(&raw), Some(&on_three)]);
         if self.wants("writes") {
             self.say("writes");
-            self.turns(&both, &[write_4k(1, size), write_4k(32, size), stream(0, size)])?;
+            let three_at_once = Load { jobs: 3, ..write_4k(1, size) };
+            self.turns(std::slice::from_ref(&raw), &[three_at_once])?;
+            let all = subjects([&raw, &on_three, &on_bare].map(Some));
+            self.turns(&all, &[write_4k(1, size), write_4k(32, size)])?;
+            self.turns(&all[..2], &[stream(0, size)])?;
             self.bytes_to_disk(&three, &on_three)?;
         }
+        drop(bare);
         if self.wants("open loop") {
             self.open_loop(&raw, &on_three)?;
         }
@@ -349,10 +362,12 @@ impl<'a> Bench<'a> {
         let (on_one, on_two) = (one.subject(name::MEMORY, "nvme")?, two.subject(name::MEMORY_2, "nvme")?);
         [&on_one, &on_two].into_iter().try_for_each(|subject| prepare(subject, MEMORY_BYTES))?;
         [&one, &two].into_iter().for_each(Cluster::settle);
-        let alone = std::slice::from_ref(&on_one);
-        let depths = [32, 128].map(|depth| read(depth, MEMORY_BYTES));
-        self.turns(alone, &depths)?;
-        self.turns(alone, &[polled(1, MEMORY_BYTES)])?;
+        let bare = Bare::of_memory(self.scratch, MEMORY_BYTES)?;
+        let on_bare = bare.tcp(name::BARE_MEMORY);
+        prepare(&on_bare, MEMORY_BYTES)?;
+        let loads = [read(32, MEMORY_BYTES), read(128, MEMORY_BYTES), polled(1, MEMORY_BYTES)];
+        self.turns(&[on_one.clone(), on_bare], &loads)?;
+        drop(bare);
         self.turns(&[on_one.clone(), on_two], &[both_shards()])?;
         one.stop()?;
         two.stop()
