@@ -18,6 +18,7 @@ use reactor::{Addr, BufMut, Reactor};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 /// How often a job tells what it did.
@@ -27,7 +28,7 @@ const LATE: Span = Span::ms(10);
 /// Steps in which the waiting of IOs that never began is told.
 const UNSERVED_STEPS: u64 = 10_000;
 /// How long IOs may be under way without any of them ending.
-const SILENCE_MAX: Span = Span::ms(60_000);
+pub const SILENCE_MAX: Span = Span::ms(60_000);
 
 /// What a job did since it last told.
 #[derive(Debug)]
@@ -135,6 +136,47 @@ pub struct Times {
     pub measured: Duration,
 }
 
+/// What the jobs of a measurement have in common: they begin together, once all are attached, and when one fails the
+/// others end.
+#[derive(Debug)]
+pub struct Together {
+    /// Those who are not attached yet.
+    missing: Mutex<u32>,
+    all_attached: Condvar,
+    failed: AtomicBool,
+}
+
+impl Together {
+    /// Of so many jobs.
+    pub fn new(jobs: u32) -> Self {
+        Self { missing: Mutex::new(jobs), all_attached: Condvar::new(), failed: AtomicBool::new(false) }
+    }
+
+    /// Waits until all are attached, or one has failed.
+    pub fn wait(&self) {
+        let missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
+        let waits = |missing: &mut u32| *missing > 0 && !self.has_failed();
+        drop(self.all_attached.wait_while(missing, waits));
+    }
+
+    fn attached(&self) {
+        *self.missing.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.all_attached.notify_all();
+        self.wait();
+    }
+
+    fn fail(&self) {
+        // Under the lock, so that nobody looks before and waits after it.
+        let _missing = self.missing.lock();
+        self.failed.store(true, Ordering::Relaxed);
+        self.all_attached.notify_all();
+    }
+
+    fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed)
+    }
+}
+
 /// Runs one job on this thread, until another has failed at the latest.
 ///
 /// # Errors
@@ -145,22 +187,29 @@ pub fn run(
     job: u32,
     round: u32,
     times: Times,
-    failed: &AtomicBool,
+    together: &Together,
     tell: &Sender<Tick>,
 ) -> anyhow::Result<()> {
     let drive = || {
         let mut ring = ring(load.depth, load.poll)?;
         let driver = connect(&mut ring, target, load, job)?;
-        let mut job = Job::new(ring, driver, load, job, round, times)?;
-        job.drive(matches!(target, Target::File(_)), failed, tell)
+        let mut job = Job::new(ring, driver, load, job, round)?;
+        together.attached();
+        job.begin(times);
+        job.drive(matches!(target, Target::File(_)), together, tell)
     };
     let result = drive();
-    failed.fetch_or(result.is_err(), Ordering::Relaxed);
+    if result.is_err() {
+        together.fail();
+    }
     result
 }
 
 /// Fails when IOs are under way and none has ended for too long.
-fn not_silent(heard: Time, now: Time) -> anyhow::Result<()> {
+///
+/// # Errors
+/// That.
+pub fn not_silent(heard: Time, now: Time) -> anyhow::Result<()> {
     let seconds = SILENCE_MAX.0 / 1_000_000_000;
     ensure!(now < heard + SILENCE_MAX, "no IO has ended for {seconds} s: is a quorum lost?");
     Ok(())
@@ -194,7 +243,6 @@ impl Job {
         load: &Load,
         job: u32,
         round: u32,
-        times: Times,
     ) -> anyhow::Result<Self> {
         let bytes = driver.bytes().min(load.bytes) / u64::from(load.jobs) / BLOCK_BYTES * BLOCK_BYTES;
         let first = bytes * u64::from(job);
@@ -208,8 +256,6 @@ impl Job {
             spare.push_back((slot, buf));
         }
         let start = ring.now();
-        let from = start + Span(times.warm_up.as_nanos() as u64);
-        let end = from + Span(times.measured.as_nanos() as u64);
         let interval_ns = load.rate.map(|rate| f64::from(load.jobs) / rate * 1e9);
         let verify = load.verify.then(|| Verify::new(first, bytes, salt));
         let flying = vec![(start, NONE, 0); load.depth as usize];
@@ -221,8 +267,8 @@ impl Job {
             spare,
             flying,
             start,
-            from,
-            end,
+            from: start,
+            end: start,
             interval_ns,
             arrivals,
             verify,
@@ -231,7 +277,14 @@ impl Job {
         })
     }
 
-    fn drive(&mut self, eager: bool, failed: &AtomicBool, tell: &Sender<Tick>) -> anyhow::Result<()> {
+    /// Its course begins now.
+    fn begin(&mut self, times: Times) {
+        self.start = self.ring.now();
+        self.from = self.start + Span(times.warm_up.as_nanos() as u64);
+        self.end = self.from + Span(times.measured.as_nanos() as u64);
+    }
+
+    fn drive(&mut self, eager: bool, together: &Together, tell: &Sender<Tick>) -> anyhow::Result<()> {
         let (mut done, mut told, mut heard) = (Vec::new(), self.start, self.start);
         let mut ended: VecDeque<Done> = VecDeque::new();
         let depth = self.flying.len();
@@ -241,7 +294,7 @@ impl Job {
             if now >= self.end && self.spare.len() == depth {
                 break;
             }
-            if failed.load(Ordering::Relaxed) {
+            if together.has_failed() {
                 return Ok(());
             }
             // See `tune probe`: a disk should not wait until all that ended is looked at.
@@ -549,15 +602,16 @@ mod tests {
 
     const TIMES: Times = Times { warm_up: Duration::from_millis(20), measured: Duration::from_millis(80) };
 
+    fn begun(fake: Fake, load: &Load, times: Times) -> anyhow::Result<Job> {
+        let mut job = Job::new(ring(load.depth, false)?, Box::new(fake), load, 0, 0)?;
+        job.begin(times);
+        Ok(job)
+    }
+
     /// What a job told, summed up.
     fn driven(fake: Fake, load: &Load, eager: bool) -> anyhow::Result<Tick> {
         let (tell, ticks) = mpsc::channel();
-        let driver = Box::new(fake);
-        Job::new(ring(load.depth, false)?, driver, load, 0, 0, TIMES)?.drive(
-            eager,
-            &AtomicBool::new(false),
-            &tell,
-        )?;
+        begun(fake, load, TIMES)?.drive(eager, &Together::new(1), &tell)?;
         drop(tell);
         let mut sum = Tick::new(Phase::After);
         for tick in ticks {
@@ -589,11 +643,7 @@ mod tests {
         // No warm-up: they begin in the window.
         let (tell, ticks) = mpsc::channel();
         let (load, times) = (Load::random_4k(100, 4, 1 << 20), Times { warm_up: Duration::ZERO, ..TIMES });
-        Job::new(ring(4, false)?, Box::new(fake), &load, 0, 0, times)?.drive(
-            false,
-            &AtomicBool::new(false),
-            &tell,
-        )?;
+        begun(fake, &load, times)?.drive(false, &Together::new(1), &tell)?;
         drop(tell);
         let (mut ios, mut times) = (0, histogram());
         for tick in ticks {
@@ -610,8 +660,33 @@ mod tests {
         let (tell, _ticks) = mpsc::channel();
         let (load, times) =
             (Load::random_4k(100, 1, 1 << 20), Times { measured: Duration::from_secs(3600), ..TIMES });
-        let mut job = Job::new(ring(1, false)?, Box::new(Fake::new(1 << 20)), &load, 0, 0, times)?;
-        job.drive(false, &AtomicBool::new(true), &tell)
+        let together = Together::new(1);
+        together.fail();
+        begun(Fake::new(1 << 20), &load, times)?.drive(false, &together, &tell)
+    }
+
+    #[test]
+    fn jobs_begin_when_all_are_attached_or_one_has_failed() -> anyhow::Result<()> {
+        let (began, begins) = mpsc::channel();
+        let together = Together::new(2);
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| {
+                together.attached();
+                began.send(())
+            });
+            let early = begins.recv_timeout(Duration::from_millis(100));
+            assert!(early.is_err(), "the other is not attached yet");
+            together.attached();
+            together.wait();
+            first.join().map_err(|_| anyhow::anyhow!("it panicked"))?.context("nobody listens")
+        })?;
+
+        let alone = Together::new(2);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| alone.attached());
+            alone.fail();
+            waits.join().map_err(|_| anyhow::anyhow!("it panicked"))
+        })
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Invariants: every subject of a round meets the same IOs, A B, B A, A B; what a server still does after writes is over
 //! before the next measurement begins.
 
-use super::job::{self, Phase, Tick, Times};
+use super::job::{self, Phase, Tick, Times, Together};
 use super::load::{self, BLOCK_BYTES, Io, Load};
 use super::result::{Intervals, Latency, Moment, ProcessUse, Run};
 use super::target::Target;
@@ -13,7 +13,6 @@ use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use reactor::Reactor;
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -223,7 +222,7 @@ fn pass(target: &Target, bytes: u64, write: bool) -> anyhow::Result<()> {
     let blocks = (load::IO_BYTES_MAX / BLOCK_BYTES) as usize;
     let mut spare: Vec<_> =
         (0..PASS_DEPTH).filter_map(|slot| Some((slot, ring.arena().alloc(blocks)?))).collect();
-    let (mut at, mut flying, mut done) = (0, 0, Vec::new());
+    let (mut at, mut flying, mut done, mut heard) = (0, 0, Vec::new(), ring.now());
     while at < bytes || flying > 0 {
         while at + BLOCK_BYTES <= bytes {
             let Some((slot, mut buf)) = spare.pop() else { break };
@@ -238,7 +237,11 @@ fn pass(target: &Target, bytes: u64, write: bool) -> anyhow::Result<()> {
         if flying == 0 {
             break;
         }
-        driver.turn(&mut ring, None, &mut done)?;
+        driver.turn(&mut ring, Some(heard + job::SILENCE_MAX), &mut done)?;
+        if !done.is_empty() {
+            heard = ring.now();
+        }
+        job::not_silent(heard, ring.now())?;
         for Done { slot, result, buf } in done.drain(..) {
             result.map_err(anyhow::Error::msg)?;
             flying -= 1;
@@ -285,16 +288,18 @@ fn by_us(subject: &Subject, load: &Load, times: Times, round: u32) -> anyhow::Re
         std::iter::once(std::process::id().cast_signed()).chain(subject.pids.iter().copied()).collect();
     let (tell, ticks) = mpsc::channel();
     let mut watch = Watch::new(&format!("{} #{}", subject.name, round + 1), round, times);
-    let failed = AtomicBool::new(false);
+    let together = Together::new(load.jobs);
     let (before, after) = std::thread::scope(|scope| {
-        let failed = &failed;
+        let together = &together;
         let jobs: Vec<_> = (0..load.jobs)
             .map(|job| {
                 let tell = tell.clone();
-                scope.spawn(move || job::run(&subject.target, load, job, round, times, failed, &tell))
+                scope.spawn(move || job::run(&subject.target, load, job, round, times, together, &tell))
             })
             .collect();
         drop(tell);
+        together.wait();
+        watch.started = Instant::now();
         watch.until(&ticks, times.warm_up)?;
         let before = (used(&pids), Ticks::now());
         watch.until(&ticks, times.warm_up + times.measured)?;
