@@ -347,13 +347,14 @@ pub struct Bare {
 }
 
 impl Bare {
-    /// Serves a file that is there.
+    /// Serves a file that is there; `spins` as targets of a dev cluster do, or sleeps whenever it waits.
     ///
     /// # Errors
     /// It does not start; the message has its words.
-    pub fn of_file(scratch: &Path, file: &Path) -> anyhow::Result<Self> {
+    pub fn of_file(scratch: &Path, file: &Path, spins: bool) -> anyhow::Result<Self> {
         let file = file.to_str().with_context(|| format!("{} is no UTF-8", file.display()))?;
-        Self::start(scratch, ["--file", file])
+        let (name, us) = if spins { ("spins", SPIN_US_MAX) } else { ("sleeps", 0) };
+        Self::start(scratch, name, ["--file", file, "--spin-us-max", &us.to_string()])
     }
 
     /// Serves so many bytes of memory.
@@ -361,17 +362,17 @@ impl Bare {
     /// # Errors
     /// See [`Bare::of_file`].
     pub fn of_memory(scratch: &Path, bytes: u64) -> anyhow::Result<Self> {
-        Self::start(scratch, ["--memory", &bytes.to_string()])
+        let spin = SPIN_US_MAX.to_string();
+        Self::start(scratch, "memory", ["--memory", &bytes.to_string(), "--spin-us-max", &spin])
     }
 
-    fn start(scratch: &Path, what: [&str; 2]) -> anyhow::Result<Self> {
+    fn start(scratch: &Path, name: &str, args: [&str; 4]) -> anyhow::Result<Self> {
         let bin = std::env::current_exe().context("the path of this program is unknown")?;
         let bin = bin.to_str().context("the path of this program is no UTF-8")?;
-        let name = what[0].trim_start_matches('-');
         let at = |end: &str| scratch.join(format!("bare-{name}.{end}"));
         let (socket, out, log) = (at("sock"), at("out"), at("log"));
         let mut command = with_us(bin);
-        command.args(["bench", "bare"]).args(what).arg("--socket").arg(&socket);
+        command.args(["bench", "bare"]).args(args).arg("--socket").arg(&socket);
         command
             .stdin(Stdio::null())
             .stdout(std::fs::File::create(&out)?)

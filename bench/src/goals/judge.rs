@@ -2,9 +2,11 @@
 //!
 //! Invariants: what was not measured is not met, and says why; a ratio is of medians under one load.
 
-use super::name::{BARE_MEMORY, BARE_TCP, BARE_UNIX, MEMORY, MEMORY_2, ONE_NBD, ONE_NVME, RAW, THREE};
+use super::name::{
+    BARE_MEMORY, BARE_SLEEPS, BARE_TCP, BARE_UNIX, MEMORY, MEMORY_2, ONE_NBD, ONE_NVME, RAW, THREE,
+};
 use super::probe::{AfterIdle, Memory};
-use super::{MEMORY_BYTES, OPEN_DEPTH, both_shards, polled, read, stream, write_4k};
+use super::{MEMORY_BYTES, OPEN_DEPTH, both_shards, polled, read, stream, three_at_once, write_4k};
 use crate::rival::Server;
 use crate::run::load::Load;
 use crate::run::summary::{Row, find};
@@ -263,9 +265,13 @@ impl Judge<'_> {
     fn three_replicas(&self) -> Vec<Line> {
         let (size, both) = (self.size, (THREE, BARE_TCP));
         let times = |load: Load| move |subject: &str| self.times(subject, RAW, &load);
-        let slower = |subject: &str| {
-            let p50 = |subject| self.row(subject, &write_4k(1, size))?.p50_us;
-            Some(p50(subject)? / p50(RAW)?)
+        let p50 = |subject, load: Load| self.row(subject, &load)?.p50_us;
+        let one_write = |subject| p50(subject, write_4k(1, size));
+        let slower = || Some(one_write(THREE)? / one_write(RAW)?);
+        // To the leader, and from there to another replica.
+        let two_hops = || {
+            let hop = one_write(BARE_TCP)? - one_write(RAW)?;
+            Some((p50(RAW, three_at_once(size))? + 2.0 * hop) / one_write(RAW)?)
         };
         let sustained = || Some(self.facts.sustained?.1 / self.row(RAW, &write_4k(32, size))?.iops);
         let seconds =
@@ -278,13 +284,15 @@ impl Judge<'_> {
                 both,
                 times(read(32, size)),
             ),
-            self.beside(
-                "4K write QD1, 3 replicas on one disk, p50 / raw O_DSYNC p50",
-                Limit::AtMost(2.2),
-                "",
-                both,
-                slower,
-            ),
+            Line {
+                bare: two_hops().map(|value| shown(value, ": three writes at once, two hops")),
+                ..self.line(
+                    "4K write QD1, 3 replicas on one disk, p50 / raw O_DSYNC p50",
+                    Limit::AtMost(2.2),
+                    "",
+                    slower(),
+                )
+            },
             self.beside(
                 "4K write QD32, 3 replicas, IOPS / raw random O_DSYNC",
                 Limit::AtLeast(3.0),
@@ -321,9 +329,10 @@ impl Judge<'_> {
         let times = |load: &Load, theirs: f64, raw: Option<f64>, raw_there: f64| {
             Some(self.row(THREE, load)?.iops / (theirs * raw? / raw_there))
         };
-        let cpu = |measure, limit, load: &Load, theirs: f64| {
-            let of = |subject: &str| Some(self.cpu_us(subject, load)? / theirs);
-            self.beside(measure, Limit::AtMost(limit), "", (THREE, BARE_TCP), of)
+        let by = |subject: &str, load: &Load, theirs: f64| Some(self.cpu_us(subject, load)? / theirs);
+        let cpu_write = |measure, load: &Load, theirs: f64| Line {
+            bare: by(BARE_SLEEPS, load, theirs / 3.0).map(|value| shown(value, ": three, never spinning")),
+            ..self.line(measure, Limit::AtMost(0.5), "", by(THREE, load, theirs))
         };
         let (w1, w32, r32) = (write_4k(1, size), write_4k(32, size), read(32, size));
         let (raw_1, raw_32) = VITASTOR_RAW;
@@ -342,15 +351,21 @@ impl Judge<'_> {
                 "",
                 times(&w32, v.write_32, here(32), raw_32),
             ),
-            cpu("CPU a write QD1 / Vitastor's", 0.5, &w1, v.write_1_cpu_us),
-            cpu("CPU a write QD32 / Vitastor's", 0.5, &w32, v.write_32_cpu_us),
+            cpu_write("CPU a write QD1 / Vitastor's", &w1, v.write_1_cpu_us),
+            cpu_write("CPU a write QD32 / Vitastor's", &w32, v.write_32_cpu_us),
             self.line(
                 "4K read QD32 / Vitastor's, by the raw ratio",
                 Limit::AtLeast(1.3),
                 "",
                 times(&r32, v.read_32, here(32), raw_32),
             ),
-            cpu("CPU a read QD32 / Vitastor's", 0.6, &r32, v.read_32_cpu_us),
+            self.beside(
+                "CPU a read QD32 / Vitastor's",
+                Limit::AtMost(0.6),
+                "",
+                (THREE, BARE_TCP),
+                |subject| by(subject, &r32, v.read_32_cpu_us),
+            ),
             self.line(
                 "to the disk for a 4K write QD32, all replicas, before the flusher",
                 Limit::AtMost(14.0),
@@ -478,6 +493,11 @@ mod tests {
             row(THREE, read(32, SIZE), 740.0, 14.0),
             row(RAW, write_4k(32, SIZE), 100.0, 0.0),
             row(THREE, write_4k(32, SIZE), 310.0, 48.0),
+            row(BARE_SLEEPS, write_4k(32, SIZE), 90.0, 9.7),
+            row(RAW, write_4k(1, SIZE), 10_000.0, 0.0),
+            row(RAW, three_at_once(SIZE), 5_000.0, 0.0),
+            row(THREE, write_4k(1, SIZE), 2_500.0, 0.0),
+            row(BARE_TCP, write_4k(1, SIZE), 8_000.0, 0.0),
             row(RAW, stream(0, SIZE), 300.0, 0.0),
             row(THREE, stream(0, SIZE), 40.0, 0.0),
         ];
@@ -497,6 +517,10 @@ mod tests {
         };
         assert_eq!(bare("4K read QD32, 1 replica, NVMe/TCP / raw"), Some("0.90"));
         assert_eq!(bare("4K read QD32, 1 replica, NVMe/TCP, CPU"), Some("6.10 us"));
+        assert_eq!(bare("CPU a write QD32"), Some("0.30: three, never spinning"));
+        // 200 us for three at once, and twice the 25 that a hop takes, by 100 us.
+        assert_eq!(bare("4K write QD1, 3 replicas"), Some("2.50: three writes at once, two hops"));
+        assert_eq!(of("4K write QD1, 3 replicas"), Verdict::Missed, "400 us by 100");
         assert_eq!(bare("4K read QD32, 1 replica, NBD"), None, "it was not measured over a Unix socket");
     }
 

@@ -34,6 +34,7 @@ pub(crate) mod name {
     pub const ONE_NBD: &str = "1 replica, NBD";
     pub const THREE: &str = "3 replicas, NVMe/TCP";
     pub const BARE_TCP: &str = "bare server, TCP";
+    pub const BARE_SLEEPS: &str = "bare server, TCP, never spinning";
     pub const BARE_UNIX: &str = "bare server, Unix socket";
     pub const BARE_MEMORY: &str = "bare server, memory";
     pub const MEMORY: &str = "memory, 1 shard";
@@ -186,7 +187,8 @@ impl<'a> Bench<'a> {
         let raw_file = self.scratch.join("raw");
         let raw = Subject::file(name::RAW, &raw_file);
         prepare(&raw, size)?;
-        let bare = Bare::of_file(self.scratch, &raw_file)?;
+        let [bare, sleeper] = [true, false].map(|spins| Bare::of_file(self.scratch, &raw_file, spins));
+        let (bare, sleeper) = (bare?, sleeper?);
         let (on_bare, on_bare_unix) = (bare.tcp(name::BARE_TCP), bare.unix(name::BARE_UNIX));
         let mut three = Cluster::start(self.scratch, "three", size, &[])?;
         let on_three = three.subject(name::THREE, "nvme")?;
@@ -231,14 +233,13 @@ impl<'a> Bench<'a> {
         }
         if self.wants("writes") {
             self.say("writes");
-            let three_at_once = Load { jobs: 3, ..write_4k(1, size) };
-            self.turns(std::slice::from_ref(&raw), &[three_at_once])?;
-            let all = subjects([&raw, &on_three, &on_bare].map(Some));
+            self.turns(std::slice::from_ref(&raw), &[three_at_once(size)])?;
+            let all = [raw.clone(), on_three.clone(), on_bare, sleeper.tcp(name::BARE_SLEEPS)];
             self.turns(&all, &[write_4k(1, size), write_4k(32, size)])?;
             self.turns(&all[..2], &[stream(0, size)])?;
             self.bytes_to_disk(&three, &on_three)?;
         }
-        drop(bare);
+        drop((bare, sleeper));
         if self.wants("open loop") {
             self.open_loop(&raw, &on_three)?;
         }
@@ -396,6 +397,11 @@ fn polled(depth: u32, size: u64) -> Load {
 /// 4 KiB random writes; those of a file are synced.
 fn write_4k(depth: u32, size: u64) -> Load {
     Load::random_4k(0, depth, size)
+}
+
+/// One write each of three clients: what three replicas on one disk do at depth 1.
+fn three_at_once(size: u64) -> Load {
+    Load { jobs: 3, ..write_4k(1, size) }
 }
 
 /// 128 KiB in order, eight at once; writes of a file are not synced.
