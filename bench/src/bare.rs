@@ -368,7 +368,6 @@ impl Bare {
 
     fn start(scratch: &Path, name: &str, args: [&str; 4]) -> anyhow::Result<Self> {
         let bin = std::env::current_exe().context("the path of this program is unknown")?;
-        let bin = bin.to_str().context("the path of this program is no UTF-8")?;
         let at = |end: &str| scratch.join(format!("bare-{name}.{end}"));
         let (socket, out, log) = (at("sock"), at("out"), at("log"));
         let mut command = with_us(bin);

@@ -43,7 +43,8 @@ impl Cluster {
         }
         let bin = std::env::current_exe().context("the path of this program is unknown")?;
         let dir = scratch.path().join("cluster");
-        let process = DevProcess::start(DevOptions::new(&bin, &dir, &args.size.to_string()))?;
+        let options = DevOptions { with_us: true, ..DevOptions::new(&bin, &dir, &args.size.to_string()) };
+        let process = DevProcess::start(options)?;
         Ok(Self { dir, scratch, process: Some(process) })
     }
 

@@ -124,6 +124,8 @@ pub struct DevOptions {
     pub restart: bool,
     /// Further arguments of `ashlar dev`.
     pub extra: Vec<String>,
+    /// Whether it is killed when the thread that starts it ends, however that is: it is nobody else's.
+    pub with_us: bool,
     /// Most open files of the supervisor and its children; `None` leaves the limit alone.
     pub nofile: Option<u32>,
     /// How long READY may take.
@@ -139,6 +141,7 @@ impl DevOptions {
             size: size.to_owned(),
             restart: true,
             extra: Vec::new(),
+            with_us: false,
             nofile: None,
             limit: Duration::from_secs(60),
         }
@@ -152,6 +155,7 @@ impl DevOptions {
 
     fn command(&self) -> Command {
         let mut command = match self.nofile {
+            None if self.with_us => process::with_us(&self.bin),
             None => Command::new(&self.bin),
             Some(limit) => {
                 let mut command = Command::new("prlimit");

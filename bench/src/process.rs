@@ -5,6 +5,7 @@
 use anyhow::Context;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, SysconfVar, sysconf};
+use std::ffi::OsStr;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -15,13 +16,13 @@ pub fn is_alive(pid: i32) -> bool {
 }
 
 /// A program that the kernel kills when we die, even by SIGKILL, where util-linux is there to ask for that.
-pub fn with_us(program: &str) -> Command {
+pub fn with_us(program: impl AsRef<OsStr>) -> Command {
     let has = Command::new("setpriv").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     if !has.is_ok_and(|status| status.success()) {
         return Command::new(program);
     }
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", program]);
+    command.args(["--pdeathsig", "KILL"]).arg(program);
     command
 }
 

@@ -2,6 +2,7 @@
 //! and what was measured under much of it tells little.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 /// A measurement during which more than this part was taken is disturbed.
 pub const DISTURBED: f64 = 0.05;
@@ -40,20 +41,25 @@ pub fn between(before: Option<Ticks>, after: Option<Ticks>) -> Option<f64> {
     before?.stolen_until(after?)
 }
 
-/// Does it, and again while it was disturbed and there is something to spare, which is taken from. Returns the least
-/// disturbed, and how often it was done again.
+/// Does it, and again while it was disturbed and there is something to spare, which is taken from; before that,
+/// `rest`. Returns the least disturbed, and how often it was done again.
 ///
 /// # Errors
 /// Those of what is done.
 pub fn calmest<T, E>(
     spare: &mut u32,
     stolen: impl Fn(&T) -> f64,
+    rest: impl Fn(),
     mut once: impl FnMut() -> Result<T, E>,
 ) -> Result<(T, u32), E> {
     let (mut kept, mut repeats) = (once()?, 0);
     while *spare > 0 && stolen(&kept) > DISTURBED {
         (*spare, repeats) = (*spare - 1, repeats + 1);
-        eprintln!("note: the host took {:.0} % of the processors; once more", stolen(&kept) * 100.0);
+        eprintln!(
+            "note: the host took {:.0} % of the processors; once more when it is calm",
+            stolen(&kept) * 100.0
+        );
+        rest();
         let other = once()?;
         if stolen(&other) < stolen(&kept) {
             kept = other;
@@ -62,9 +68,39 @@ pub fn calmest<T, E>(
     Ok((kept, repeats))
 }
 
+/// How often it is looked whether the host is calm again.
+const LOOKS_MAX: u32 = 12;
+/// Between two looks.
+const PAUSE: Duration = Duration::from_secs(2);
+/// How long a look keeps all processors busy: nothing is taken from those that rest.
+const LOOK: Duration = Duration::from_millis(300);
+
+/// Rests until the host takes little, half a minute at most. A host that takes much does so for a while, and from those who
+/// use much.
+pub fn rest_until_calm() {
+    for _ in 0..LOOKS_MAX {
+        std::thread::sleep(PAUSE);
+        if taken_while_busy().is_none_or(|part| part <= DISTURBED) {
+            return;
+        }
+    }
+}
+
+fn taken_while_busy() -> Option<f64> {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let (before, began) = (Ticks::now(), Instant::now());
+    std::thread::scope(|scope| {
+        for _ in 0..cpus {
+            scope.spawn(|| while began.elapsed() < LOOK {});
+        }
+    });
+    between(before, Ticks::now())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::Cell;
 
     #[test]
     fn the_part_is_that_of_all_processors_and_guests_are_not_counted_twice() {
@@ -75,6 +111,13 @@ mod tests {
         assert_eq!(after.stolen_until(before), None);
         assert_eq!(before.stolen_until(before), None);
         assert_eq!(between(Some(before), None), None);
+    }
+
+    #[test]
+    fn a_look_keeps_the_processors_busy_and_finds_a_part() {
+        let began = Instant::now();
+        let part = taken_while_busy();
+        assert!(began.elapsed() >= LOOK && part.is_some_and(|part| (0.0..=1.0).contains(&part)), "{part:?}");
     }
 
     #[test]
@@ -89,8 +132,13 @@ mod tests {
     fn what_the_host_disturbed_is_done_again_and_the_calmest_counts() {
         let run = |spare: u32, all: &[f64]| {
             let (mut left, mut all) = (spare, all.iter());
-            let found = calmest(&mut left, |part| *part, || all.next().copied().ok_or("no more"));
-            found.map(|(part, repeats)| (part, repeats, left))
+            let rests = Cell::new(0);
+            let rest = || rests.set(rests.get() + 1);
+            let found = calmest(&mut left, |part| *part, rest, || all.next().copied().ok_or("no more"));
+            found.map(|(part, repeats)| {
+                assert_eq!(repeats, rests.get(), "a rest before each");
+                (part, repeats, left)
+            })
         };
         assert_eq!(run(5, &[0.01, 0.0]), Ok((0.01, 0, 5)), "calm at once");
         assert_eq!(run(5, &[0.3, 0.06, 0.04, 0.0]), Ok((0.04, 2, 3)));

@@ -24,6 +24,7 @@ impl Cluster {
     pub fn start(scratch: &Path, name: &str, size: u64, extra: &[&str]) -> anyhow::Result<Self> {
         let bin = std::env::current_exe().context("the path of this program is unknown")?;
         let mut options = DevOptions::new(&bin, &scratch.join(name), &size.to_string());
+        options.with_us = true;
         options.extra = extra.iter().map(|word| (*word).to_owned()).collect();
         Ok(Self { process: DevProcess::start(options)? })
     }

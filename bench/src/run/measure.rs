@@ -111,44 +111,45 @@ impl<'a> Plan<'a> {
 
     /// Measures everything.
     ///
-    /// Of several rounds, those during which the host took more than [`steal::DISTURBED`] of the processors are measured again,
-    /// as many for each load as it has rounds, and the least disturbed one counts.
+    /// Of several rounds, a measurement during which the host took more than [`steal::DISTURBED`] of the processors is done
+    /// again once the host is calm, for each load as often as there are rounds and subjects, and the least disturbed counts.
     ///
     /// # Errors
     /// A target that cannot be reached, an IO that fails, or data that is not what was written.
     pub fn measure(&self) -> anyhow::Result<Vec<Measured>> {
         let (mut all, mut busy) = (Vec::new(), None);
         for load in self.loads {
-            let mut spare = if self.rounds > 1 { self.rounds } else { 0 };
+            let mut spare = if self.rounds > 1 { self.rounds + self.subjects.len() as u32 } else { 0 };
             for round in 0..self.rounds {
-                let once = || self.round(load, round, &mut busy);
-                let (mut kept, repeats) =
-                    steal::calmest(&mut spare, |round: &Vec<_>| most_stolen(round), once)?;
-                kept.iter_mut().for_each(|one| one.run.repeats = repeats);
-                all.extend(kept);
+                // Nobody always comes first: A B, B A, A B.
+                for nth in 0..self.subjects.len() {
+                    let subject = &self.subjects[(nth + round as usize) % self.subjects.len()];
+                    let once = || self.rested(subject, load, round, &mut busy);
+                    let stolen = |one: &Measured| one.run.stolen.unwrap_or(0.0);
+                    let (mut kept, repeats) =
+                        steal::calmest(&mut spare, stolen, steal::rest_until_calm, once)?;
+                    kept.run.repeats = repeats;
+                    all.push(kept);
+                }
             }
         }
         Ok(all)
     }
 
-    /// Every subject once. Nobody always comes first: A B, B A, A B.
-    ///
-    /// `busy` is who was written to last, and may still have work to do, which must not be counted for another.
-    fn round(
+    /// Measures one subject once nobody has work left of what was measured before: `busy` was written to last, and what it
+    /// puts off must not be counted for another.
+    fn rested(
         &self,
+        subject: &'a Subject,
         load: &Load,
         round: u32,
         busy: &mut Option<&'a Subject>,
-    ) -> anyhow::Result<Vec<Measured>> {
-        let turn = |at: usize| &self.subjects[(at + round as usize) % self.subjects.len()];
-        let one = |subject: &'a Subject| {
-            if let Some(before) = busy.take() {
-                process::settle(&before.pids, self.settle_max);
-            }
-            *busy = Some(subject).filter(|subject| load.read_percent < 100 && subject.flushes);
-            self.one(subject, load, round)
-        };
-        (0..self.subjects.len()).map(turn).map(one).collect()
+    ) -> anyhow::Result<Measured> {
+        if let Some(before) = busy.take() {
+            process::settle(&before.pids, self.settle_max);
+        }
+        *busy = Some(subject).filter(|subject| load.read_percent < 100 && subject.flushes);
+        self.one(subject, load, round)
     }
 
     /// Measures one subject under one load; what its servers have put off is for the next measurement.
@@ -169,11 +170,6 @@ impl<'a> Plan<'a> {
         eprintln!("{}", measured.run.line());
         Ok(measured)
     }
-}
-
-/// The most that the host took during any of these, from 0 to 1.
-fn most_stolen(round: &[Measured]) -> f64 {
-    round.iter().filter_map(|one| one.run.stolen).fold(0.0, f64::max)
 }
 
 /// Writes every byte once, in order; a file that is missing is made.

@@ -65,7 +65,7 @@ pub struct Run {
     pub load: Load,
     /// Which round.
     pub round: u32,
-    /// How often this round was measured before, and not kept since the host disturbed it more.
+    /// How often this was measured before, and not kept since the host disturbed it more.
     #[serde(default)]
     pub repeats: u32,
     /// The part of all processors' time that the host took meanwhile, from 0 to 1; absent where that is not known.

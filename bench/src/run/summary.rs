@@ -9,7 +9,6 @@ use crate::report::median;
 use crate::steal::DISTURBED;
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
-use std::collections::BTreeMap;
 
 /// The medians of one subject under one load.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -256,8 +255,8 @@ pub fn setting(results: &Results) -> String {
     let seconds = format!("{} s a measurement after {} s of warm-up", results.seconds, results.warm_up);
     let again = match repeated(results) {
         0 => String::new(),
-        rounds => format!(
-            " {rounds} round(s) were measured again, since the host took more than {:.0} % of the processors.",
+        times => format!(
+            " {times} measurement(s) were done again, since the host took more than {:.0} % of the processors.",
             DISTURBED * 100.0
         ),
     };
@@ -298,14 +297,9 @@ pub fn notes(results: &Results) -> Vec<String> {
     notes
 }
 
-/// How many rounds were measured again, each as often as it was.
+/// How often measurements were done again.
 fn repeated(results: &Results) -> u32 {
-    let of = |load: &Load| {
-        let rounds: BTreeMap<u32, u32> =
-            results.runs.iter().filter(|run| run.load == *load).map(|run| (run.round, run.repeats)).collect();
-        rounds.values().sum::<u32>()
-    };
-    results.loads().into_iter().map(of).sum()
+    results.runs.iter().map(|run| run.repeats).sum()
 }
 
 #[cfg(test)]
