@@ -1,11 +1,12 @@
-//! `ashlar bench bare`: the least that a server in front of a file costs on this machine.
+//! `ashlar bench bare`: the least that a server on our reactor costs in front of a file on this machine.
 //!
 //! An NBD export of one file, by the reactor, the streams and the session that targets use, and nothing else: a read
 //! goes to the file, a write goes to it with DSYNC. There are no checksums, no log, no replicas and no second shard. What
-//! a volume takes beyond it is the price of its promises; what both take is the machine's, and no target takes less.
+//! a volume takes beyond it is the price of its promises; what both take is the machine's and the reactor's. A server
+//! that is built otherwise (SPDK polls) may take less.
 //!
 //! Invariants: an IO has one buffer of the arena; while half of that is used, no more is taken in; whatever a client
-//! sends ends its own connection at worst.
+//! sends ends its own connection, or makes others wait for memory.
 //!
 //! Deliberately absent: IOs above [`IO_BYTES_MAX`], discards, deadlines for slow clients. Nobody keeps data here.
 
@@ -56,7 +57,9 @@ const EXPORT: &str = "bare";
 /// Memory for IO, and for what connections receive into; half of it full, nothing more is taken in.
 const ARENA_BYTES: usize = 64 << 20;
 /// What the address of the TCP listener stands behind on standard output.
-const READY: &str = "bare nbd://";
+const READY: &str = "bare ";
+/// Answers that wait for a client to take them, at most, before no more is taken in.
+const ANSWERS_BYTES_MAX: usize = 4 << 20;
 
 /// Serves until it is killed.
 ///
@@ -93,7 +96,7 @@ pub fn run(args: &BareArgs) -> anyhow::Result<ExitCode> {
     let unix = ring.listen_unix(&args.socket)?;
     let tcp = ring.listen(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
     match ring.listener_addr(tcp)? {
-        Addr::Tcp(addr) => println!("{READY}{addr}/{EXPORT}"),
+        Addr::Tcp(addr) => println!("{READY}nbd://{addr}/{EXPORT}"),
         Addr::Unix(_) => bail!("a TCP listener has a path"),
     }
     Server { ring, file, bytes, conns: Slab::new(), ios: Slab::new() }.serve([unix, tcp])
@@ -108,7 +111,7 @@ const IO: u8 = 2;
 struct Conn {
     stream: Stream,
     session: Session,
-    /// A write whose payload is to come, and whether it has memory.
+    /// A write whose payload is to come.
     incoming: Option<Request>,
     /// IOs of the file.
     under_way: u32,
@@ -144,7 +147,7 @@ impl Server {
                 let Owner { kind, index } = Owner::split(completion.token).0;
                 match kind {
                     ACCEPT => {
-                        self.accepted(completion);
+                        self.accepted(completion)?;
                         accept(&mut self.ring, index as usize);
                     }
                     IO => self.ended(index as usize, completion),
@@ -156,17 +159,20 @@ impl Server {
         }
     }
 
-    fn accepted(&mut self, completion: Completion) {
-        let Ok(Output::Accepted { socket, .. }) = completion.result else { return };
+    fn accepted(&mut self, completion: Completion) -> anyhow::Result<()> {
+        let accepted = completion.result.context("no more clients: is the limit of open files too low?")?;
+        let Output::Accepted { socket, .. } = accepted else { return Ok(()) };
         let Some(staging) = self.ring.arena().alloc(STAGING_BLOCKS) else {
             eprintln!("note: a client was turned away, since no memory is left to receive into");
-            return self.ring.submit(Owner { kind: CONN, index: u32::MAX }.token(0), Op::Close { socket });
+            self.ring.submit(Owner { kind: CONN, index: u32::MAX }.token(0), Op::Close { socket });
+            return Ok(());
         };
         let free = self.conns.vacant_entry();
         let mut stream = Stream::new(socket, Owner { kind: CONN, index: free.key() as u32 }, staging);
         let session = Session::new();
         session.greeting(stream.text());
         free.insert(Conn { stream, session, incoming: None, under_way: 0, leaving: false });
+        Ok(())
     }
 
     fn happened(&mut self, at: usize, completion: Completion) {
@@ -220,7 +226,7 @@ impl Server {
                     conn.stream.receive(&mut self.ring);
                     break;
                 }
-                Ok(Step::NeedsMemory) => break,
+                Ok(Step::Waits) => break,
                 Ok(Step::Leaves) => conn.leaving = true,
                 Err(violation) => {
                     eprintln!("note: a client was cut off: {violation}");
@@ -261,7 +267,7 @@ enum Step {
     Io(Request, FileOp),
     Again,
     NeedsBytes,
-    NeedsMemory,
+    Waits,
     Leaves,
 }
 
@@ -269,15 +275,16 @@ enum Step {
 fn step(conn: &mut Conn, ring: &mut Ring, bytes: u64) -> Result<Step, protocol::nbd::Violation> {
     if let Some(request) = conn.incoming {
         if !conn.stream.is_expecting() {
-            let Some(buf) = memory(ring, request) else { return Ok(Step::NeedsMemory) };
+            let Some(buf) = memory(ring, request) else { return Ok(Step::Waits) };
             conn.stream.expect(Fill { buf, at: 0, end: request.length as usize });
         }
         let Some(buf) = conn.stream.poll_fill() else { return Ok(Step::NeedsBytes) };
         conn.incoming = None;
         return Ok(Step::Io(request, FileOp::Write(buf)));
     }
-    if ring.arena().used_blocks() > ring.arena().capacity_blocks() / 2 {
-        return Ok(Step::NeedsMemory);
+    let full = ring.arena().used_blocks() > ring.arena().capacity_blocks() / 2;
+    if full || conn.stream.tx_bytes() > ANSWERS_BYTES_MAX {
+        return Ok(Step::Waits);
     }
     let (staged, text) = conn.stream.staged_and_text();
     let progress = conn.session.feed(staged, text)?;
@@ -410,7 +417,7 @@ fn told(child: &mut Child, out: &Path) -> anyhow::Result<Target> {
     let started = Instant::now();
     loop {
         let text = std::fs::read_to_string(out)?;
-        if let Some(address) = text.lines().find_map(|line| line.strip_prefix("bare "))
+        if let Some(address) = text.lines().find_map(|line| line.strip_prefix(READY))
             && text.ends_with('\n')
         {
             return address.parse();
@@ -455,14 +462,20 @@ mod tests {
         Ok(done.buf.to_vec())
     }
 
-    /// A client that has agreed on the export and sends `bytes` then; what it is told until it is cut off.
-    fn hostile(socket: &Path, bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
+    /// A client that asks for the export.
+    fn attached(socket: &Path) -> anyhow::Result<UnixStream> {
         let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         let mut hello = u32::from(wire::FIXED_NEWSTYLE | wire::NO_ZEROES).to_be_bytes().to_vec();
         client::info_option(wire::opt::GO, EXPORT, &[], &mut hello);
-        hello.extend(bytes);
         stream.write_all(&hello)?;
+        Ok(stream)
+    }
+
+    /// One that sends `bytes` then; what it is told until it is cut off.
+    fn hostile(socket: &Path, bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
+        let mut stream = attached(socket)?;
+        stream.write_all(bytes)?;
         let mut told = Vec::new();
         stream.read_to_end(&mut told)?;
         Ok(told)
@@ -491,6 +504,16 @@ mod tests {
         let refused =
             [&wire::SIMPLE_REPLY_MAGIC.to_be_bytes()[..], &NbdError::NotSupported.code().to_be_bytes()];
         assert!(told.windows(8).any(|bytes| bytes == refused.concat()), "a read of 256 KiB: {told:?}");
+
+        // One that asks for more than is taken in and reads nothing holds nobody else up.
+        let mut greedy = Vec::new();
+        for cookie in 0..16_000 {
+            client::request(wire::cmd::READ, 0, cookie, 0, 4096, &mut greedy);
+        }
+        let mut deaf = attached(&socket)?;
+        deaf.set_write_timeout(Some(Duration::from_millis(300)))?;
+        let _ = deaf.write_all(&greedy);
+        assert_eq!(one(&target, false, 8192, 0)?, [7; BLOCK_BYTES]);
 
         let mut write = Vec::new();
         client::request(wire::cmd::WRITE, 0, 1, 0, 256 << 10, &mut write);

@@ -65,7 +65,7 @@ pub struct Line {
     pub found: String,
     /// The same as a number.
     pub value: Option<f64>,
-    /// What a server finds that does nothing but IO, where that can be compared: nobody does better here.
+    /// What a server finds that does nothing but IO, where that can be compared.
     pub bare: Option<String>,
     /// What became of it.
     pub verdict: Verdict,

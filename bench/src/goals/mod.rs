@@ -46,9 +46,9 @@ pub(crate) mod name {
 #[command(
     after_help = "It starts clusters of its own: 3 replicas, 1 replica, and 1 replica in memory with one and with two\n\
     shards, beside a raw file, qemu-nbd and a server that does nothing but IO (`ashlar bench bare`) on the same disk.\n\
-    The whole takes some ten minutes, --quick some three.\n  \
+    The whole takes some twenty minutes, more while the host disturbs it; --quick a quarter of that.\n  \
     ashlar bench goals --quick\n  \
-    ashlar bench goals --sustain 300 --write-markdown   # the page; some 25 minutes\n\n\
+    ashlar bench goals --sustain 300 --write-markdown   # the page; some 35 minutes\n\n\
     Ceph is `ashlar bench peers`."
 )]
 pub struct GoalsArgs {

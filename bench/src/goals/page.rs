@@ -48,7 +48,7 @@ pub fn markdown(report: &Report) -> String {
          of its replicas has synced it, all on this one disk. Server CPU is that of the targets, spinning included. \
          qemu-nbd runs with cache=none and aio=io_uring and syncs only on flush. The bare server (`ashlar bench bare`) \
          has the reactor, the sockets and the session of a target and does nothing but IO: NBD, the raw file or memory, \
-         each write synced, no checksums, no log, no replicas. What it takes, the machine takes from any server. A \
+         each write synced, no checksums, no log, no replicas. What it takes is the machine's and the reactor's. A \
          replicated write at depth 1 is, at best, three synced writes at once and two hops, of which the bare server's is one."
             .to_owned(),
     ];
