@@ -96,6 +96,7 @@ impl Shard {
             self.store.seal();
         }
         let Some(hosted) = self.hosted.get_mut(&id) else { return };
+        self.restless.insert(id);
         hosted.replica.install_begin();
         hosted.catch_up = Some(CatchUp {
             from,
@@ -358,7 +359,8 @@ impl Shard {
     pub(super) fn catch_ups_durable(&mut self, durable: Lsn) {
         let now = self.now;
         let mut finished = Vec::new();
-        for (id, hosted) in &mut self.hosted {
+        for id in &self.restless {
+            let Some(hosted) = self.hosted.get_mut(id) else { continue };
             let Some(CatchUp { phase: Phase::Writing { lsn, whole_at }, base: Some(base), blocks, .. }) =
                 &hosted.catch_up
             else {

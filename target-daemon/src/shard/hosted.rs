@@ -121,8 +121,8 @@ impl Hosted {
         }
     }
 
-    /// Whether there is work that housekeeping moves on.
-    pub fn is_busy(&self) -> bool {
-        self.catch_up.is_some() || self.wants_rebuild || self.goal.is_some() || self.affinity.is_counting()
+    /// Whether there is work that housekeeping moves on, beside counting where IO comes from.
+    pub fn is_restless(&self) -> bool {
+        self.catch_up.is_some() || self.wants_rebuild || self.goal.is_some()
     }
 }

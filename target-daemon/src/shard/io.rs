@@ -96,6 +96,9 @@ impl Shard {
             }
             return self.answer_not_leader(origin, id, copyset);
         }
+        if !hosted.affinity.is_counting() {
+            self.counting.insert(copyset);
+        }
         hosted.affinity.count(from.target);
         if let Some(volume) = volume_of(&request.op)
             && !hosted.gate.passes(volume, request.epoch)

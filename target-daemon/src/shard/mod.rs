@@ -222,6 +222,11 @@ pub struct Shard {
     /// Copysets with something to settle.
     touched: VecDeque<CopysetId>,
     timers: BTreeSet<(Time, CopysetId)>,
+    /// Copysets that housekeeping moves on: at least those of which [`Hosted::is_restless`] is true. Most of a full shard's
+    /// thousand are not, and no turn and no batch looks at all of them.
+    restless: BTreeSet<CopysetId>,
+    /// Copysets whose IO is being counted, at least.
+    counting: BTreeSet<CopysetId>,
     housekeeping_at: Time,
     /// How fast replicas here catch up.
     pace: Pace,
@@ -239,6 +244,8 @@ pub struct Shard {
     done: Vec<(usize, bool)>,
     /// Deleted volumes of which nothing is left here.
     freed: BTreeSet<VolumeId>,
+    /// Deleted volumes of the map.
+    deleted: Vec<VolumeId>,
     counts: Counts,
     failed: bool,
     now: Time,
@@ -262,6 +269,8 @@ impl Shard {
             hosted: BTreeMap::new(),
             touched: VecDeque::new(),
             timers: BTreeSet::new(),
+            restless: BTreeSet::new(),
+            counting: BTreeSet::new(),
             housekeeping_at: now,
             work: Slab::new(),
             requests: Slab::new(),
@@ -272,6 +281,7 @@ impl Shard {
             out: VecDeque::new(),
             done: Vec::new(),
             freed: BTreeSet::new(),
+            deleted: Vec::new(),
             counts: Counts::default(),
             failed: false,
             now,
@@ -300,6 +310,7 @@ impl Shard {
         }
         self.map = map.clone();
         self.freed.retain(|volume| map.volumes.contains_key(volume));
+        self.deleted = map.volumes.iter().filter(|(_, v)| v.deleted).map(|(id, _)| *id).collect();
         // The map is kept on disk as soon as it comes, so the first one after a start names every replica that this log
         // may have lost. A copyset that is new in a later one cannot have been here and is made whole, even if all of
         // its shards once lost records: three damaged replicas would wait for each other for good. That is left for
@@ -413,12 +424,17 @@ impl Shard {
 
     /// Whether there is work that housekeeping moves on.
     fn is_busy(&self) -> bool {
+        debug_assert!(self.hosted.iter().all(|(id, h)| !h.is_restless() || self.restless.contains(id)));
+        debug_assert!(
+            self.hosted.iter().all(|(id, h)| !h.affinity.is_counting() || self.counting.contains(id))
+        );
         !self.requests.is_empty()
             || !self.slowed.is_empty()
             || !self.work.is_empty()
             || !self.repairs.is_empty()
-            || self.hosted.values().any(Hosted::is_busy)
-            || self.map.volumes.iter().any(|(id, v)| v.deleted && !self.freed.contains(id))
+            || !self.restless.is_empty()
+            || !self.counting.is_empty()
+            || self.deleted.iter().any(|volume| !self.freed.contains(volume))
             || (self.is_draining() && self.hosted.values().any(|h| h.replica.role() == Role::Leader))
     }
 
@@ -428,13 +444,18 @@ impl Shard {
     }
 
     fn housekeeping(&mut self) {
-        let ids: Vec<CopysetId> = self.hosted.keys().copied().collect();
+        let ids: Vec<CopysetId> = match self.is_draining() {
+            true => self.hosted.keys().copied().collect(),
+            false => self.restless.union(&self.counting).copied().collect(),
+        };
         for id in ids {
             self.draw_leadership(id);
             self.pursue(id);
             self.nudge_catch_up(id);
             self.nudge_rebuild(id);
         }
+        self.restless.retain(|id| self.hosted.get(id).is_some_and(Hosted::is_restless));
+        self.counting.retain(|id| self.hosted.get(id).is_some_and(|h| h.affinity.is_counting()));
         self.nudge_repairs();
         self.drop_deleted_volumes();
     }
@@ -461,8 +482,7 @@ impl Shard {
 
     /// Leaders propose that deleted volumes' chunks be freed, until none is left.
     fn drop_deleted_volumes(&mut self) {
-        let map = self.map.clone();
-        for volume in map.volumes.iter().filter(|(_, v)| v.deleted).map(|(id, _)| *id) {
+        for volume in self.deleted.clone() {
             if self.freed.contains(&volume) {
                 continue;
             }
@@ -719,6 +739,8 @@ impl Shard {
         self.hosted.clear();
         self.touched.clear();
         self.timers.clear();
+        self.restless.clear();
+        self.counting.clear();
         self.persisting.clear();
         self.slowed.clear();
         self.slowed_blocks = 0;

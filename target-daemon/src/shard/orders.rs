@@ -91,6 +91,7 @@ impl Shard {
                 OrderKind::Voters(voters) => {
                     if let Some(hosted) = self.hosted.get_mut(&id) {
                         let step = hosted.goal.take().and_then(|goal| goal.step);
+                        self.restless.insert(id);
                         hosted.goal = Some(Goal { voters: voters.clone(), until: order.until, step });
                         self.pursue(id);
                     }

@@ -84,6 +84,7 @@ impl Shard {
     pub(super) fn rebuild(&mut self, id: CopysetId) {
         if let Some(hosted) = self.hosted.get_mut(&id) {
             hosted.wants_rebuild = true;
+            self.restless.insert(id);
         }
         self.nudge_rebuild(id);
     }
