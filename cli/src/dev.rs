@@ -55,6 +55,10 @@ pub struct DevArgs {
     /// Shards (cores) of each target, when it is made [default: 1]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
     shards: Option<u16>,
+    /// Copysets of the pool, when it is made [default: 2 for each target]. Few cost nothing when idle; a pool that is to
+    /// grow has some hundreds for each target.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    copysets: Option<u32>,
     /// Build the replicas of a target elsewhere when it has been silent for so many seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     offline_after: u32,
@@ -88,8 +92,8 @@ pub async fn run(args: DevArgs) -> Outcome {
     let layout = Layout::at(&args.dir)?;
     let _lock = layout.lock()?;
     record::DevRecord::remove(layout.root());
-    let DevArgs { targets, shards, replicas, memory, .. } = args;
-    let shape = Shape::settle(&layout, Asked { targets, shards, replicas, memory })?;
+    let DevArgs { targets, shards, replicas, copysets, memory, .. } = args;
+    let shape = Shape::settle(&layout, Asked { targets, shards, replicas, copysets, memory })?;
     shape.check_free(&layout).await?;
     let plan = Plan {
         layout,

@@ -38,6 +38,9 @@ pub struct Shape {
     /// Replicas of each volume.
     #[serde(default = "three")]
     pub replicas: u32,
+    /// Copysets of the pool, where the number was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copysets: Option<u32>,
     /// Whether the targets keep their data in memory.
     #[serde(default)]
     pub memory: bool,
@@ -56,6 +59,8 @@ pub struct Asked {
     pub shards: Option<u16>,
     /// Replicas of each volume.
     pub replicas: Option<u32>,
+    /// Copysets of the pool.
+    pub copysets: Option<u32>,
     /// Data in memory.
     pub memory: bool,
 }
@@ -120,7 +125,7 @@ impl Shape {
         }
         let mds = ports.take()?;
         let targets = (0..targets).map(|_| TargetPorts::fresh(shards, ports)).collect::<Result<_, _>>()?;
-        Ok(Self { mds, targets, replicas, memory: asked.memory })
+        Ok(Self { mds, targets, replicas, copysets: asked.copysets, memory: asked.memory })
     }
 
     fn grown(&self, layout: &Layout, asked: Asked, ports: &mut FreePorts) -> Result<Self, Problem> {
@@ -137,6 +142,13 @@ impl Shape {
             return Err(Problem::usage(format!("the cluster's volumes have --replicas {there} already"))
                 .cause("that is settled when its pool is made")
                 .fix("leave --replicas out, or start another cluster with --dir"));
+        }
+        if asked.copysets.is_some() && asked.copysets != self.copysets {
+            return Err(Problem::usage(
+                "--copysets: the cluster's pool is there already, with another number",
+            )
+            .cause("a pool's copysets are settled when it is made")
+            .fix("leave --copysets out, or start another cluster with --dir"));
         }
         let mut shape = self.clone();
         let there = shape.targets.len() as u32;
@@ -322,6 +334,19 @@ mod tests {
         assert_eq!(Shape::settle(&here, two).expect_err("changed").exit().code(), 2);
         let (_dir, fresh) = layout();
         assert_eq!(Shape::settle(&fresh, asked(Some(2), None)).expect_err("too few").exit().code(), 2);
+    }
+
+    #[test]
+    fn copysets_are_chosen_once() {
+        let (_dir, here) = layout();
+        let many = Asked { copysets: Some(300), ..Asked::default() };
+        let shape = Shape::settle(&here, many).expect("settled");
+        assert_eq!(shape.copysets, Some(300));
+        for same in [many, Asked::default()] {
+            assert_eq!(Shape::settle(&here, same).expect("kept"), shape);
+        }
+        let more = Asked { copysets: Some(301), ..Asked::default() };
+        assert_eq!(Shape::settle(&here, more).expect_err("changed").exit().code(), 2);
     }
 
     #[test]

@@ -297,7 +297,8 @@ fn mds_arguments(plan: &Plan) -> Vec<OsString> {
     arguments.extend(["--expect-targets".into(), targets.to_string().into()]);
     arguments.extend(["--offline-after".into(), plan.offline_after.to_string().into()]);
     arguments.extend(["--replicas".into(), plan.shape.replicas.to_string().into()]);
-    arguments.extend(["--copysets".into(), (targets * COPYSETS_A_TARGET).to_string().into()]);
+    let copysets = plan.shape.copysets.unwrap_or(targets * COPYSETS_A_TARGET);
+    arguments.extend(["--copysets".into(), copysets.to_string().into()]);
     arguments
 }
 
