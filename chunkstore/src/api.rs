@@ -83,7 +83,7 @@ pub struct Layout {
     pub batches_in_flight_max: usize,
     /// Flush and table operations in flight at most.
     pub flush_in_flight_max: usize,
-    /// CRC tables (16 KiB each) kept in memory at most.
+    /// CRC tables ([`TABLE_BYTES`] each) kept in memory at most.
     pub table_cache_max: usize,
     /// Payload blocks kept in memory for entries and the overlay at most; older ones are read back from the log.
     pub ram_blocks_max: usize,
@@ -97,6 +97,10 @@ pub struct Layout {
     /// Nanoseconds of idleness after which the overlay is flushed.
     pub flush_idle_ns: u64,
 }
+
+/// Bytes of memory that the CRC table of a chunk takes: 4 for each block, a bit for those whose CRC is lost, and its place in
+/// the cache.
+pub const TABLE_BYTES: usize = 17 << 10;
 
 /// Payload blocks of any batch at most, in any start: recovery looks so far past a hole, so that a
 /// smaller `batch_blocks_max` may be chosen over a log that has larger batches in it.

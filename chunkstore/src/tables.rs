@@ -16,15 +16,22 @@ pub(crate) enum Waiter {
 
 struct Cached {
     table: Table,
-    used: u64,
+    /// Since the hand passed it.
+    used: bool,
     pinned: bool,
+    /// In the clock.
+    place: usize,
 }
 
+/// What is kept is chosen by a clock (second chance): a use sets a bit, and the hand takes the first table that it finds unused
+/// since it last came by. Many thousand tables cost a read no more than few.
 #[derive(Default)]
 pub(crate) struct Tables {
     max: usize,
-    tick: u64,
     cached: Map<u32, Cached>,
+    /// The slots of what is cached.
+    clock: Vec<u32>,
+    hand: usize,
     waiting: Map<u32, Vec<Waiter>>,
 }
 
@@ -40,9 +47,8 @@ impl Tables {
     }
     /// As [`Tables::get`], and marks it as used.
     pub(crate) fn touch(&mut self, slot: u32) -> Option<&mut Table> {
-        self.tick += 1;
         let cached = self.cached.get_mut(&slot)?;
-        cached.used = self.tick;
+        cached.used = true;
         Some(&mut cached.table)
     }
     pub(crate) fn pin(&mut self, slot: u32, pinned: bool) {
@@ -51,17 +57,42 @@ impl Tables {
         }
     }
     pub(crate) fn insert(&mut self, slot: u32, table: Table) {
-        self.tick += 1;
-        if self.cached.len() >= self.max {
-            // The ticks differ, so the order of the map does not matter.
-            let oldest =
-                self.cached.iter().filter(|(_, c)| !c.pinned).min_by_key(|(_, c)| c.used).map(|(s, _)| *s);
-            oldest.map(|s| self.cached.remove(&s));
+        self.forget(slot);
+        let place = match self.cached.len() < self.max {
+            true => None,
+            false => self.evict(),
+        };
+        let place = place.unwrap_or_else(|| {
+            self.clock.push(slot);
+            self.clock.len() - 1
+        });
+        self.clock[place] = slot;
+        self.cached.insert(slot, Cached { table, used: false, pinned: false, place });
+    }
+    /// Makes a place in the clock free, behind the hand; `None` when all tables are pinned.
+    fn evict(&mut self) -> Option<usize> {
+        // Once around to take the chances away, and once more to find who has none.
+        for _ in 0..2 * self.clock.len() {
+            let place = self.hand;
+            self.hand = (place + 1) % self.clock.len();
+            let slot = self.clock[place];
+            let cached = self.cached.get_mut(&slot).expect("the clock names what is cached");
+            if !cached.pinned && !core::mem::replace(&mut cached.used, false) {
+                self.cached.remove(&slot);
+                return Some(place);
+            }
         }
-        self.cached.insert(slot, Cached { table, used: self.tick, pinned: false });
+        None
     }
     pub(crate) fn forget(&mut self, slot: u32) {
-        self.cached.remove(&slot);
+        let Some(Cached { place, .. }) = self.cached.remove(&slot) else { return };
+        self.clock.swap_remove(place);
+        if let Some(moved) = self.clock.get(place).and_then(|slot| self.cached.get_mut(slot)) {
+            moved.place = place;
+        }
+        if self.hand >= self.clock.len() {
+            self.hand = 0;
+        }
     }
     /// Puts one more in the queue; true when the load must be begun.
     pub(crate) fn wait(&mut self, slot: u32, waiter: Waiter) -> bool {
@@ -71,5 +102,65 @@ impl Tables {
     }
     pub(crate) fn wake(&mut self, slot: u32) -> Vec<Waiter> {
         self.waiting.remove(&slot).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slots(tables: &Tables) -> Vec<u32> {
+        for (place, slot) in tables.clock.iter().enumerate() {
+            assert_eq!(tables.cached[slot].place, place, "the clock and the map agree");
+        }
+        assert_eq!(tables.clock.len(), tables.len());
+        let mut slots = tables.clock.clone();
+        slots.sort_unstable();
+        slots
+    }
+
+    #[test]
+    fn what_is_used_again_and_again_stays_and_what_was_used_once_goes() {
+        let (mut tables, mut loads) = (Tables::new(4), 0);
+        for slot in 1..=100 {
+            tables.insert(slot, Table::new());
+            tables.touch(slot);
+            if tables.touch(0).is_none() {
+                loads += 1;
+                tables.insert(0, Table::new());
+            }
+            assert!(slots(&tables).contains(&slot) && tables.len() <= 4);
+        }
+        assert!(loads <= 2, "0 was loaded {loads} times");
+        assert_eq!(slots(&tables)[0], 0);
+    }
+
+    #[test]
+    fn what_is_pinned_stays_even_beyond_the_bound() {
+        let mut tables = Tables::new(2);
+        for slot in 0..3 {
+            tables.insert(slot, Table::new());
+            tables.pin(slot, true);
+        }
+        assert_eq!(slots(&tables), [0, 1, 2]);
+        tables.pin(1, false);
+        tables.insert(3, Table::new());
+        assert_eq!(slots(&tables), [0, 2, 3]);
+    }
+
+    #[test]
+    fn what_is_forgotten_or_loaded_anew_leaves_the_clock_whole() {
+        let mut tables = Tables::new(8);
+        let mut seed = 7_u32;
+        for _ in 0..10_000 {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let slot = seed >> 27;
+            match (seed >> 20) % 4 {
+                0 => tables.forget(slot),
+                1 => drop(tables.touch(slot).is_some()),
+                _ => tables.insert(slot, Table::new()),
+            }
+            assert!(slots(&tables).len() <= 8);
+        }
     }
 }

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 
 /// The smallest arena that a shard works with: 4 MiB.
 pub const ARENA_BYTES_MIN: u64 = 4 << 20;
+/// Least memory for checksums of a shard: those of a GiB.
+const CHECKSUM_BYTES_MIN: u64 = 1 << 20;
 /// The smallest log segment: 1 MiB, some batches of 32 blocks.
 pub const LOG_SEGMENT_BYTES_MIN: u64 = 1 << 20;
 /// The largest log segment: 256 MiB, since a start reads a segment at once.
@@ -44,6 +46,10 @@ pub struct TargetConfig {
     /// Memory for IO, of each shard.
     #[serde(default = "default_arena")]
     pub arena_bytes: u64,
+    /// Memory for checksums, of each shard: 17 KiB for each chunk of 16 MiB. A read of a chunk whose checksums are not in
+    /// memory reads 52 KiB more.
+    #[serde(default = "default_checksums")]
+    pub checksum_bytes: u64,
     /// Where the shards' data lies.
     #[serde(default, skip_serializing_if = "Store::is_disk")]
     pub store: Store,
@@ -190,6 +196,11 @@ fn one() -> u16 {
 fn default_arena() -> u64 {
     64 << 20
 }
+/// Memory for a shard's checksums unless the file says otherwise: those of 240 GiB.
+pub const CHECKSUM_BYTES: u64 = 256 << 20;
+fn default_checksums() -> u64 {
+    CHECKSUM_BYTES
+}
 fn default_spin() -> u32 {
     50
 }
@@ -307,6 +318,11 @@ impl TargetConfig {
                 "it is too small or not in units of 128 KiB",
                 &fix,
             );
+        }
+        if self.checksum_bytes < CHECKSUM_BYTES_MIN {
+            let fix =
+                format!("use {CHECKSUM_BYTES_MIN} or more, a thousandth of the data that is read at random");
+            return refuse("checksum_bytes", self.checksum_bytes, "reads would wait for checksums", &fix);
         }
         let Log { segment_bytes, segments } = self.log;
         if segment_bytes < LOG_SEGMENT_BYTES_MIN || !segment_bytes.is_multiple_of(4096) {
@@ -514,6 +530,7 @@ metrics = "127.0.0.1:7701"
             ("7701", "7601", "line 9: `metrics`"),
             ("7701", "0", "line 9: `metrics`"),
             ("\n[listen]", "arena_bytes = 1000\n[listen]", "line 5: `arena_bytes`"),
+            ("\n[listen]", "checksum_bytes = 1000\n[listen]", "line 5: `checksum_bytes`"),
             ("\n[listen]", "[raft]\nelection_timeout_ms = 200\n[listen]", "line 6: `election_timeout_ms`"),
             ("\n[listen]", "[log]\nsegments = 1\n[listen]", "line 6: `segments`"),
             ("\n[listen]", "[log]\nsegment_bytes = 268439552\n[listen]", "line 6: `segment_bytes`"),

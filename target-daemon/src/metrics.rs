@@ -121,6 +121,8 @@ counters! {
     blocks_damaged: "ashlar_blocks_corrupt_total" counter "Blocks at rest that failed their checksum.";
     blocks_repaired: "ashlar_blocks_corrupt_repaired_total" counter "Blocks at rest mended from a peer.";
     log_damaged: "ashlar_log_corrupt_total" counter "Places in the log found damaged.";
+    checksums_held: "ashlar_checksum_tables" gauge "Chunks whose checksums are in memory.";
+    checksums_loaded: "ashlar_checksum_tables_loaded_total" counter "Times that a chunk's checksums were read from the disk, 52 KiB each.";
     slots_free: "ashlar_slots_free" gauge "Preformatted chunk slots that are free.";
     slots_used: "ashlar_slots_used" gauge "Chunk slots in use.";
     disk_failed: "ashlar_disk_failed" gauge "1 when the disk failed a write or sync and work is refused.";

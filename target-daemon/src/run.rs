@@ -335,6 +335,7 @@ fn layout(config: &TargetConfig) -> Layout {
         reserve_slots: RESERVE_SLOTS,
         // Two fifths of the arena: the rest is for what is on its way.
         ram_blocks_max: config.arena_bytes as usize / BLOCK_BYTES * 2 / 5,
+        table_cache_max: config.checksum_bytes as usize / chunkstore::TABLE_BYTES,
         ..Layout::default()
     }
 }

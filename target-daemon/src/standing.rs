@@ -56,6 +56,8 @@ pub fn publish(port: &ShardPort, now: &Snapshot) {
     counters.blocks_damaged.set(store.corrupt_blocks);
     counters.blocks_repaired.set(store.repaired_blocks);
     counters.log_damaged.set(store.log_damages);
+    counters.checksums_held.set(store.tables_cached);
+    counters.checksums_loaded.set(store.table_loads);
     counters.slots_free.set(store.free_slots);
     counters.slots_used.set(store.used_slots);
     counters.disk_failed.set(now.failed.into());

@@ -8,7 +8,9 @@ use super::record::replace;
 use super::shape::TargetPorts;
 use crate::problem::Problem;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use target_daemon::config::{CATCH_UP_BYTES_S, Export, Host, Listen, Log, Raft, Store, TargetConfig};
+use target_daemon::config::{
+    CATCH_UP_BYTES_S, CHECKSUM_BYTES, Export, Host, Listen, Log, Raft, Store, TargetConfig,
+};
 use target_daemon::identity::Identity;
 
 /// Room for the volume and for as much again, at least this much. Disk space is taken only
@@ -64,6 +66,7 @@ fn config(
         cpus: Default::default(),
         capacity_bytes: size.saturating_mul(2).max(CAPACITY_BYTES_MIN),
         arena_bytes: 64 << 20,
+        checksum_bytes: CHECKSUM_BYTES,
         store: if plan.shape.memory { Store::Memory } else { Store::Disk },
         lose_all_at_exit: plan.shape.memory,
         host: Host::default(),
