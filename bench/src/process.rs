@@ -5,6 +5,7 @@
 use anyhow::Context;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, SysconfVar, sysconf};
+use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -141,29 +142,48 @@ pub fn write_bytes_sum(pids: &[i32]) -> u64 {
     pids.iter().filter_map(one).sum()
 }
 
-/// At rest is who writes less than this in [`SETTLE_STEP`]; heartbeats and log lines stay below it.
-const SETTLE_WRITE_BYTES: u64 = 1 << 20;
+/// At rest is who writes less than this in [`REST`]; heartbeats and log lines stay below it.
+const REST_WRITE_BYTES: u64 = 1 << 20;
 /// At rest are processes that together use less than a tenth of a core.
-const SETTLE_CPU_SHARE: f64 = 0.1;
+const REST_CPU_SHARE: f64 = 0.1;
 /// How long a rest must last: longer than the 2 s of idleness after which a target begins to flush.
-const SETTLE_STEP: Duration = Duration::from_secs(4);
+const REST: Duration = Duration::from_secs(4);
+/// How often it is looked.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Waits until these processes neither write to disk nor compute, for at most `limit`.
 /// Returns how long it took; `None` when they were still busy at the limit.
 pub fn settle(pids: &[i32], limit: Duration) -> Option<Duration> {
-    let started = Instant::now();
-    let sample = || (write_bytes_sum(pids), cpu_seconds_sum(pids));
-    let mut before = sample();
-    while started.elapsed() < limit {
-        std::thread::sleep(SETTLE_STEP);
-        let now = sample();
-        let wrote = now.0.saturating_sub(before.0);
-        if wrote < SETTLE_WRITE_BYTES && now.1 - before.1 < SETTLE_CPU_SHARE * SETTLE_STEP.as_secs_f64() {
-            return Some(started.elapsed());
+    let (started, mut looked) = (Instant::now(), false);
+    settled(limit, || {
+        if std::mem::replace(&mut looked, true) {
+            std::thread::sleep(LOOK);
         }
-        before = now;
+        (started.elapsed(), write_bytes_sum(pids), cpu_seconds_sum(pids))
+    })
+}
+
+/// When the first rest ended; each look tells the time, bytes written and seconds computed so far.
+fn settled(limit: Duration, mut look: impl FnMut() -> (Duration, u64, f64)) -> Option<Duration> {
+    let mut looks = VecDeque::new();
+    loop {
+        let (at, written, computed) = look();
+        looks.push_back((at, written, computed));
+        // The latest look from which on a whole rest has passed.
+        while looks.get(1).is_some_and(|second| at - second.0 >= REST) {
+            looks.pop_front();
+        }
+        let (since, w, c) = looks[0];
+        let lasted = at - since;
+        let quiet = written.saturating_sub(w) < REST_WRITE_BYTES
+            && computed - c < REST_CPU_SHARE * lasted.as_secs_f64();
+        if lasted >= REST && quiet {
+            return Some(at);
+        }
+        if at >= limit {
+            return None;
+        }
     }
-    None
 }
 
 #[cfg(test)]
@@ -184,6 +204,30 @@ mod tests {
         assert_eq!(role("ashlar", "ashlar\0mds\0--dir\0/home/me/target-9\0").as_deref(), Some("mds"));
         assert_eq!(role("qemu-nbd", target), None);
         assert_eq!(role("ashlar", "ashlar\0dev\0"), None);
+    }
+
+    /// Who writes for so many seconds and then does nothing, looked at twice a second.
+    fn busy_for(seconds: f64) -> impl FnMut() -> (Duration, u64, f64) {
+        let mut at = -0.5;
+        move || {
+            at += 0.5;
+            (Duration::from_secs_f64(at), (at.min(seconds) * 100e6) as u64, at.min(seconds))
+        }
+    }
+
+    #[test]
+    fn a_rest_begins_with_the_last_work_and_is_waited_for_no_longer_than_the_limit() {
+        let limit = Duration::from_secs(15);
+        assert_eq!(settled(limit, busy_for(0.0)), Some(Duration::from_secs(4)));
+        assert_eq!(settled(limit, busy_for(6.5)), Some(Duration::from_millis(10_500)));
+        assert_eq!(settled(limit, busy_for(60.0)), None);
+        // Heartbeats and log lines are no work.
+        let mut at = 0;
+        let beats = || {
+            at += 500;
+            (Duration::from_millis(at), at * 100, at as f64 * 20e-6)
+        };
+        assert_eq!(settled(limit, beats), Some(REST + LOOK));
     }
 
     #[test]
