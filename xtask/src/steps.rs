@@ -14,6 +14,9 @@ use std::{env, fs};
 /// The crate of the tests with real clients and whole clusters.
 pub const INTEROP: &str = "ashlar-tests";
 
+/// The binary that tests of whole clusters run.
+const RELEASE_BUILD: &[&str] = &["build", "--release", "--quiet", "--package", "ashlar-cli"];
+
 /// What miri runs: where `unsafe` is our own (`reactor`) or that of derived code (`protocol`, by rkyv), and of
 /// those what asks the kernel for nothing.
 const MIRI: &[(&str, &[&str])] = &[
@@ -70,6 +73,7 @@ pub fn test(args: &TestArgs) -> Result<()> {
     });
     report.step("deny", deny);
     report.step("clippy", clippy);
+    report.step("builds", || builds(!args.no_interop));
     report.step("unit tests", unit_tests);
     report.step("fuzz", || fuzz::short().map(|()| Outcome::Passed));
     if args.nightly {
@@ -78,7 +82,6 @@ pub fn test(args: &TestArgs) -> Result<()> {
         report.step("chaos", || chaos(&["--minutes".into(), "30".into()]).map(|()| Outcome::Passed));
     }
     if !args.no_interop {
-        report.step("release build", || release_build().map(|_| Outcome::Passed));
         report.step("interop tests", interop_tests);
     }
     report.finish()
@@ -145,6 +148,17 @@ fn deny() -> Result<Outcome> {
     run(&mut cargo(&["deny", "check", "bans", "licenses", "sources"])).map(|()| Outcome::Passed)
 }
 
+/// Builds all tests and, beside them, the release binary: for minutes its last step keeps one processor busy, and no more.
+fn builds(with_release: bool) -> Result<Outcome> {
+    let release =
+        with_release.then(|| cargo(RELEASE_BUILD).spawn().context("cannot start cargo")).transpose()?;
+    let tests = run(&mut test_builds());
+    if let Some(mut release) = release {
+        ensure!(release.wait()?.success(), "the release build failed");
+    }
+    tests.map(|()| Outcome::Passed)
+}
+
 fn unit_tests() -> Result<Outcome> {
     run(&mut tests(&format!("not package({INTEROP})"), &["--workspace", "--exclude", INTEROP]))?;
     Ok(Outcome::Passed)
@@ -199,7 +213,14 @@ fn has_miri() -> bool {
 }
 
 fn release_build() -> Result<()> {
-    run(&mut cargo(&["build", "--release", "--quiet", "--package", "ashlar-cli"]))
+    run(&mut cargo(RELEASE_BUILD))
+}
+
+fn test_builds() -> Command {
+    if has_subcommand("nextest") {
+        return cargo(&["nextest", "run", "--no-run", "--cargo-quiet", "--workspace"]);
+    }
+    cargo(&["test", "--no-run", "--quiet", "--workspace"])
 }
 
 /// Some of the tests by `cargo nextest run` where it is installed, else by `cargo test`. Nextest is asked to build those of the
