@@ -3,7 +3,7 @@
 use crate::dev::{DevFile, DevOptions, DevProcess, DevVolume};
 use crate::{ClusterArgs, process};
 use anyhow::{Context, ensure};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The volume that a dev cluster always has.
@@ -41,10 +41,8 @@ impl Cluster {
             );
             return Ok(Self { dir: dir.clone(), scratch, process: None });
         }
-        let bin = std::env::current_exe().context("the path of this program is unknown")?;
         let dir = scratch.path().join("cluster");
-        let options = DevOptions { with_us: true, ..DevOptions::new(&bin, &dir, &args.size.to_string()) };
-        let process = DevProcess::start(options)?;
+        let process = start(&dir, &args.size.to_string(), &[])?;
         Ok(Self { dir, scratch, process: Some(process) })
     }
 
@@ -68,6 +66,16 @@ impl Cluster {
     }
 }
 
+/// Starts a cluster of our own, which ends with this process, by further arguments of `ashlar dev`.
+///
+/// # Errors
+/// See [`DevProcess::start`].
+pub fn start(dir: &Path, size: &str, extra: &[&str]) -> anyhow::Result<DevProcess> {
+    let bin = std::env::current_exe().context("the path of this program is unknown")?;
+    let extra = extra.iter().map(|word| (*word).to_owned()).collect();
+    DevProcess::start(DevOptions { with_us: true, extra, ..DevOptions::new(&bin, dir, size) })
+}
+
 /// Refuses a volume smaller than what is to be measured.
 ///
 /// # Errors
@@ -80,8 +88,7 @@ pub fn ensure_size(volume: &DevVolume, size: u64) -> anyhow::Result<()> {
 
 /// Waits until the cluster has flushed what was written, and says so.
 pub fn wait_settled(file: &DevFile) {
-    match process::settle(&file.pids(), SETTLE_LIMIT) {
-        Some(after) => eprintln!("the targets came to rest after {:.0} s", after.as_secs_f64()),
-        None => eprintln!("note: the targets are still busy after {SETTLE_LIMIT:?}; measuring nevertheless"),
+    if let Some(after) = process::settle_or_say(&file.pids(), SETTLE_LIMIT) {
+        eprintln!("the targets came to rest after {:.0} s", after.as_secs_f64());
     }
 }

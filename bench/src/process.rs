@@ -163,6 +163,15 @@ pub fn settle(pids: &[i32], limit: Duration) -> Option<Duration> {
     })
 }
 
+/// As [`settle`], and says so when they are still busy at the limit.
+pub fn settle_or_say(pids: &[i32], limit: Duration) -> Option<Duration> {
+    let rested = settle(pids, limit);
+    if rested.is_none() {
+        eprintln!("note: the servers are still busy after {limit:?}; measuring nevertheless");
+    }
+    rested
+}
+
 /// When the first rest ended; each look tells the time, bytes written and seconds computed so far.
 fn settled(limit: Duration, mut look: impl FnMut() -> (Duration, u64, f64)) -> Option<Duration> {
     let mut looks = VecDeque::new();

@@ -218,7 +218,7 @@ fn release_build() -> Result<()> {
 
 fn test_builds() -> Command {
     if has_subcommand("nextest") {
-        return cargo(&["nextest", "run", "--no-run", "--cargo-quiet", "--workspace"]);
+        return cargo(&["nextest", "run", "--no-run", "--workspace"]);
     }
     cargo(&["test", "--no-run", "--quiet", "--workspace"])
 }

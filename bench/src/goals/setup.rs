@@ -1,12 +1,11 @@
 //! The clusters that are measured, each for as long as it takes.
 
-use crate::cluster::SETTLE_LIMIT;
-use crate::dev::{DevFile, DevOptions, DevProcess};
+use crate::cluster::{self, SETTLE_LIMIT};
+use crate::dev::{DevFile, DevProcess};
 use crate::metrics;
 use crate::process;
 use crate::run::measure::Subject;
 use crate::run::target::Target;
-use anyhow::Context;
 use std::path::Path;
 use std::process::Command;
 
@@ -22,11 +21,7 @@ impl Cluster {
     /// # Errors
     /// See [`DevProcess::start`].
     pub fn start(scratch: &Path, name: &str, size: u64, extra: &[&str]) -> anyhow::Result<Self> {
-        let bin = std::env::current_exe().context("the path of this program is unknown")?;
-        let mut options = DevOptions::new(&bin, &scratch.join(name), &size.to_string());
-        options.with_us = true;
-        options.extra = extra.iter().map(|word| (*word).to_owned()).collect();
-        Ok(Self { process: DevProcess::start(options)? })
+        Ok(Self { process: cluster::start(&scratch.join(name), &size.to_string(), extra)? })
     }
 
     fn file(&self) -> anyhow::Result<DevFile> {
@@ -62,10 +57,7 @@ impl Cluster {
 
     /// Waits until what was written is flushed.
     pub fn settle(&self) {
-        let pids = self.targets().unwrap_or_default();
-        if process::settle(&pids, SETTLE_LIMIT).is_none() {
-            eprintln!("note: the targets are still busy after {SETTLE_LIMIT:?}; measuring nevertheless");
-        }
+        process::settle_or_say(&self.targets().unwrap_or_default(), SETTLE_LIMIT);
     }
 
     /// Stops it.
