@@ -58,15 +58,12 @@ impl Tables {
     }
     pub(crate) fn insert(&mut self, slot: u32, table: Table) {
         self.forget(slot);
-        let place = match self.cached.len() < self.max {
-            true => None,
-            false => self.evict(),
-        };
-        let place = place.unwrap_or_else(|| {
-            self.clock.push(slot);
-            self.clock.len() - 1
-        });
-        self.clock[place] = slot;
+        let freed = if self.cached.len() < self.max { None } else { self.evict() };
+        let place = freed.unwrap_or(self.clock.len());
+        match self.clock.get_mut(place) {
+            Some(there) => *there = slot,
+            None => self.clock.push(slot),
+        }
         self.cached.insert(slot, Cached { table, used: false, pinned: false, place });
     }
     /// Makes a place in the clock free, behind the hand; `None` when all tables are pinned.

@@ -234,8 +234,8 @@ impl Shard {
 
     /// Those that waited for the pace may have some of it.
     pub(super) fn go_on_catching_up(&mut self) {
-        let waiting = self.hosted.iter().filter(|(_, hosted)| hosted.catch_up.is_some());
-        let mut waiting: Vec<CopysetId> = waiting.map(|(id, _)| *id).collect();
+        let fills = |id: &CopysetId| self.hosted.get(id).is_some_and(|hosted| hosted.catch_up.is_some());
+        let mut waiting: Vec<CopysetId> = self.restless.iter().copied().filter(fills).collect();
         // Each time another one comes first.
         let turn = self.pace.turn(waiting.len());
         waiting.rotate_left(turn);
